@@ -1,17 +1,30 @@
-"""The rules of a solve, shared by the torch loop and by the whole-solve kernels so that both stop alike.
+"""When a sample stops and what is said of it: written once, for the torch loop here and for the kernels by its constants.
 
-Evaluation k = 1, 2, ... of one sample, with f = f(z) at its current z, g = f - z, r = ||g||, s = ||f||:
+Evaluation k = 1, 2, ... of one sample gives f = f(z), the defect g = f - z, r = ||g||, s = ||f||, and
 
-    rel = r / (s + EPS)                         the residual
-    active and rel < best:  best = rel, keep z  (false for NaN, so non-finite values never become best)
-    active = best > bar                         bar is tol until a window stops the sample
+    rel = r / (s + EPS)                    the residual of z
+    rel < best:  best = rel, keep z        false for NaN, so a non-finite value never becomes the best
+    active = best > bar                    bar is tol until a window stops the sample
 
-Every WINDOW evaluations an active sample stops (bar = inf) when rel is not finite, or when best did not fall below
-PROGRESS times what it was a window ago while best <= FLOOR (that low, standing still is the precision's doing;
-higher up it may be a transient). The largest r seen at the first evaluation and at window ends is `peak`.
+At the end of every WINDOW evaluations bar becomes infinite, which stops the sample, where rel is not finite, or where
+best did not fall below PROGRESS times its value a window ago while best <= FLOOR: that low, standing still is the
+precision's doing; higher up it may be a transient. `peak` is the largest r seen at k = 1 and at window ends.
 
-A sample is growing when steps > 2 WINDOW, s > GROWTH times its first s and r > STEADY * peak.
+A sample that has stopped is frozen, so its last r and s are those of the z it stopped at. Then, in this order:
+
+    rel not finite                         NONFINITE
+    s > GROWTH * s_1 and r > STEADY * peak GROWING: the norm runs away, and takes the relative residual down with it
+    best <= tol                            CONVERGED
+    bar infinite                           PLATEAU
+    otherwise                              MAX_STEPS
+
+Norms are plain sums of squares: magnitudes between 1e-15 and 1e15 are safe in fp32.
 """
+
+import math
+
+import torch
+from torch import Tensor
 
 EPS = 1e-30
 WINDOW = 12
@@ -23,3 +36,46 @@ STEADY = 0.5
 SAFEGUARD = 2.0  # an accelerated solver takes a plain step where rel > SAFEGUARD * best
 
 CONVERGED, PLATEAU, MAX_STEPS, GROWING, NONFINITE = range(5)
+
+
+class Rules:
+    """The state of these rules for a batch.
+
+    Args:
+        batch: Number of samples B; every vector below is [B].
+        dtype: float32 or float64, the dtype of norms.
+        device: Where the vectors live.
+        tol: Relative residual at which a sample has converged.
+    """
+
+    def __init__(self, batch: int, dtype: torch.dtype, device: torch.device, tol: float):
+        self.tol = tol
+        self.floor = FLOOR_FP64 if dtype == torch.float64 else FLOOR
+        self.best = torch.full((batch,), math.inf, dtype=dtype, device=device)
+        self.bar = torch.full_like(self.best, tol)
+        self.steps = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.active = torch.ones(batch, dtype=torch.bool, device=device)
+
+    def update(self, k: int, r: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes the norms of evaluation k; returns (rel, improved) and leaves in `active` who goes on."""
+        rel = r / (s + EPS)
+        self.r, self.s, self.rel = r, s, rel
+        self.steps += self.active
+        improved = rel < self.best
+        self.best = torch.where(improved, rel, self.best)
+        if k == 1:
+            self.first, self.peak, self.mark = s, r, self.best
+        if k % WINDOW == 0:
+            stalled = (self.best > PROGRESS * self.mark) & (self.best <= self.floor)
+            self.bar = torch.where(stalled | ~rel.isfinite(), math.inf, self.bar)
+            self.peak = torch.maximum(self.peak, r)
+            self.mark = self.best
+        self.active = self.best > self.bar
+        return rel, improved
+
+    def status(self) -> Tensor:
+        """Outcome of each sample, int32 [B]."""
+        says = torch.where(self.best <= self.tol, CONVERGED, torch.where(self.bar.isinf(), PLATEAU, MAX_STEPS))
+        growing = (self.s > GROWTH * self.first) & (self.r > STEADY * self.peak)
+        says = torch.where(growing, GROWING, says)
+        return torch.where(self.rel.isfinite(), says, NONFINITE).int()

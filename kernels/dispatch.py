@@ -1,0 +1,122 @@
+"""The one place that picks Triton or torch.
+
+An op is a file of this folder whose last statement registers it. It is imported the first time it is asked for, so that
+importing the library needs no Triton. `whole(name, ...)` answers with the op, or with the reason why torch does the work.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+BACKENDS = ("auto", "triton", "torch")
+_default = "auto"
+_scoped: ContextVar[str | None] = ContextVar("tritondeq_backend", default=None)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One whole-solve op: `solve` and `adjoint` with their torch references, and what it can take."""
+
+    solve: Callable
+    adjoint: Callable
+    solve_ref: Callable
+    adjoint_ref: Callable
+    refuses: Callable[..., str | None]  # keyword arguments that name the problem -> why it can't be taken, or None
+
+
+_ops: dict[str, Op] = {}
+
+
+def register(name: str, op: Op) -> Op:
+    return _ops.setdefault(name, op)
+
+
+def load(name: str) -> Op:
+    """The op of kernels/<name>.py; imports Triton."""
+    if name not in _ops:
+        importlib.import_module(f"{__package__}.{name}")
+    return _ops[name]
+
+
+def _checked(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if name == "triton" and not has_triton():
+        raise ValueError("backend 'triton' needs the triton package, which is not installed here; use 'auto' or 'torch'")
+    return name
+
+
+def set_backend(name: str) -> None:
+    """Chooses the backend of the whole process.
+
+    Args:
+        name: "auto" (Triton for CUDA tensors where it is installed, else torch), "triton" (raise where it can't run;
+            CPU tensors then need Triton's interpreter, TRITON_INTERPRET=1 before the import) or "torch".
+
+    Raises:
+        ValueError: `name` is none of these, or is "triton" and Triton is not installed.
+    """
+    global _default
+    _default = _checked(name)
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """As `set_backend`, for the duration of a `with` block in this thread or task."""
+    token = _scoped.set(_checked(name))
+    try:
+        yield
+    finally:
+        _scoped.reset(token)
+
+
+def chosen() -> str:
+    """The backend in force: "auto", "triton" or "torch"."""
+    return _scoped.get() or _default
+
+
+@cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU: the variable is Triton's own and read at its import."""
+    return has_triton() and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def whole(name: str, device: torch.device, **problem) -> tuple[Op | None, str]:
+    """The whole-solve op for this problem, or None, and the reason in one line either way.
+
+    Args:
+        name: Name of the op, as its file's.
+        device: Where the tensors are.
+        problem: What the op's `refuses` wants to know.
+
+    Raises:
+        RuntimeError: backend "triton" is forced for tensors on which it can't run.
+    """
+    cuda = device.type == "cuda"
+    if chosen() == "torch":
+        return None, "the torch backend is chosen"
+    if chosen() == "auto" and not cuda:
+        return None, f"tensors are on {device.type}, and Triton is for CUDA"
+    if not has_triton():
+        return None, "triton is not installed"
+    if not cuda and not interpreting():
+        raise RuntimeError(
+            f"backend 'triton' can't run on {device.type} tensors: move them to CUDA, or set TRITON_INTERPRET=1 before "
+            "triton is imported to use its (slow) interpreter"
+        )
+    op = load(name)
+    reason = op.refuses(**problem)
+    if reason:
+        return None, reason
+    return op, "one Triton launch" + ("" if cuda else ", interpreted")

@@ -1,0 +1,33 @@
+"""How every test runs: Triton interpreted where there is no GPU, fixed seeds, NaN in every fresh allocation."""
+
+import os
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts: deterministic GEMMs
+
+import hypothesis
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+# Triton reads this as it decorates a kernel, so it stands before all that imports Triton, as the next call does.
+if not CUDA:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Fills torch.empty and its kin with NaN (integers: their largest): an element that nobody wrote fails a test.
+torch.use_deterministic_algorithms(True, warn_only=True)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+
+hypothesis.settings.register_profile("local", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if CUDA else "cpu")

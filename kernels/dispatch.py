@@ -1,7 +1,7 @@
 """The one place that picks Triton or torch.
 
 An op is a file of this folder whose last statement registers it. It is imported the first time it is asked for, so that
-importing the library needs no Triton. `whole(name, ...)` answers with the op, or with the reason why torch does the work.
+importing the library needs no Triton. `whole` answers with the op, or with the reason why torch does the work.
 """
 
 import contextlib
@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
+from torch import Tensor
 
 BACKENDS = ("auto", "triton", "torch")
 _default = "auto"
@@ -49,7 +51,9 @@ def _checked(name: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
     if name == "triton" and not has_triton():
-        raise ValueError("backend 'triton' needs the triton package, which is not installed here; use 'auto' or 'torch'")
+        raise ValueError(
+            "backend 'triton' needs the triton package, which is not installed: use 'auto' or 'torch'"
+        )
     return name
 
 
@@ -120,3 +124,25 @@ def whole(name: str, device: torch.device, **problem) -> tuple[Op | None, str]:
     if reason:
         return None, reason
     return op, "one Triton launch" + ("" if cuda else ", interpreted")
+
+
+@dataclass(frozen=True)
+class WholeSolve:
+    """What a cell asks of a whole-solve op.
+
+    Attributes:
+        op: Name of the op.
+        problem: What the op's `refuses` wants to know.
+        operands: Its tensors before the state [B, N].
+        at: The tensors that its adjoint wants before the cotangent, for the solution z [B, N].
+        options: Its keyword arguments beside the solver's, for a tolerance.
+    """
+
+    op: str
+    problem: dict[str, Any]
+    operands: tuple[Tensor, ...]
+    at: Callable[[Tensor], tuple[Tensor, ...]]
+    options: Callable[[float], dict[str, Any]]
+
+    def pick(self, device: torch.device, solver_memory: int) -> tuple[Op | None, str]:
+        return whole(self.op, device, solver_memory=solver_memory, **self.problem)

@@ -1,4 +1,4 @@
-"""When a sample stops and what is said of it: written once, for the torch loop here and for the kernels by its constants.
+"""When a sample stops and what is said of it: for the torch loop here, and for the kernels by the constants.
 
 Evaluation k = 1, 2, ... of one sample gives f = f(z), the defect g = f - z, r = ||g||, s = ||f||, and
 

@@ -1,1 +1,36 @@
-"""tritondeq."""
+"""Deep Equilibrium layers for PyTorch: solved, differentiated and fused with Triton."""
+
+from . import cells as cells
+from .adjoints import Implicit as Implicit
+from .adjoints import Neumann as Neumann
+from .adjoints import OneStep as OneStep
+from .adjoints import Phantom as Phantom
+from .adjoints import Unrolled as Unrolled
+from .deq import DEQ as DEQ
+from .fixed_point import fixed_point as fixed_point
+from .kernels.dispatch import backend as backend
+from .kernels.dispatch import set_backend as set_backend
+from .solution import Solution as Solution
+from .solution import Status as Status
+from .solvers import Anderson as Anderson
+from .solvers import Broyden as Broyden
+from .solvers import Picard as Picard
+
+__version__ = "0.1.0"
+__all__ = [
+    "DEQ",
+    "Anderson",
+    "Broyden",
+    "Implicit",
+    "Neumann",
+    "OneStep",
+    "Phantom",
+    "Picard",
+    "Solution",
+    "Status",
+    "Unrolled",
+    "backend",
+    "cells",
+    "fixed_point",
+    "set_backend",
+]

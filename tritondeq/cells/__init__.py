@@ -1,0 +1,4 @@
+"""Cells: one file each."""
+
+from .affine import Affine as Affine
+from .base import Cell as Cell

@@ -1,0 +1,145 @@
+"""f at one point, with its derivatives: a closure seen as a function of every tensor it uses.
+
+A `TorchFunctionMode` around one evaluation of f sees each tensor that f uses and did not make, and hands it a detached
+stand-in. The autograd graph that results ends at the state and the stand-ins, so it can be differentiated again and
+again without touching, or being freed by, the graph around it.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from .layout import Layout
+
+
+class _StandIns(TorchFunctionMode):
+    """Replaces every tensor that requires grad and was not made under this mode."""
+
+    def __init__(self, own: list[Tensor]):
+        super().__init__()
+        self.pairs: dict[int, tuple[Tensor, Tensor]] = {}
+        self._made: dict[int, weakref.ref] = {}
+        for tensor in own:
+            self._mark(tensor)
+
+    def _mark(self, tensor: Tensor) -> None:
+        self._made[id(tensor)] = weakref.ref(tensor)
+
+    def _swap(self, tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        made = self._made.get(id(tensor))
+        if made is not None and made() is tensor:
+            return tensor
+        pair = self.pairs.get(id(tensor))
+        if pair is None:
+            stand_in = tensor.detach().requires_grad_()
+            self._mark(stand_in)
+            pair = self.pairs[id(tensor)] = (tensor, stand_in)
+        return pair[1]
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        args, kwargs = pytree.tree_map_only(Tensor, self._swap, (args, kwargs or {}))
+        out = func(*args, **kwargs)
+        for leaf in pytree.tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._mark(leaf)
+        return out
+
+
+class Linearised:
+    """f at z, with J = df/dz and its derivatives by all that f depends on, from one evaluation.
+
+    Attributes:
+        inputs: The tensors that f captured and that require grad; explicit inputs of whoever differentiates f.
+        seen_through: Whether all of them could be replaced by stand-ins. Where not (a compiled cell, a custom
+            autograd.Function), the leaves behind f are the inputs, and only first derivatives can be taken.
+    """
+
+    def __init__(self, f: Callable[..., Any], layout: Layout, z: Tensor, args: tuple):
+        with torch.enable_grad():
+            self.z = z.detach().requires_grad_()
+            state = layout.unpack(self.z)
+            mode = _StandIns([leaf for leaf in pytree.tree_leaves(state)])
+            with mode:
+                self.out = layout.pack(f(state, *args))
+        if torch.is_autocast_enabled(z.device.type):
+            torch.clear_autocast_cache()  # it holds casts of the stand-ins
+        pairs = list(mode.pairs.values())
+        own = {id(self.z), *(id(stand_in) for _, stand_in in pairs)}
+        hidden = [leaf for leaf in _leaves(self.out) if id(leaf) not in own]
+        self.seen_through = not hidden
+        self.inputs = (*(tensor for tensor, _ in pairs), *hidden)
+        self._points = (*(stand_in for _, stand_in in pairs), *hidden)
+        self._tangent: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether anything outside f can have a gradient."""
+        return self.out.requires_grad and bool(self.inputs)
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """J' u."""
+        return _grad(self.out, (self.z,), u)[0]
+
+    def jvp(self, w: Tensor) -> Tensor:
+        """J w, by differentiating J' v by v."""
+        if self._tangent is None:
+            v = torch.zeros_like(self.out, requires_grad=True)
+            with torch.enable_grad():
+                self._tangent = v, _grad(self.out, (self.z,), v, create_graph=True)[0]
+        v, pulled = self._tangent
+        return _grad(pulled, (v,), w)[0]
+
+    def pull(self, u: Tensor) -> tuple[Tensor, ...]:
+        """(df/d input)' u for each input."""
+        return _grad(self.out, self._points, u)
+
+    def bilinear(self, u: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        """Derivatives of u' J w by z and by each input."""
+        with torch.enable_grad():
+            pulled = _grad(self.out, (self.z,), u, create_graph=True)[0]
+        return _grad(pulled, (self.z, *self._points), w)
+
+    def pull_vjp(self, u: Tensor, cotangents: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+        """Derivatives of sum_i <pull(u)_i, cotangent_i> by u, by z and by each input."""
+        with torch.enable_grad():
+            v = u.detach().requires_grad_()
+            pulled = _grad(self.out, self._points, v, create_graph=True)
+            total = sum((p * c).sum() for p, c in zip(pulled, cotangents, strict=True) if c is not None)
+        return _grad(total, (v, self.z, *self._points), torch.ones_like(total))
+
+    def require_seen_through(self) -> None:
+        if not self.seen_through:
+            raise RuntimeError(
+                "second derivatives need every tensor f uses to pass through a torch function, and here some did not "
+                "(a compiled cell, or a custom autograd.Function): use the uncompiled cell, or Unrolled(steps)"
+            )
+
+
+def _grad(out: Tensor, inputs: tuple[Tensor, ...], cotangent: Tensor, create_graph: bool = False) -> tuple[Tensor, ...]:
+    if not out.requires_grad:
+        return tuple(torch.zeros_like(x) for x in inputs)
+    grads = torch.autograd.grad(
+        out, inputs, cotangent, retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
+    return grads
+
+
+def _leaves(out: Tensor) -> list[Tensor]:
+    """The leaf tensors that the autograd graph of `out` ends at."""
+    found, seen, stack = [], set(), [out.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        stack.extend(parent for parent, _ in node.next_functions)
+    return found

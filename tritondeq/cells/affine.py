@@ -1,0 +1,115 @@
+"""z = act(W z + U x + b)."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..kernels.dispatch import WholeSolve
+from ..solvers.base import count, number
+from .base import Cell, features_of
+from .contraction import SpectralBound
+
+_ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu": F.gelu, "sin": torch.sin, "identity": lambda x: x}
+_SLOPES = {"gelu": 1.1289}  # largest |act'|, where it is not 1
+_GAIN = 0.9  # of the Lipschitz bound at initialisation
+
+
+class Affine(Cell):
+    """z = act(W z + U x + b), on each row by itself: every row stops alone.
+
+    Contractive at initialisation: ||W||_2 max|act'| = 0.9. Up to 256 features, and on a GPU, a solve by Picard or
+    Anderson(memory <= 4) is one Triton launch, and so is its adjoint; wider cells take the loop.
+
+    Args:
+        features: Width D of the state; z is [..., D].
+        inputs: Width of x; None is D.
+        activation: "tanh", "relu", "gelu" (exact), "sin" or "identity".
+        operands: What W is rounded to inside the iteration: "fp32", or "bf16" for speed (the state stays float32).
+        contraction: Keeps ||W||_2 at most this during training, by a parametrization; below 1 / max|act'| the
+            equilibrium exists and is unique. None leaves W free.
+        bias: Whether there is a b.
+
+    Raises:
+        TypeError, ValueError: an option is of the wrong kind or out of range.
+    """
+
+    batch_dims = -1
+
+    def __init__(
+        self,
+        features: int,
+        inputs: int | None = None,
+        *,
+        activation: str = "tanh",
+        operands: str = "fp32",
+        contraction: float | None = None,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        count("features", features)
+        inputs = features if inputs is None else inputs
+        count("inputs", inputs)
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+        if operands not in ("fp32", "bf16"):
+            raise ValueError(f"operands must be 'fp32' or 'bf16', got {operands!r}")
+        if contraction is not None:
+            number("contraction", contraction, 0)
+        self.features, self.inputs, self.activation, self.operands = features, inputs, activation, operands
+        self.weight = nn.Parameter(torch.empty(features, features, device=device, dtype=dtype))
+        self.input = nn.Linear(inputs, features, bias=bias, device=device, dtype=dtype)
+        self.reset_parameters()
+        if contraction is not None:
+            parametrize.register_parametrization(self, "weight", SpectralBound(float(contraction)))
+
+    def reset_parameters(self) -> None:
+        """Draws W anew, normal and scaled to its norm, and U and b as nn.Linear does."""
+        w = torch.empty(self.features, self.features).normal_()
+        w *= _GAIN / _SLOPES.get(self.activation, 1.0) / torch.linalg.matrix_norm(w, 2)
+        with torch.no_grad():
+            self.weight = self.weight.copy_(w) if not parametrize.is_parametrized(self, "weight") else w.to(self.weight)
+        self.input.reset_parameters()
+
+    def inject(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(U x + b, W as the iteration uses it)."""
+        features_of(x, self.inputs, self)
+        w = self.weight
+        return self.input(x), w.bfloat16().to(w.dtype) if self.operands == "bf16" else w
+
+    def initial(self, x: Tensor, injection: tuple[Tensor, Tensor]) -> Tensor:
+        return x.new_zeros(injection[0].shape)
+
+    def forward(self, z: Tensor, injection: tuple[Tensor, Tensor]) -> Tensor:
+        u, w = injection
+        rows = torch.addmm(u.reshape(-1, self.features), z.reshape(-1, self.features), w.mT)
+        return _ACTIVATIONS[self.activation](rows).view(z.shape)
+
+    def whole_solve(self, injection: tuple[Tensor, Tensor]) -> WholeSolve:
+        u, w = (t.detach() for t in injection)
+        kind = w.device.type
+        narrow = self.operands == "bf16" or w.dtype.itemsize < 4 or torch.is_autocast_enabled(kind)
+        double = torch.float64 in (u.dtype, w.dtype)
+        wide = torch.float64 if double else torch.float32
+        u, w = u.reshape(-1, self.features).to(wide), w.to(wide)
+
+        def terms(tol: float) -> int:
+            return 1 if narrow else 2 if tol >= 1e-5 else 3
+
+        return WholeSolve(
+            op="affine",
+            problem={"features": self.features, "dtype": wide},
+            operands=(w, u),
+            at=lambda z: (w, torch.addmm(u, z, w.mT)),
+            options=lambda tol: {"activation": self.activation, "terms": terms(tol)},
+        )
+
+    def default_tol(self) -> float | None:
+        return 1e-2 if self.operands == "bf16" else None
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, inputs={self.inputs}, activation={self.activation!r}, operands={self.operands!r}"

@@ -1,0 +1,120 @@
+"""The layer."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adjoints import Adjoint, Implicit
+from .cells import Cell
+from .fixed_point import check, fixed_point
+from .layout import describe
+from .solution import Solution
+from .solvers import Picard, Solver
+
+
+class DEQ(nn.Module):
+    """A deep equilibrium layer: z* = cell(z*, x), solved and differentiated implicitly (Bai et al. 2019).
+
+    An ordinary module in every mode: differentiable in train() and eval(), under autocast and checkpointing, called
+    any number of times before a backward.
+
+    Args:
+        cell: Any nn.Module with `forward(z, x)` that returns a state like z, or a `cells.Cell`.
+        solver: How the fixed point is found: `Picard`, `Anderson` or `Broyden`.
+        adjoint: How gradients are taken: `Implicit`, `Neumann`, `Phantom`, `OneStep` or `Unrolled`.
+        tol: Relative residual at which a sample is done. None is 1e-3, or 1e-2 where operands are bfloat16 or float16.
+        max_steps: Evaluations of the cell at most.
+        trace: Keep the residual of every evaluation, in `last.trace`.
+        group: A torch.distributed group whose ranks stop together, for a cell that communicates.
+
+    Attributes:
+        last: The `Solution` of the last call without its value (None before it): status, steps, residual per sample.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind or out of range; the message names it.
+    """
+
+    def __init__(
+        self,
+        cell: nn.Module,
+        *,
+        solver: Solver = Picard(),  # noqa: B008  frozen
+        adjoint: Adjoint = Implicit(),  # noqa: B008  frozen
+        tol: float | None = None,
+        max_steps: int = 50,
+        trace: bool = False,
+        group: Any = None,
+    ):
+        super().__init__()
+        if not isinstance(cell, nn.Module):
+            raise TypeError(f"cell must be an nn.Module, got {describe(cell)}; for a function there is fixed_point")
+        check(solver, adjoint, tol, max_steps)
+        self.cell, self.solver, self.adjoint = cell, solver, adjoint
+        self.tol, self.max_steps, self.trace, self.group = tol, max_steps, trace, group
+        self.last: Solution | None = None
+
+    def forward(self, x: Any, z0: Any = None, mask: Any = None) -> Any:
+        """The fixed point: `solve(x, z0, mask).value`."""
+        return self.solve(x, z0, mask).value
+
+    def solve(self, x: Any, z0: Any = None, mask: Any = None) -> Solution:
+        """The fixed point and, per sample, what became of it.
+
+        Args:
+            x: The cell's input.
+            z0: Where to start: a state. None asks the cell (`initial`), or is zeros like x.
+            mask: bool, True where an element of the state counts in norms.
+
+        Raises:
+            TypeError, ValueError: x, z0, mask or what the cell returned does not fit; the message names it.
+        """
+        cell = self.cell
+        own = isinstance(cell, Cell)
+        injection = cell.inject(x) if own else x
+        if z0 is None:
+            z0 = cell.initial(x, injection) if own else _zeros(x)
+        tol = self.tol if self.tol is not None or not own else cell.default_tol()
+        solution = fixed_point(
+            _Map(cell, injection),
+            z0,
+            solver=self.solver,
+            adjoint=self.adjoint,
+            tol=tol,
+            max_steps=self.max_steps,
+            batch_dims=getattr(cell, "batch_dims", 1),
+            mask=mask,
+            trace=self.trace,
+            group=self.group,
+        )
+        self.last = replace(solution, value=None)
+        return solution
+
+    def extra_repr(self) -> str:
+        tol = "auto" if self.tol is None else self.tol
+        return f"solver={self.solver}, adjoint={self.adjoint}, tol={tol}, max_steps={self.max_steps}"
+
+    def __getstate__(self):
+        return {**self.__dict__, "last": None}
+
+
+class _Map:
+    """z -> cell(z, injection)."""
+
+    def __init__(self, cell: Callable, injection: Any):
+        self.cell, self.injection = cell, injection
+
+    def __call__(self, z: Any) -> Any:
+        return self.cell(z, self.injection)
+
+    @property
+    def whole_solve(self):
+        return self.cell.whole_solve(self.injection) if isinstance(self.cell, Cell) else None
+
+
+def _zeros(x: Any) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"z0 must be given where x is not a tensor and the cell has no `initial`; x is {describe(x)}")
+    return torch.zeros_like(x)

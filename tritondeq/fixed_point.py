@@ -1,0 +1,309 @@
+"""The driver, and the one loop: every solver, every cell, forward and backward."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.utils.checkpoint
+from torch import Tensor
+
+from .adjoints import Adjoint, BackwardSolves, Implicit, Unrolled, attach
+from .capture import Linearised
+from .kernels.dispatch import WholeSolve
+from .kernels.rules import Rules
+from .layout import Layout
+from .solution import Solution
+from .solvers import Picard, Solver
+from .solvers.base import count, number
+
+READ_EVERY = 4  # steps between two looks, one look late, at whether any sample is still active on a GPU
+
+
+def fixed_point(
+    f: Callable[..., Any],
+    z0: Any,
+    args: tuple = (),
+    *,
+    solver: Solver = Picard(),  # noqa: B008  frozen
+    adjoint: Adjoint = Implicit(),  # noqa: B008  frozen
+    tol: float | None = None,
+    max_steps: int = 50,
+    batch_dims: int = 1,
+    mask: Any = None,
+    trace: bool = False,
+    group: Any = None,
+    throw: bool = False,
+) -> Solution:
+    """Solves z = f(z, *args), sample by sample, and makes the solution differentiable.
+
+    Args:
+        f: Returns a state of the structure, shapes and device of `z0`. What it captures gets gradients too. Its
+            attribute `whole_solve`, if any, is a `WholeSolve`: a kernel that does the whole solve in one launch.
+        z0: Where to start: a floating-point tensor or a tuple / list / dict of them, in any nesting. The iteration runs
+            in float32 (float64 if any tensor is) whatever their dtype and autocast say; f gets and may return theirs.
+        args: Further arguments of f.
+        solver: `Picard`, `Anderson` or `Broyden`.
+        adjoint: `Implicit`, `Neumann`, `Phantom`, `OneStep` or `Unrolled`. Only the last gives `z0` a gradient.
+        tol: Relative residual ||f(z) - z|| / ||f(z)||, 2-norms over a sample, at which it is frozen. None is 1e-2 where
+            the state or autocast is bfloat16 or float16, else 1e-3.
+        max_steps: Evaluations of f at most (plus one at the solution, where gradients are wanted).
+        batch_dims: Leading dims that index samples; negative counts from the end of the (first) tensor's dims.
+        mask: bool, True where an element counts in norms; aligned with the first dims of each tensor.
+        trace: Keep the residual of every evaluation.
+        group: A torch.distributed group whose ranks stop together, for an f that communicates.
+        throw: Raise where a sample fails instead of only saying so in `status`; syncs.
+
+    Returns:
+        A `Solution`.
+
+    Raises:
+        TypeError, ValueError: an argument or what f returned does not fit; the message names it.
+        RuntimeError: with `throw`, a sample is MAX_STEPS, GROWING or NONFINITE.
+    """
+    if not callable(f):
+        raise TypeError(f"f must be callable, got {f!r}")
+    if not isinstance(args, tuple):
+        raise TypeError(f"args must be a tuple, got {type(args).__name__}")
+    count("batch_dims", batch_dims, least=-(1 << 30))
+    check(solver, adjoint, tol, max_steps)
+    layout = Layout(z0, batch_dims)
+    if tol is None:
+        tol = 1e-2 if _halves(layout) else 1e-3
+    keep = layout.mask(mask)
+    settings = Settings(solver, float(tol), max_steps, keep, group)
+    start = layout.pack(z0, "z0")
+
+    def apply(flat: Tensor) -> Tensor:
+        return layout.pack(f(layout.unpack(flat), *args))
+
+    if isinstance(adjoint, Unrolled):
+        flat, solution = _unroll(apply, start, settings, adjoint, trace)
+    else:
+        whole = getattr(f, "whole_solve", None)
+        op, path = _plan(whole, layout, settings, trace)
+        with torch.no_grad():
+            start = start.detach()
+            if op is None:
+                flat, solution = iterate(apply, start, settings, trace)
+            else:
+                flat, solution = _launch(op.solve, (*whole.operands, start), whole, settings)
+        solution.path = path if op else f"loop: {path}"
+        if torch.is_grad_enabled():
+            at = Linearised(f, layout, flat, args)
+            if at.differentiable:
+                backward = _Backward(settings, adjoint, whole, layout, flat, solution._adjoints)
+                flat = attach(adjoint, at, flat, backward)
+    solution.value = layout.unpack(flat)
+    _shape(solution, layout)
+    if throw:
+        solution.raise_if_failed()
+    return solution
+
+
+def check(solver: Any, adjoint: Any, tol: Any, max_steps: Any) -> None:
+    """Raises TypeError or ValueError unless these are what `fixed_point` takes."""
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver must be a Solver such as Picard(), got {solver!r}")
+    if not isinstance(adjoint, Adjoint):
+        raise TypeError(f"adjoint must be an Adjoint such as Implicit(), got {adjoint!r}")
+    if isinstance(adjoint, Unrolled) and not isinstance(solver, Picard):
+        raise ValueError(f"adjoint Unrolled differentiates Picard steps only, got solver {solver!r}")
+    if tol is not None:
+        number("tol", tol, 0)
+    count("max_steps", max_steps)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one solve is told, beside the map and where to start."""
+
+    solver: Solver
+    tol: float
+    max_steps: int
+    keep: Tensor | None  # mask [B, N]
+    group: Any
+
+
+def iterate(
+    f: Callable[[Tensor], Tensor], z: Tensor, settings: Settings, trace: bool = False
+) -> tuple[Tensor, Solution]:
+    """The loop. Returns the iterate [B, N] with the lowest residual, and a Solution without it."""
+    solver, keep = settings.solver, settings.keep
+    rules = Rules(z.shape[0], z.dtype, z.device, settings.tol)
+    done = _Done(z.device, settings.group)
+    residuals, best = [], z
+    f, outside = _keep_autocast(f, z.device.type)
+    with outside:
+        memory = solver.init(z, keep)
+        for k in range(1, settings.max_steps + 1):
+            y = f(z)
+            g = y - z
+            seen = g if keep is None else torch.where(keep, g, 0.0)
+            r = torch.linalg.vector_norm(seen, dim=1)
+            s = torch.linalg.vector_norm(y if keep is None else torch.where(keep, y, 0.0), dim=1)
+            rel, improved = rules.update(k, r, s)
+            best = torch.where(improved.unsqueeze(1), z, best)
+            if trace:
+                residuals.append(rel)
+            if k == settings.max_steps or done(rules.active):
+                break
+            z = torch.where(rules.active.unsqueeze(1), solver.step(memory, z, y, g, seen, rules), z)
+    solution = _solution(rules.steps, rules.best, rules.status())
+    solution.trace = torch.stack(residuals) if trace else None
+    return best, solution
+
+
+class _Done:
+    """Whether no sample is active. On a GPU the answer is READ_EVERY steps old, so that nobody waits for it."""
+
+    def __init__(self, device: torch.device, group: Any):
+        self.group, self.cuda, self.looks = group, device.type == "cuda", 0
+        if self.cuda:
+            self.flag = torch.ones((), dtype=torch.int32, pin_memory=True)
+            self.copied: torch.cuda.Event | None = None
+
+    def __call__(self, active: Tensor) -> bool:
+        self.looks += 1
+        if self.cuda and self.looks % READ_EVERY:
+            return False
+        left = active.any()
+        if self.group is not None:
+            left = left.int()
+            torch.distributed.all_reduce(left, torch.distributed.ReduceOp.MAX, group=self.group)
+        if not self.cuda:
+            return not left
+        if self.copied is None:
+            self.copied = torch.cuda.Event()
+        else:
+            self.copied.synchronize()
+            if not self.flag.item():
+                return True
+        self.flag.copy_(left, non_blocking=True)
+        self.copied.record()
+        return False
+
+
+class _Backward(BackwardSolves):
+    """Solves the linear systems of the exact adjoint as the forward one was solved, or as the adjoint says."""
+
+    def __init__(self, settings, adjoint, whole, layout, z, record):
+        if isinstance(adjoint, Implicit):
+            settings = replace(
+                settings,
+                solver=adjoint.solver or settings.solver,
+                tol=adjoint.tol or settings.tol,
+                max_steps=adjoint.max_steps or settings.max_steps,
+            )
+        self.settings, self.whole, self.layout, self.z, self.record = settings, whole, layout, z, record
+
+    def adjoint(self, at: Linearised, g: Tensor) -> Tensor:
+        settings, whole = self.settings, self.whole
+        with torch.no_grad():
+            g, scale = _normalised(g)
+            op, path = _plan(whole, self.layout, settings, trace=False)
+            if op is None:
+                u, solution = iterate(lambda u: at.vjp(u) + g, g, settings)
+            else:
+                u, solution = _launch(op.adjoint, (*whole.at(self.z), g), whole, settings)
+            solution.path = path if op else f"loop: {path}"
+            _shape(solution, self.layout)
+            self.record[:] = [solution]
+            return u * scale
+
+    def tangent(self, at: Linearised, w: Tensor) -> Tensor:
+        with torch.no_grad():
+            w, scale = _normalised(w)
+            return iterate(lambda v: at.jvp(v) + w, w, self.settings)[0] * scale
+
+
+def _normalised(g: Tensor) -> tuple[Tensor, Tensor]:
+    """(g / scale, scale): a power of two per sample, so that tiny and huge gradients are solved to the bit alike."""
+    peak = g.abs().amax(dim=1, keepdim=True) if g.shape[1] else g.new_zeros(g.shape[0], 1)
+    scale = torch.exp2(torch.frexp(peak).exponent.to(g.dtype))
+    scale = torch.where((peak > 0) & peak.isfinite(), scale, 1.0)
+    return g / scale, scale
+
+
+def _plan(whole: WholeSolve | None, layout: Layout, settings: Settings, trace: bool):
+    """(op, how) if one launch can do it, else (None, why not)."""
+    fused = settings.solver.fused()
+    if whole is None:
+        return None, "the cell names no whole-solve kernel"
+    if settings.keep is not None or settings.group is not None or trace:
+        return None, "whole-solve kernels take no mask, group or trace"
+    if fused is None:
+        return None, f"no whole-solve kernel has {type(settings.solver).__name__}"
+    return whole.pick(layout.device, fused["memory"])
+
+
+def _launch(
+    op: Callable, operands: tuple[Tensor, ...], whole: WholeSolve, settings: Settings
+) -> tuple[Tensor, Solution]:
+    """One whole solve by a kernel."""
+    options = whole.options(settings.tol) | settings.solver.fused()
+    value, *outcome = op(*operands, tol=settings.tol, max_steps=settings.max_steps, **options)
+    return value, _solution(*outcome)
+
+
+def _unroll(f, z: Tensor, settings: Settings, adjoint: Unrolled, trace: bool) -> tuple[Tensor, Solution]:
+    """`steps` damped steps under autograd; the residual is that of the last evaluation."""
+    keep, damping = settings.keep, settings.solver.damping
+    rules = Rules(z.shape[0], z.dtype, z.device, settings.tol)
+    residuals = []
+    for k in range(1, adjoint.steps + 1):
+        if adjoint.checkpoint and torch.is_grad_enabled():
+            y = torch.utils.checkpoint.checkpoint(f, z, use_reentrant=False)
+        else:
+            y = f(z)
+        if trace or k == adjoint.steps:
+            with torch.no_grad():
+                g = y - z if keep is None else torch.where(keep, y - z, 0.0)
+                s = y if keep is None else torch.where(keep, y, 0.0)
+                rules = Rules(z.shape[0], z.dtype, z.device, settings.tol)
+                rel, _ = rules.update(1, torch.linalg.vector_norm(g, dim=1), torch.linalg.vector_norm(s, dim=1))
+                residuals.append(rel)
+        z = y if damping == 1 else torch.lerp(z, y, damping)
+    solution = _solution(rules.steps * adjoint.steps, rules.rel, rules.status())
+    solution.trace = torch.stack(residuals) if trace else None
+    solution.path = "loop: unrolled under autograd"
+    return z, solution
+
+
+def _solution(steps: Tensor, residual: Tensor, status: Tensor) -> Solution:
+    return Solution(None, status, steps, residual)
+
+
+def _shape(solution: Solution, layout: Layout) -> None:
+    """Gives per-sample vectors the batch shape."""
+    for name in ("status", "steps", "residual", "trace"):
+        vector = getattr(solution, name)
+        setattr(solution, name, None if vector is None else layout.per_sample(vector))
+
+
+def _halves(layout: Layout) -> bool:
+    """Whether the state or autocast is narrower than float32."""
+    kind = layout.device.type
+    return any(d.itemsize < 4 for d in layout.dtypes) or torch.is_autocast_enabled(kind)
+
+
+def _keep_autocast(f, kind: str):
+    """(f under today's autocast, a context without it): autocast rules the cell, never the solver."""
+    if not torch.is_autocast_enabled(kind):
+        return f, contextlib.nullcontext()
+    dtype, caches = torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()
+
+    def cell(z: Tensor) -> Tensor:
+        with torch.autocast(kind, dtype=dtype, cache_enabled=caches):
+            return f(z)
+
+    return cell, _no_autocast(kind)
+
+
+@contextlib.contextmanager
+def _no_autocast(kind: str):
+    with torch.autocast(kind, enabled=False):
+        yield
+    torch.clear_autocast_cache()  # casts made under no_grad would cut the gradient of whoever finds them

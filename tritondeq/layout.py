@@ -1,0 +1,118 @@
+"""How a state, any nesting of tensors that share their first dims, lies in one [B, N] matrix."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+def describe(x: Any) -> str:
+    """What `x` is, for an error message."""
+    if isinstance(x, Tensor):
+        return f"a {str(x.dtype).removeprefix('torch.')} tensor of shape {tuple(x.shape)} on {x.device}"
+    return f"{type(x).__name__} {x!r}"[:120]
+
+
+class Layout:
+    """Packs states of one structure into [B, N] matrices and back; differentiable both ways.
+
+    Args:
+        state: The example: a floating-point tensor, or a tuple / list / dict of them in any nesting.
+        batch_dims: How many leading dims index samples; negative counts from the end of the first tensor's dims.
+        name: What errors call the state.
+
+    Raises:
+        TypeError: a leaf is not a floating-point tensor.
+        ValueError: no leaf, leaves on different devices or with different batch shapes, `batch_dims` out of range.
+    """
+
+    def __init__(self, state: Any, batch_dims: int = 1, name: str = "z0"):
+        leaves, self.spec = pytree.tree_flatten(state)
+        if not leaves:
+            raise ValueError(f"{name} must hold at least one tensor, got {describe(state)}")
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+                raise TypeError(f"{name} must be made of floating-point tensors, got {describe(leaf)}")
+        first = leaves[0]
+        dims = batch_dims + first.ndim if batch_dims < 0 else batch_dims
+        if not 0 <= dims <= min(leaf.ndim for leaf in leaves):
+            raise ValueError(f"batch_dims={batch_dims} does not fit {name}: {', '.join(map(describe, leaves))}")
+        self.batch_shape = first.shape[:dims]
+        self.device = first.device
+        for leaf in leaves:
+            if leaf.shape[:dims] != self.batch_shape or leaf.device != self.device:
+                raise ValueError(
+                    f"{name}: tensors must share device and first {dims} dims, got {describe(first)} and {describe(leaf)}"
+                )
+        self.shapes = [leaf.shape for leaf in leaves]
+        self.dtypes = [leaf.dtype for leaf in leaves]
+        self.dtype = torch.float64 if torch.float64 in self.dtypes else torch.float32
+        self.batch = self.batch_shape.numel()
+        self.sizes = [leaf.shape[dims:].numel() for leaf in leaves]
+        self.width = sum(self.sizes)
+        self.single = self.spec == pytree.tree_structure(0)
+
+    def pack(self, state: Any, name: str = "f(z)") -> Tensor:
+        """The state as [B, N] in float32, or float64 if any leaf is; a view where it can be.
+
+        Raises:
+            TypeError, ValueError: its structure, shapes, device or kind differ from the example's.
+        """
+        if self.single:
+            self._check(state, 0, name)
+            return state.reshape(self.batch, self.width).to(self.dtype)
+        leaves, spec = pytree.tree_flatten(state)
+        if spec != self.spec:
+            raise ValueError(f"{name} must have the structure of z0: wanted {self.spec}, got {spec}")
+        for i, leaf in enumerate(leaves):
+            self._check(leaf, i, name)
+        flat = [leaf.reshape(self.batch, n).to(self.dtype) for leaf, n in zip(leaves, self.sizes, strict=True)]
+        return torch.cat(flat, dim=1)
+
+    def unpack(self, flat: Tensor) -> Any:
+        """The state that [B, N] `flat` holds, each leaf in its own dtype."""
+        if self.single:
+            return flat.view(self.shapes[0]).to(self.dtypes[0])
+        parts = flat.split(self.sizes, dim=1)
+        leaves = [p.reshape(s).to(d) for p, s, d in zip(parts, self.shapes, self.dtypes, strict=True)]
+        return pytree.tree_unflatten(leaves, self.spec)
+
+    def per_sample(self, vector: Tensor) -> Tensor:
+        """[..., B] as [..., *batch shape]."""
+        return vector.reshape(*vector.shape[:-1], *self.batch_shape)
+
+    def mask(self, mask: Any) -> Tensor | None:
+        """`mask` as [B, N] bool: one tensor for every leaf, its dims aligned with the leaf's first, or a nesting as z0's.
+
+        Raises:
+            TypeError: it is not boolean.
+            ValueError: it does not broadcast to a leaf.
+        """
+        if mask is None:
+            return None
+        masks = [mask] * len(self.shapes)
+        if not isinstance(mask, Tensor):
+            masks, spec = pytree.tree_flatten(mask)
+            if spec != self.spec:
+                raise ValueError(f"mask must be a tensor or have the structure of z0: wanted {self.spec}, got {spec}")
+        flat = []
+        for m, shape, size in zip(masks, self.shapes, self.sizes, strict=True):
+            if not isinstance(m, Tensor) or m.dtype != torch.bool:
+                raise TypeError(f"mask must be made of bool tensors (True: counts), got {describe(m)}")
+            wide = m.reshape(m.shape + (1,) * max(0, len(shape) - m.ndim))
+            if len(wide.shape) > len(shape) or any(a not in (1, b) for a, b in zip(wide.shape, shape, strict=True)):
+                raise ValueError(
+                    f"mask of shape {tuple(m.shape)} must broadcast, first dims first, to z0's {tuple(shape)}"
+                )
+            flat.append(wide.to(self.device).expand(shape).reshape(self.batch, size))
+        return torch.cat(flat, dim=1)
+
+    def _check(self, leaf: Any, i: int, name: str) -> None:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            raise TypeError(f"{name} must return floating-point tensors, got {describe(leaf)}")
+        if leaf.shape != self.shapes[i] or leaf.device != self.device:
+            raise ValueError(
+                f"{name} must keep the shape and device of z0: wanted {tuple(self.shapes[i])} on {self.device}, "
+                f"got {describe(leaf)}"
+            )

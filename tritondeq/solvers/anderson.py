@@ -1,0 +1,94 @@
+"""Anderson acceleration, per sample, in differences."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.rules import SAFEGUARD
+from .base import Solver, count, number
+
+
+@dataclass
+class _Rings:
+    """The last m differences of residuals and of plain steps, and what the next difference is taken from."""
+
+    residuals: Tensor  # [B, m + 1, N]: m differences, and last the newest residual itself
+    steps: Tensor  # [B, m, N]
+    scale: Tensor  # [B, m + 1]: 1 / norm of each difference; 1 for the residual
+    ridge: Tensor  # [m + 1, m + 1]: diagonal
+    z: Tensor | None = None  # the iterate before; f's own output is not kept, for f may reuse its memory
+    taken: int = 0
+
+
+@dataclass(frozen=True)
+class Anderson(Solver):
+    """z+ = h - sum_j gamma_j dh_j,  gamma = argmin |g - sum_j gamma_j dg_j|^2,  h = z + damping g,  g = f(z) - z.
+
+    dh_j and dg_j are the last `memory` differences between successive h and g of the same sample (type II; Walker and
+    Ni 2011, eq. 2.4; Anderson 1965). Worth its 2 memory + 3 states of memory where plain iteration needs more than
+    about 15 steps (spectral radius above 0.9), or where the cell is dear.
+
+    The normal equations are scaled to a unit diagonal before the ridge is added, so that the path does not change when
+    the problem is scaled, and dear little differences count as much as old large ones. A sample whose small system has
+    no finite solution, or whose residual is above twice its best, takes a plain step.
+
+    Args:
+        memory: Differences kept, at least 1; the whole-solve kernels take up to 4.
+        damping: In (0, 2).
+        ridge: Relative to the trace of the scaled Gram matrix over its size; at least a few ulps, its rounding error.
+
+    Raises:
+        TypeError, ValueError: an option is of the wrong kind or out of range.
+    """
+
+    memory: int = 5
+    damping: float = 1.0
+    ridge: float = 1e-8
+
+    def __post_init__(self):
+        count("memory", self.memory)
+        number("damping", self.damping, 0, 2)
+        number("ridge", self.ridge, 0, closed=True)
+
+    def init(self, z: Tensor, mask) -> _Rings:
+        batch, width = z.shape
+        m = self.memory
+        ridge = max(self.ridge, 4 * torch.finfo(z.dtype).eps)
+        return _Rings(
+            residuals=z.new_zeros(batch, m + 1, width),
+            steps=z.new_zeros(batch, m, width),
+            scale=z.new_ones(batch, m + 1),
+            ridge=ridge * torch.eye(m + 1, dtype=z.dtype, device=z.device),
+        )
+
+    def step(self, memory: _Rings, z: Tensor, y: Tensor, g: Tensor, seen: Tensor, rules) -> Tensor:
+        h = y if self.damping == 1 else torch.add(z, g, alpha=self.damping)
+        m = self.memory
+        newest = memory.residuals[:, m]
+        before, memory.z = memory.z, z
+        if before is None:
+            newest.copy_(seen)
+            return h
+        slot = memory.taken % m
+        memory.taken += 1
+        change = torch.sub(seen, newest, out=memory.residuals[:, slot])
+        torch.sub(z, before, out=memory.steps[:, slot]).add_(change, alpha=self.damping)
+        newest.copy_(seen)
+        gamma = self._mixing(memory, rules)
+        return torch.baddbmm(h.unsqueeze(1), gamma.unsqueeze(1), memory.steps, alpha=-1).squeeze(1)
+
+    def _mixing(self, memory: _Rings, rules) -> Tensor:
+        """gamma [B, m]; zero for an empty slot, because its row of the Gram matrix is, and for an unsafe sample."""
+        m = self.memory
+        gram = torch.bmm(memory.residuals, memory.residuals.mT)
+        tiny = torch.finfo(gram.dtype).tiny
+        torch.rsqrt(gram.diagonal(dim1=1, dim2=2)[:, :m].clamp_min(tiny), out=memory.scale[:, :m])
+        scale = memory.scale
+        system = torch.addcmul(memory.ridge, gram * scale.unsqueeze(2), scale.unsqueeze(1))
+        gamma, _ = torch.linalg.solve_ex(system[:, :m, :m], system[:, :m, m])
+        gamma = (gamma * scale[:, :m]).nan_to_num(0.0, 0.0, 0.0)
+        return torch.where((rules.rel <= SAFEGUARD * rules.best).unsqueeze(1), gamma, 0.0)
+
+    def fused(self):
+        return {"memory": self.memory, "damping": float(self.damping), "ridge": float(self.ridge)}

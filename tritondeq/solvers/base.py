@@ -1,0 +1,51 @@
+"""What a solver is: a frozen dataclass of options that proposes the next iterate. It knows nothing of gradients."""
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import Tensor
+
+from ..kernels.rules import Rules
+
+
+class Solver(ABC):
+    """Proposes iterates for a batch of independent samples, each a row of a [B, N] matrix."""
+
+    @abstractmethod
+    def init(self, z: Tensor, mask: Tensor | None) -> Any:
+        """Working memory for a solve that starts at `z` [B, N]; `mask` [B, N] bool marks the elements that count."""
+
+    @abstractmethod
+    def step(self, memory: Any, z: Tensor, y: Tensor, g: Tensor, seen: Tensor, rules: Rules) -> Tensor:
+        """The next iterate [B, N], a tensor of its own or `y`.
+
+        Args:
+            memory: What `init` returned; updated in place.
+            z: The iterate.
+            y: f(z); not to be written to.
+            g: y - z.
+            seen: g, zero where the mask is False; what norms and inner products are made of.
+            rules: Stop rules after this evaluation; `rules.rel` and `rules.best` say how it went.
+        """
+
+    def fused(self) -> dict[str, float] | None:
+        """The whole-solve kernels' arguments for this solver, or None if no kernel has it."""
+        return None
+
+
+def number(name: str, value: Any, low: float, high: float = math.inf, closed: bool = False) -> None:
+    """Raises unless `value` is a real number above `low` (or at it, if `closed`) and below `high`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (low < value < high or (closed and value == low)):
+        wanted = f"{'at least' if closed else 'above'} {low}" + (f" and below {high}" if high < math.inf else "")
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def count(name: str, value: Any, least: int = 1) -> None:
+    """Raises unless `value` is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -1,0 +1,83 @@
+"""Broyden's method with a bounded number of updates, per sample."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.rules import SAFEGUARD
+from .base import Solver, count
+
+
+@dataclass
+class _Updates:
+    """The inverse Jacobian of g as -I + sum_j u_j v_j', and the evaluation before."""
+
+    u: Tensor  # [B, m, N]
+    v: Tensor  # [B, m, N]
+    mask: Tensor | None
+    z: Tensor | None = None
+    g: Tensor | None = None
+    taken: int = 0
+
+
+@dataclass(frozen=True)
+class Broyden(Solver):
+    """z+ = z - H g,  H+ = H + (dz - H dg) (dz' H) / (dz' H dg),  H_0 = -I,  g = f(z) - z.
+
+    Good Broyden (Broyden 1965, eq. 4.5; as in Bai et al. 2019, but bounded): only the last `memory` updates are kept,
+    so it costs 2 memory + 4 states of memory however long the solve is. Reaches fixed points that repel plain
+    iteration; there is no other reason to prefer it to Anderson. A sample whose residual is above twice its best
+    takes a plain step.
+
+    Args:
+        memory: Updates kept, at least 1.
+
+    Raises:
+        TypeError, ValueError: `memory` is not an integer of at least 1.
+    """
+
+    memory: int = 10
+
+    def __post_init__(self):
+        count("memory", self.memory)
+
+    def init(self, z: Tensor, mask) -> _Updates:
+        ring = (z.shape[0], self.memory, z.shape[1])
+        return _Updates(z.new_zeros(ring), z.new_zeros(ring), mask)
+
+    def step(self, memory: _Updates, z: Tensor, y: Tensor, g: Tensor, seen: Tensor, rules) -> Tensor:
+        u, v = memory.u, memory.v
+        if memory.g is not None:
+            self._update(memory, z - memory.z, seen - memory.g)
+        memory.z, memory.g = z, seen
+        along = _dots(v, seen)
+        along = torch.where((rules.rel <= SAFEGUARD * rules.best).unsqueeze(1), along, 0.0)
+        return y - _mix(along, u)
+
+    def _update(self, memory: _Updates, dz: Tensor, dg: Tensor) -> None:
+        if memory.mask is not None:
+            dz = torch.where(memory.mask, dz, 0.0)
+        u, v = memory.u, memory.v
+        slot = memory.taken % self.memory
+        memory.taken += 1
+        u[:, slot] = 0  # the oldest update leaves H before the newest is made from it
+        left = _mix(_dots(u, dz), v) - dz
+        right = _mix(_dots(v, dg), u) - dg
+        den = torch.linalg.vecdot(left, dg)
+        floor = torch.finfo(dz.dtype).eps * torch.linalg.vector_norm(left, dim=1) * torch.linalg.vector_norm(dg, dim=1)
+        fine = den.abs() > floor  # false for a frozen sample too: its dz and dg are zero
+        new = (dz - right) / torch.where(fine, den, 1.0).unsqueeze(1)
+        fine = fine & torch.isfinite(new).all(dim=1)
+        u[:, slot] = torch.where(fine.unsqueeze(1), new, 0.0)
+        v[:, slot] = torch.where(fine.unsqueeze(1), left, 0.0)
+
+
+def _dots(ring: Tensor, x: Tensor) -> Tensor:
+    """Inner products [B, m] of each row of `ring` [B, m, N] with `x` [B, N]."""
+    return torch.bmm(ring, x.unsqueeze(2)).squeeze(2)
+
+
+def _mix(c: Tensor, ring: Tensor) -> Tensor:
+    """Sums [B, N] of the rows of `ring` [B, m, N], weighted by `c` [B, m]."""
+    return torch.bmm(c.unsqueeze(1), ring).squeeze(1)

@@ -1,0 +1,37 @@
+"""Plain and damped fixed-point iteration."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import Solver, number
+
+
+@dataclass(frozen=True)
+class Picard(Solver):
+    """z+ = z + damping (f(z) - z): no memory beside the state, one evaluation and one pass a step.
+
+    The right choice for contractive cells. Below 1, `damping` calms a cell whose iterates oscillate; on a cell that
+    contracts anyway it only costs steps.
+
+    Args:
+        damping: In (0, 2).
+
+    Raises:
+        ValueError: `damping` is outside (0, 2).
+    """
+
+    damping: float = 1.0
+
+    def __post_init__(self):
+        number("damping", self.damping, 0, 2)
+
+    def init(self, z, mask):
+        return None
+
+    def step(self, memory, z: Tensor, y: Tensor, g: Tensor, seen: Tensor, rules) -> Tensor:
+        return y if self.damping == 1 else torch.add(z, g, alpha=self.damping)
+
+    def fused(self):
+        return {"memory": 0, "damping": float(self.damping)}

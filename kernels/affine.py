@@ -1,0 +1,453 @@
+"""Whole solve of the affine cell in one launch.
+
+    z* = act(W z* + u)                          z, u [B, D] rows, W [D, D], D <= 256; act has act(0) = 0
+    u* = W' (s u*) + g,  s = act'(pre)          its adjoint, pre = W z* + u; iterated as v = s (v W + g), v = s u
+
+A program owns a tile of rows, keeps W in shared memory and its rows in registers, and iterates until each row has stopped.
+Bytes per call: u and z once (plus pre in the adjoint), W once per program; nothing per step.
+
+Delta form: acc = W z + u is carried in fp32 and only the bf16 increments d of z go through the tensor cores, so what
+rounding takes from one increment is in the next one, and the fixed point is accurate to fp32. W itself is a sum of 1 to 3
+bf16 terms; two leave an error of 2^-17 in it.
+
+STREAM, where the terms don't fit together: the first stays, and acc = u + W0 z + W1 zs with zs behind z. `lag` is z - zs, and
+`drift` bounds its norm by the sum of the steps in it. A row whose drift passes LAG / 2 times max(defect, tol * norm) pushes its
+lag through W1, which is read from L2. Only an evaluation with drift <= LAG * max(defect, tol * norm) can become the best
+one: its residual is off by at most LAG * ||W1|| <= LAG * 2^-9 ||W|| of max(residual, tol), 3% at ||W|| = 1.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .dispatch import Op, interpreting, register
+from .rules import SAFEGUARD, Rules
+from .tl_common import (
+    SAFEGUARD as TL_SAFEGUARD,
+)
+from .tl_common import (
+    act,
+    act_slope,
+    anderson_weights,
+    bf16_pair,
+    row_sums,
+    rules_start,
+    rules_status,
+    rules_update,
+)
+
+FEATURES = 256  # most of them
+MEMORY = 4  # most differences that Anderson can store in registers
+RIDGE = 4e-7  # least ridge in fp32: the rounding of a Gram matrix of unit diagonal
+LAG = tl.constexpr(16.0)
+
+ACTIVATIONS = {
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "gelu": torch.nn.functional.gelu,
+    "sin": torch.sin,
+    "identity": lambda x: x,
+}
+SLOPES = {
+    "tanh": lambda x: 1 - torch.tanh(x) ** 2,
+    "relu": lambda x: (x > 0).to(x.dtype),
+    "gelu": lambda x: 0.5 + 0.5 * torch.erf(x * 0.5**0.5) + x * torch.exp(-0.5 * x * x) * (0.5 / torch.pi) ** 0.5,
+    "sin": torch.cos,
+    "identity": torch.ones_like,
+}
+
+
+def iterate(f, z: Tensor, *, tol, max_steps, damping, memory, ridge) -> tuple[Tensor, Rules]:
+    """The kernel's loop in torch: (kept z, rules) of z = f(z) for rows z [B, D]."""
+    rules = Rules(len(z), z.dtype, z.device, tol)
+    kept, pairs, step, last = z, [], None, None
+    for k in range(1, max_steps + 1):
+        image = f(z)
+        defect = image - z
+        rel, improved = rules.update(k, defect.norm(dim=-1), image.norm(dim=-1))
+        kept = torch.where(improved[:, None], z, kept)
+        if k == max_steps or not rules.active.any():
+            break
+        if memory and k > 1:
+            pairs = [*pairs, (step, defect - last)][-memory:]
+        step, last = damping * defect, defect
+        if pairs:
+            dx, dg = (torch.stack(side, -1) for side in zip(*pairs, strict=True))
+            gamma = _anderson_weights(dg, defect, ridge)
+            plain = (rel > SAFEGUARD * rules.best) | ~gamma.isfinite().all(-1)
+            gamma = torch.where(plain[:, None], 0.0, gamma)
+            step = step - ((dx + damping * dg) @ gamma[..., None])[..., 0]
+        step = torch.where(rules.active[:, None], step, 0.0)
+        z = z + step
+    return kept, rules
+
+
+def _anderson_weights(dg: Tensor, defect: Tensor, ridge: float) -> Tensor:
+    """argmin || defect - dg gamma || for dg [B, D, m], the Gram matrix scaled to a unit diagonal plus ridge."""
+    if dg.dtype == torch.float32:
+        ridge = max(ridge, RIDGE)
+    gram = dg.mT @ dg
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
+    gram = gram * scale[..., None] * scale[..., None, :]
+    gram.diagonal(dim1=-2, dim2=-1).fill_(1 + ridge)
+    factor, _ = torch.linalg.cholesky_ex(gram)
+    dots = (dg.mT @ defect[..., None]) * scale[..., None]
+    return torch.cholesky_solve(dots, factor)[..., 0] * scale
+
+
+def affine_solve_ref(w, u, z0=None, *, activation, tol, max_steps, damping=1.0, memory=0, ridge=1e-8, terms=2):
+    """`affine_solve` in torch, in the dtype of `u`; `terms` means nothing here."""
+    z, rules = iterate(
+        lambda z: ACTIVATIONS[activation](torch.addmm(u, z, w.T)),
+        torch.zeros_like(u) if z0 is None else z0,
+        tol=tol,
+        max_steps=max_steps,
+        damping=damping,
+        memory=memory,
+        ridge=ridge,
+    )
+    return z, rules.steps, rules.best, rules.status()
+
+
+def affine_adjoint_ref(w, pre, g, *, activation, tol, max_steps, damping=1.0, memory=0, ridge=1e-8, terms=2):
+    """`affine_adjoint` in torch, in the dtype of `g`; `terms` means nothing here."""
+    slope = SLOPES[activation](pre)
+    v, rules = iterate(
+        lambda v: slope * torch.addmm(g, v, w),
+        torch.zeros_like(g),
+        tol=tol,
+        max_steps=max_steps,
+        damping=damping,
+        memory=memory,
+        ridge=ridge,
+    )
+    return torch.addmm(g, v, w), rules.steps, rules.best, rules.status()
+
+
+@triton.jit
+def _load_w(w_ptr, rows, cols, D: tl.constexpr, ADJ: tl.constexpr, INTERP: tl.constexpr):
+    """Tile [k, n] of the matrix that z is multiplied by from the left: W' forward, W in the adjoint."""
+    offs = rows[:, None] * D + cols[None, :] if ADJ else cols[None, :] * D + rows[:, None]
+    w = tl.load(w_ptr + offs, mask=(rows[:, None] < D) & (cols[None, :] < D), other=0.0)
+    return w.to(tl.float32) if INTERP else w
+
+
+@triton.jit
+def _resident(acc, d, w, N: tl.constexpr):
+    """acc + d W, for the N terms of W in shared memory."""
+    for t in tl.static_range(N):
+        acc = tl.dot(d, w[t], acc)
+    return acc
+
+
+@triton.jit
+def _streamed(
+    acc,
+    d,
+    d_ptr,  # scratch of this program, [BLOCK_B, BLOCK_D]: a tile in registers can't be sliced
+    w_ptr,
+    D: tl.constexpr,
+    TERMS: tl.constexpr,
+    ADJ: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    INTERP: tl.constexpr,
+):
+    """acc + d W, for all terms of W but the first."""
+    offs_b = tl.arange(0, BLOCK_B)[:, None] * BLOCK_D
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_k = tl.arange(0, BLOCK_K)
+    tl.debug_barrier()
+    tl.store(d_ptr + offs_b + offs_d[None, :], d)
+    tl.debug_barrier()
+    for t in tl.static_range(1, TERMS):
+        for k in range(0, BLOCK_D, BLOCK_K):
+            part = tl.load(d_ptr + offs_b + k + offs_k[None, :])
+            acc = tl.dot(part, _load_w(w_ptr + t * D * D, k + offs_k, offs_d, D, ADJ, INTERP), acc)
+    return acc
+
+
+@triton.jit(do_not_specialize=["B", "max_steps"])
+def _solve_kernel(
+    w_ptr,  # [TERMS, D, D] bf16
+    u_ptr,  # [B, D]; g in the adjoint
+    pre_ptr,  # [B, D], adjoint only
+    z0_ptr,  # [B, D], if HAS_Z0
+    d_ptr,  # [programs, BLOCK_B, BLOCK_D], if STREAM
+    z_ptr,  # [B, D]; u* in the adjoint
+    steps_ptr,  # [B]
+    residual_ptr,  # [B]
+    status_ptr,  # [B]
+    B,
+    tol,
+    max_steps,
+    damping,
+    ridge,
+    D: tl.constexpr,
+    ACT: tl.constexpr,
+    ADJ: tl.constexpr,
+    HAS_Z0: tl.constexpr,
+    TERMS: tl.constexpr,
+    MEMORY: tl.constexpr,
+    STREAM: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    INTERP: tl.constexpr,
+):
+    RESIDENT: tl.constexpr = 1 if STREAM else TERMS
+    offs_d = tl.arange(0, BLOCK_D)
+    d_ptr += tl.program_id(0).to(tl.int64) * BLOCK_B * BLOCK_D
+    w = ()
+    for t in tl.static_range(RESIDENT):
+        w = w + (_load_w(w_ptr + t * D * D, offs_d, offs_d, D, ADJ, INTERP),)
+
+    tile = tl.program_id(0)
+    while tile * BLOCK_B < B:
+        rows = tile.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+        mask_b = rows < B
+        offs = rows[:, None] * D + offs_d[None, :]
+        mask = mask_b[:, None] & (offs_d[None, :] < D)
+        acc = tl.load(u_ptr + offs, mask=mask, other=0.0)
+        z = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
+        if ADJ:
+            slope = act_slope(tl.load(pre_ptr + offs, mask=mask, other=0.0), ACT, INTERP)
+        d, near = bf16_pair(z, INTERP)
+        if HAS_Z0:
+            z = tl.load(z0_ptr + offs, mask=mask, other=0.0)
+            acc = _whole(acc, z, w, d_ptr, w_ptr, D, TERMS, STREAM, ADJ, BLOCK_B, BLOCK_D, BLOCK_K, INTERP)
+        if STREAM:
+            lag = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
+            drift = tl.zeros((BLOCK_B,), tl.float32)
+        state = rules_start(tol, BLOCK_B)
+        r = tl.zeros((BLOCK_B,), tl.float32)
+        s = tl.zeros((BLOCK_B,), tl.float32)
+        steps = tl.zeros((BLOCK_B,), tl.int32)
+        active = mask_b
+        fresh = mask_b | True  # the best z is the present one; z0 is the best until it is measured
+        k = 0
+        running = 1
+        while running > 0:
+            k += 1
+            f = slope * acc if ADJ else act(acc, ACT, INTERP)
+            g = f - z
+            sums = row_sums((g * g, f * f), 2, INTERP)
+            r = tl.sqrt(sums[0])
+            s = tl.sqrt(sums[1])
+            if STREAM:
+                scale = tl.maximum(r, tol * s)
+                counts = drift <= LAG * scale
+            else:
+                counts = mask_b
+            rel, improved, state = rules_update(state, k, r, s, counts)
+            steps += active.to(tl.int32)
+            late = active & fresh & ~improved
+            fresh = tl.where(active, improved, fresh)
+            active = mask_b & (state[0] > state[1])
+            go = active & (k < max_steps)
+            votes = go.to(tl.int32) + 256 * late.to(tl.int32)
+            step = damping * g
+            if STREAM:
+                drift += tl.where(go, damping * r, 0.0)
+                due = go & ~(drift <= 0.5 * LAG * scale)
+                votes += 65536 * due.to(tl.int32)
+            votes = tl.sum(votes, 0)
+            running = votes & 255
+            if (votes & 65280) > 0:
+                tl.store(z_ptr + offs, z - d.to(tl.float32), mask=mask & late[:, None])
+            d, near = bf16_pair(tl.where(go[:, None], step, 0.0), INTERP)
+            z += near
+            acc = _resident(acc, d, w, RESIDENT)
+            if STREAM:
+                lag += near
+                if votes >= 65536:
+                    e, near = bf16_pair(tl.where(due[:, None], lag, 0.0), INTERP)
+                    lag -= near
+                    drift = tl.where(due, drift * 0.00390625, drift)
+                    acc = _streamed(acc, e, d_ptr, w_ptr, D, TERMS, ADJ, BLOCK_B, BLOCK_D, BLOCK_K, INTERP)
+
+        tl.store(z_ptr + offs, z, mask=mask & fresh[:, None])
+        if ADJ:
+            # acc belongs to the last v: where another one was the best, compute it anew
+            if tl.sum((mask_b & ~fresh).to(tl.int32), 0) > 0:
+                tl.debug_barrier()
+                z = tl.load(z_ptr + offs, mask=mask & ~fresh[:, None], other=0.0)
+                again = tl.load(u_ptr + offs, mask=mask, other=0.0)
+                again = _whole(again, z, w, d_ptr, w_ptr, D, TERMS, STREAM, ADJ, BLOCK_B, BLOCK_D, BLOCK_K, INTERP)
+                acc = tl.where(fresh[:, None], acc, again)
+            tl.store(z_ptr + offs, acc, mask=mask)
+        tl.store(steps_ptr + rows, steps, mask=mask_b)
+        tl.store(residual_ptr + rows, state[0], mask=mask_b)
+        tl.store(status_ptr + rows, rules_status(state, r, s, tol), mask=mask_b)
+        tile += tl.num_programs(0)
+
+
+@triton.jit
+def _whole(
+    acc,
+    z,
+    w,
+    d_ptr,
+    w_ptr,
+    D: tl.constexpr,
+    TERMS: tl.constexpr,
+    STREAM: tl.constexpr,
+    ADJ: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    INTERP: tl.constexpr,
+):
+    """acc + z W for a z that is no increment: three bf16 parts hold all its bits."""
+    for _ in tl.static_range(3):
+        d, near = bf16_pair(z, INTERP)
+        z -= near
+        acc = _resident(acc, d, w, 1 if STREAM else TERMS)
+        if STREAM:
+            acc = _streamed(acc, d, d_ptr, w_ptr, D, TERMS, ADJ, BLOCK_B, BLOCK_D, BLOCK_K, INTERP)
+    return acc
+
+
+def bf16_terms(w: Tensor, terms: int) -> Tensor:
+    """[terms, D, D] in bf16 whose sum is w up to 2^(-8 * terms - 1)."""
+    parts = w.new_empty((terms, *w.shape), dtype=torch.bfloat16)
+    for part in parts:
+        part.copy_(w)
+        w = w - part
+    return parts
+
+
+def _launch(w, u, pre, z0, *, activation, tol, max_steps, damping, memory, ridge, terms):
+    batch, features = u.shape
+    u, pre, z0 = (t if t is None else t.contiguous() for t in (u, pre, z0))
+    z = torch.empty_like(u)
+    steps, status = (u.new_empty(batch, dtype=torch.int32) for _ in range(2))
+    residual = u.new_empty(batch)
+    if batch == 0:
+        return z, steps, residual, status
+    config = launch.parameters(
+        "affine", batch=batch, features=features, terms=terms, memory=memory, adjoint=pre is not None
+    )
+    programs = config.pop("programs") * launch.multiprocessors(u.device)
+    programs = min(triton.cdiv(batch, config["BLOCK_B"]), programs)
+    scratch = u
+    if config["STREAM"]:
+        dtype = torch.float32 if interpreting() else torch.bfloat16
+        scratch = u.new_empty((programs, config["BLOCK_B"], config["BLOCK_D"]), dtype=dtype)
+    with launch.on(u.device):
+        _solve_kernel[(programs,)](
+            bf16_terms(w, terms),
+            u,
+            u if pre is None else pre,
+            u if z0 is None else z0,
+            scratch,
+            z,
+            steps,
+            residual,
+            status,
+            batch,
+            tol,
+            max_steps,
+            damping,
+            max(ridge, RIDGE),
+            D=features,
+            ACT=activation,
+            ADJ=pre is not None,
+            HAS_Z0=z0 is not None,
+            TERMS=terms,
+            MEMORY=memory,
+            INTERP=interpreting(),
+            enable_fp_fusion=True,
+            **config,
+        )
+    return z, steps, residual, status
+
+
+def affine_solve(w, u, z0=None, *, activation, tol, max_steps, damping=1.0, memory=0, ridge=1e-8, terms=2):
+    """z* = act(W z* + u) for rows u.
+
+    Args:
+        w: W, [D, D] fp32; row n gives output n.
+        u: [B, D] fp32.
+        z0: Start, [B, D] fp32; zero if None.
+        activation: "tanh", "relu", "gelu" (exact), "sin" or "identity".
+        tol: Relative residual at which a row has converged.
+        max_steps: Most evaluations, at least 1.
+        damping: Factor of the step, in (0, 1].
+        memory: 0 for Picard, 1 to 4 for Anderson with as many stored differences.
+        ridge: Of Anderson's Gram matrix scaled to a unit diagonal; at least 4e-7 in fp32.
+        terms: bf16 terms of W: 1 (W is bf16), 2 or 3.
+    Returns:
+        z [B, D] with the lowest residual seen, steps [B] int32, residual [B] of that z, status [B] int32 (rules.py).
+    """
+    return _launch(
+        w,
+        u,
+        None,
+        z0,
+        activation=activation,
+        tol=tol,
+        max_steps=max_steps,
+        damping=damping,
+        memory=memory,
+        ridge=ridge,
+        terms=terms,
+    )
+
+
+def affine_adjoint(w, pre, g, *, activation, tol, max_steps, damping=1.0, memory=0, ridge=1e-8, terms=2):
+    """u* = W' (act'(pre) u*) + g for rows g; residuals are those of v = act'(pre) u.
+
+    Args:
+        w: As in `affine_solve`.
+        pre: W z* + u, [B, D] fp32.
+        g: [B, D] fp32.
+    Returns:
+        u* [B, D], steps, residual and status as `affine_solve`'s.
+    """
+    return _launch(
+        w,
+        g,
+        pre,
+        None,
+        activation=activation,
+        tol=tol,
+        max_steps=max_steps,
+        damping=damping,
+        memory=memory,
+        ridge=ridge,
+        terms=terms,
+    )
+
+
+def refuses(*, features, dtype, activation="tanh", terms=2, solver_memory=0, device=None) -> str | None:
+    """Why torch must solve this problem, or None."""
+    if features > FEATURES:
+        return f"{features} features, and one multiprocessor holds W up to {FEATURES}"
+    if dtype == torch.float64:
+        return "float64 state, and the kernel's is float32"
+    if activation not in ACTIVATIONS:
+        return f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}"
+    if solver_memory > MEMORY:
+        return f"Anderson memory {solver_memory}, and registers hold {MEMORY}"
+    for adjoint in (False, True):
+        shape = dict(batch=1, features=features, terms=terms, memory=solver_memory, adjoint=adjoint)
+        if launch.parameters("affine", shared=launch.shared_memory(device), **shape) is None:
+            return f"W of {features} features does not fit in this GPU's shared memory"
+    return None
+
+
+affine = register(
+    "affine",
+    Op(
+        solve=affine_solve,
+        adjoint=affine_adjoint,
+        solve_ref=affine_solve_ref,
+        adjoint_ref=affine_adjoint_ref,
+        refuses=refuses,
+    ),
+)

@@ -1,0 +1,260 @@
+"""Jitted helpers that whole-solve kernels share: activations, rounding, row sums, the rules of a row, Anderson mixing.
+
+INTERP stands wherever Triton's interpreter computes something else than a GPU: it has no inline assembly, truncates in
+`.to(bfloat16)` and multiplies the raw bits of bf16 in `tl.dot`. There a bf16 value is held in fp32.
+"""
+
+import triton
+import triton.language as tl
+
+from . import rules
+
+EPS = tl.constexpr(rules.EPS)
+WINDOW = tl.constexpr(rules.WINDOW)
+PROGRESS = tl.constexpr(rules.PROGRESS)
+FLOOR = tl.constexpr(rules.FLOOR)
+GROWTH = tl.constexpr(rules.GROWTH)
+STEADY = tl.constexpr(rules.STEADY)
+SAFEGUARD = tl.constexpr(rules.SAFEGUARD)
+CONVERGED = tl.constexpr(rules.CONVERGED)
+PLATEAU = tl.constexpr(rules.PLATEAU)
+MAX_STEPS = tl.constexpr(rules.MAX_STEPS)
+GROWING = tl.constexpr(rules.GROWING)
+NONFINITE = tl.constexpr(rules.NONFINITE)
+
+INF = tl.constexpr(float("inf"))
+GAMMA_MAX = tl.constexpr(1e10)  # a mixing weight beyond it, or NaN, is no weight
+
+
+@triton.jit
+def bf16_pair(x, INTERP: tl.constexpr):
+    """x rounded to nearest even, as bf16 (fp32 in the interpreter) and as fp32."""
+    if INTERP:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        near = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+        return near, near
+    else:
+        # the packed conversion: a plain cast that is cast back is one scalar instruction per element
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $4, $3; shl.b32 $1, $0, 16; and.b32 $2, $0, 0xffff0000;",
+            "=r,=r,=r,f,f",
+            [x],
+            dtype=(tl.bfloat16, tl.float32),
+            is_pure=True,
+            pack=2,
+        )
+
+
+@triton.jit
+def tanh(x, INTERP: tl.constexpr):
+    """Relative error about 1e-6 everywhere: 1 - 2 / (e^2x + 1) loses small x, where a polynomial takes over."""
+    if INTERP:
+        q = 1.0 / (tl.exp2(tl.where(x > 43.0, 126.0, x * 2.8853900817779268)) + 1.0)
+    else:
+        e = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 2.8853900817779268], dtype=tl.float32, is_pure=True, pack=1
+        )
+        q = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [e + 1.0], dtype=tl.float32, is_pure=True, pack=1
+        )
+    x2 = x * x
+    return tl.where(x2 < 0.01, x * (1.0 + x2 * (x2 * 0.13333333 - 0.33333334)), 1.0 - 2.0 * q)
+
+
+@triton.jit
+def sine(x, COSINE: tl.constexpr):
+    """sin x, or cos x, to 1e-6 for |x| <= 1e4 (n * pi stays exact in parts to 3e4). libdevice's slow path spills."""
+    if COSINE:
+        whole = tl.floor(x * 0.3183098861837907)
+        n = whole + 0.5
+    else:
+        whole = tl.floor(x * 0.3183098861837907 + 0.5)
+        n = whole
+    y = x - n * 3.140625 - n * 0.0009670257568359375 - n * 6.2771141529083251953e-7 - n * 1.2154201256553420e-10
+    y2 = y * y
+    p = y2 * (y2 * 2.6083159809786593e-6 - 1.981069071916863e-4) + 8.333078585565090e-3
+    p = y + y * (y2 * (y2 * p - 0.16666659712791443))
+    odd = whole - 2.0 * tl.floor(whole * 0.5)
+    sign = 1.0 - 2.0 * odd
+    if COSINE:
+        sign = -sign
+    return p * sign
+
+
+@triton.jit
+def act(x, ACT: tl.constexpr, INTERP: tl.constexpr):
+    """The activation of that name. NaN stays NaN."""
+    if ACT == "tanh":
+        return tanh(x, INTERP)
+    elif ACT == "relu":
+        return tl.where(x < 0.0, 0.0, x)
+    elif ACT == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACT == "sin":
+        return sine(x, False)
+    else:
+        return x
+
+
+@triton.jit
+def act_slope(x, ACT: tl.constexpr, INTERP: tl.constexpr):
+    """Derivative of `act`."""
+    if ACT == "tanh":
+        t = tanh(x, INTERP)
+        return (1.0 - t) * (1.0 + t)
+    elif ACT == "relu":
+        return tl.where(x > 0.0, 1.0, 0.0)
+    elif ACT == "gelu":
+        return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    elif ACT == "sin":
+        return sine(x, True)
+    else:
+        return x * 0.0 + 1.0
+
+
+@triton.jit
+def _add2(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
+def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
+
+
+@triton.jit
+def _add6(a0, a1, a2, a3, a4, a5, b0, b1, b2, b3, b4, b5):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5
+
+
+@triton.jit
+def _add8(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7
+
+
+@triton.jit
+def _add10(a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, b0, b1, b2, b3, b4, b5, b6, b7, b8, b9):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7, a8 + b8, a9 + b9
+
+
+@triton.jit
+def row_sums(tiles, N: tl.constexpr, INTERP: tl.constexpr):
+    """Sums over columns of N tiles, N even and at most 10, in one reduction: one round of barriers for all."""
+    if INTERP:
+        sums = ()
+        for i in tl.static_range(N):
+            sums = sums + (tl.sum(tiles[i], 1),)
+        return sums
+    elif N == 2:
+        return tl.reduce(tiles, 1, _add2)
+    elif N == 4:
+        return tl.reduce(tiles, 1, _add4)
+    elif N == 6:
+        return tl.reduce(tiles, 1, _add6)
+    elif N == 8:
+        return tl.reduce(tiles, 1, _add8)
+    else:
+        return tl.reduce(tiles, 1, _add10)
+
+
+@triton.jit
+def rules_start(tol, BLOCK_B: tl.constexpr):
+    """(best, bar, first, peak, mark) of rows that nothing is known of: see rules.py."""
+    unknown = tl.full((BLOCK_B,), INF, tl.float32)
+    zero = tl.zeros((BLOCK_B,), tl.float32)
+    return unknown, zero + tol, zero, zero, unknown
+
+
+@triton.jit
+def rules_update(state, k, r, s, counts):
+    """Takes the norms of evaluation k; returns (rel, improved, state).
+
+    Where `counts` is false the evaluation is not exact enough to become the best.
+    """
+    best, bar, first, peak, mark = state
+    rel = r / (s + EPS)
+    improved = (rel < best) & counts
+    best = tl.where(improved, rel, best)
+    if k == 1:
+        first = s
+        peak = r
+        mark = best
+    if k % WINDOW == 0:
+        stalled = (best > PROGRESS * mark) & (best <= FLOOR)
+        bar = tl.where(stalled | ~(rel < INF), INF, bar)
+        peak = tl.where(r > peak, r, peak)
+        mark = best
+    return rel, improved, (best, bar, first, peak, mark)
+
+
+@triton.jit
+def rules_status(state, r, s, tol):
+    """Outcome of each row, from its last norms."""
+    best, bar, first, peak, mark = state
+    says = tl.where(best <= tol, CONVERGED, tl.where(bar == INF, PLATEAU, MAX_STEPS))
+    says = tl.where((s > GROWTH * first) & (r > STEADY * peak), GROWING, says)
+    return tl.where(r / (s + EPS) < INF, says, NONFINITE)
+
+
+@triton.jit
+def cholesky_solve(a, b, N: tl.constexpr):
+    """x of A x = b for each row, unrolled; `a` is the lower triangle of A, row by row, as a tuple of vectors."""
+    low = ()
+    for i in tl.static_range(N):
+        for j in tl.static_range(i + 1):
+            s = a[i * (i + 1) // 2 + j]
+            for p in tl.static_range(j):
+                s = s - low[i * (i + 1) // 2 + p] * low[j * (j + 1) // 2 + p]
+            if i == j:
+                low = low + (1.0 / tl.sqrt(s),)  # the diagonal is kept inverted
+            else:
+                low = low + (s * low[j * (j + 1) // 2 + j],)
+    y = ()
+    for i in tl.static_range(N):
+        s = b[i]
+        for p in tl.static_range(i):
+            s = s - low[i * (i + 1) // 2 + p] * y[p]
+        y = y + (s * low[i * (i + 1) // 2 + i],)
+    x = ()  # last unknown first while it grows
+    for q in tl.static_range(N):
+        s = y[N - 1 - q]
+        for p in tl.static_range(q):
+            s = s - low[(N - 1 - p) * (N - p) // 2 + N - 1 - q] * x[p]
+        x = x + (s * low[(N - 1 - q) * (N - q) // 2 + N - 1 - q],)
+    out = ()
+    for i in tl.static_range(N):
+        out = out + (x[N - 1 - i],)
+    return out
+
+
+@triton.jit
+def anderson_weights(gram, dots, plain, ridge, N: tl.constexpr):
+    """Mixing weights gamma_j of each row: argmin || g - sum_j gamma_j dG_j ||, the Gram matrix scaled to a unit diagonal.
+
+    Args:
+        gram: <dG_i, dG_j>, lower triangle row by row.
+        dots: <dG_j, g>.
+        plain: Rows that take a plain step.
+        ridge: Added to the unit diagonal.
+    """
+    scale = ()
+    for i in tl.static_range(N):
+        square = gram[i * (i + 1) // 2 + i]
+        # an empty slot, or one that is zero by now, is masked
+        scale = scale + (tl.where(square > 0.0, 1.0 / tl.sqrt(tl.where(square > 0.0, square, 1.0)), 0.0),)
+    a = ()
+    b = ()
+    for i in tl.static_range(N):
+        for j in tl.static_range(i):
+            a = a + (gram[i * (i + 1) // 2 + j] * scale[i] * scale[j],)
+        a = a + (tl.zeros_like(scale[0]) + 1.0 + ridge,)
+        b = b + (dots[i] * scale[i],)
+    x = cholesky_solve(a, b, N)
+    ok = ~plain
+    for i in tl.static_range(N):
+        ok = ok & (tl.abs(x[i] * scale[i]) < GAMMA_MAX)
+    gamma = ()
+    for i in tl.static_range(N):
+        gamma = gamma + (tl.where(ok, x[i] * scale[i], 0.0),)
+    return gamma

@@ -92,7 +92,7 @@ def has_triton() -> bool:
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in its interpreter, on the CPU: the variable is Triton's own and read at its import."""
+    """Whether kernels run in Triton's interpreter, on the CPU; the variable is Triton's own, read at its import."""
     return has_triton() and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -116,8 +116,8 @@ def whole(name: str, device: torch.device, **problem) -> tuple[Op | None, str]:
         return None, "triton is not installed"
     if not cuda and not interpreting():
         raise RuntimeError(
-            f"backend 'triton' can't run on {device.type} tensors: move them to CUDA, or set TRITON_INTERPRET=1 before "
-            "triton is imported to use its (slow) interpreter"
+            f"backend 'triton' can't run on {device.type} tensors: move them to CUDA, or set TRITON_INTERPRET=1 "
+            "before triton is imported to use its (slow) interpreter"
         )
     op = load(name)
     reason = op.refuses(**problem)

@@ -5,7 +5,6 @@ stand-in. The autograd graph that results ends at the state and the stand-ins, s
 again without touching, or being freed by, the graph around it.
 """
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,38 +17,32 @@ from .layout import Layout
 
 
 class _StandIns(TorchFunctionMode):
-    """Replaces every tensor that requires grad and was not made under this mode."""
+    """Replaces every tensor that requires grad and comes from outside: a leaf, or the output of a node that is older.
 
-    def __init__(self, own: list[Tensor]):
+    Args:
+        state: The state that f is given; made by the first nodes that count as inside.
+    """
+
+    def __init__(self, state: list[Tensor]):
         super().__init__()
         self.pairs: dict[int, tuple[Tensor, Tensor]] = {}
-        self._made: dict[int, weakref.ref] = {}
-        for tensor in own:
-            self._mark(tensor)
-
-    def _mark(self, tensor: Tensor) -> None:
-        self._made[id(tensor)] = weakref.ref(tensor)
+        self._own: set[int] = set()
+        self._oldest = min(tensor.grad_fn._sequence_nr() for tensor in state)
 
     def _swap(self, tensor: Tensor) -> Tensor:
-        if not tensor.requires_grad:
+        if not tensor.requires_grad or id(tensor) in self._own:
             return tensor
-        made = self._made.get(id(tensor))
-        if made is not None and made() is tensor:
+        if tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= self._oldest:
             return tensor
-        pair = self.pairs.get(id(tensor))
-        if pair is None:
+        if id(tensor) not in self.pairs:
             stand_in = tensor.detach().requires_grad_()
-            self._mark(stand_in)
-            pair = self.pairs[id(tensor)] = (tensor, stand_in)
-        return pair[1]
+            self._own.add(id(stand_in))
+            self.pairs[id(tensor)] = (tensor, stand_in)
+        return self.pairs[id(tensor)][1]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         args, kwargs = pytree.tree_map_only(Tensor, self._swap, (args, kwargs or {}))
-        out = func(*args, **kwargs)
-        for leaf in pytree.tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._mark(leaf)
-        return out
+        return func(*args, **kwargs)
 
 
 class Linearised:
@@ -65,7 +58,7 @@ class Linearised:
         with torch.enable_grad():
             self.z = z.detach().requires_grad_()
             state = layout.unpack(self.z)
-            mode = _StandIns([leaf for leaf in pytree.tree_leaves(state)])
+            mode = _StandIns(pytree.tree_leaves(state))
             with mode:
                 self.out = layout.pack(f(state, *args))
         if torch.is_autocast_enabled(z.device.type):
@@ -139,7 +132,7 @@ def _leaves(out: Tensor) -> list[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
+        if node.name() == "torch::autograd::AccumulateGrad":
             found.append(node.variable)
         stack.extend(parent for parent, _ in node.next_functions)
     return found

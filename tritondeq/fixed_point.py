@@ -22,6 +22,7 @@ from .solvers.base import count, number
 READ_EVERY = 4  # steps between two looks, one look late, at whether any sample is still active on a GPU
 
 
+@torch.compiler.disable  # a compiler can't see through the loop; a compiled f stays compiled
 def fixed_point(
     f: Callable[..., Any],
     z0: Any,

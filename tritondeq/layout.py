@@ -43,7 +43,7 @@ class Layout:
         for leaf in leaves:
             if leaf.shape[:dims] != self.batch_shape or leaf.device != self.device:
                 raise ValueError(
-                    f"{name}: tensors must share device and first {dims} dims, got {describe(first)} and {describe(leaf)}"
+                    f"{name} must share device and first {dims} dims: got {describe(first)} and {describe(leaf)}"
                 )
         self.shapes = [leaf.shape for leaf in leaves]
         self.dtypes = [leaf.dtype for leaf in leaves]
@@ -83,7 +83,7 @@ class Layout:
         return vector.reshape(*vector.shape[:-1], *self.batch_shape)
 
     def mask(self, mask: Any) -> Tensor | None:
-        """`mask` as [B, N] bool: one tensor for every leaf, its dims aligned with the leaf's first, or a nesting as z0's.
+        """`mask` as [B, N] bool: one tensor for every leaf, aligned with its first dims, or a nesting as z0's.
 
         Raises:
             TypeError: it is not boolean.

@@ -1,0 +1,146 @@
+"""The doctor says what the dispatcher would do. No GPU is needed: one is faked, and Triton hidden, as a test needs."""
+
+import types
+
+import pytest
+import torch
+
+from tritondeq import doctor, set_backend
+from tritondeq.kernels import dispatch
+
+
+def section(title: str) -> str:
+    """What the report says under a heading."""
+    (text,) = [part for part in doctor.report().split("\n\n") if part.startswith(title)]
+    return text
+
+
+@pytest.fixture(autouse=True)
+def auto():
+    set_backend("auto")
+    yield
+    set_backend("auto")
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """One GPU that only answers questions. Shared memory is left out, as torch 2.6 does."""
+    names = dict(name="Fake 9000", major=9, minor=0, total_memory=80 * 2**30, multi_processor_count=132)
+    properties = types.SimpleNamespace(**names)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    return properties
+
+
+@pytest.fixture
+def op(monkeypatch):
+    """Stands in for the affine op, so that the answers are known: it takes up to 256 features, and no Anderson."""
+
+    def refuses(*, features, dtype, solver_memory):
+        if solver_memory:
+            return "too much history"
+        return None if features <= 256 and dtype == torch.float32 else f"{features} features in {dtype} are too many"
+
+    monkeypatch.setattr(dispatch, "has_triton", lambda: True)
+    monkeypatch.setitem(dispatch._ops, "affine", types.SimpleNamespace(refuses=refuses))
+
+
+def test_versions():
+    text = section("tritondeq 0.")
+    assert torch.__version__ in text and "python" in text and "numpy" in text
+
+
+def test_no_gpu(no_gpu):
+    assert "none: " in section("GPUs")
+    assert "a CUDA device, if there were one" in section("Solves")
+
+
+def test_gpu_is_described(gpu):
+    assert "cuda:0  Fake 9000, capability 9.0, 80.0 GiB, 132 multiprocessors" in section("GPUs")
+    assert "shared memory" not in section("GPUs")
+    gpu.shared_memory_per_block_optin = 227 * 1024
+    assert "227 KiB shared memory per block" in section("GPUs")
+
+
+def test_solves_are_what_the_dispatcher_answers(gpu, op):
+    text = section("Solves")
+    assert "cpu: the loop: tensors are on cpu, and Triton is for CUDA, for every problem asked" in text
+    _, _, on_gpu = text.partition("cuda:0\n")
+    answers, answer = {}, None
+    for line in on_gpu.splitlines():
+        if line.startswith(" " * 6):
+            answers[answer].append(line.strip())
+        else:
+            answer = line.strip()
+            answers[answer] = []
+    assert answers["one Triton launch"] == [
+        "Affine, float32, 64/256 features, by Picard",
+        "Affine, bf16 operands, 64/256 features, by Picard",
+    ]
+    assert answers["the loop: 512 features in torch.float32 are too many"] == [
+        "Affine, float32, 512 features, by Picard",
+        "Affine, bf16 operands, 512 features, by Picard",
+    ]
+    assert answers["the loop: 64 features in torch.float64 are too many"]
+    assert len(answers["the loop: too much history"]) == 3
+
+
+def test_real_op_answers_without_a_gpu(no_gpu):
+    if not dispatch.has_triton():
+        pytest.skip("needs triton")
+    _, _, text = section("Solves").partition("a CUDA device, if there were one\n")
+    taken, _, refused = text.partition("the loop: ")
+    assert "one Triton launch" in taken and "Affine, float32, 64/256 features, by Picard" in taken
+    assert "512" in refused and "512" not in taken
+
+
+def test_triton_missing(monkeypatch, gpu):
+    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
+    assert "triton   not installed: every solve runs in torch" in section("tritondeq 0.")
+    assert "cuda:0: the loop: triton is not installed" in section("Solves")
+
+
+def test_triton_broken(monkeypatch, gpu, op):
+    """It is installed and its import fails: the report says how, and goes on."""
+
+    def load(name):
+        raise ImportError("libsomething.so is missing")
+
+    monkeypatch.setattr(dispatch, "load", load)
+    assert "an error: libsomething.so is missing" in section("Solves")
+
+
+def test_backend_in_force(gpu, op):
+    set_backend("torch")
+    assert "torch: " in section("Backend")
+    assert "cuda:0: the loop: the torch backend is chosen" in section("Solves")
+
+
+def test_forced_triton_on_cpu_is_said(monkeypatch, gpu, op):
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    set_backend("triton")
+    assert "cpu: an error: backend 'triton' can't run on cpu tensors" in section("Solves")
+
+
+def test_interpreter_is_said(monkeypatch, op):
+    monkeypatch.setattr(dispatch, "interpreting", lambda: True)
+    assert "interpreted" in section("Backend")
+
+
+def test_missing_extra_is_said(monkeypatch):
+    find = doctor.util.find_spec
+    monkeypatch.setattr(doctor.util, "find_spec", lambda name, *rest: None if name == "tqdm" else find(name, *rest))
+    assert "tqdm          not installed: pip install tqdm" in section("Optional packages")
+
+
+def test_the_report_draws_no_random_numbers():
+    before = torch.random.get_rng_state()
+    doctor.report()
+    assert torch.equal(before, torch.random.get_rng_state())

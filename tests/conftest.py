@@ -1,4 +1,4 @@
-"""How every test runs: Triton interpreted where there is no GPU, fixed seeds, NaN in every fresh allocation."""
+"""How every test runs: Triton interpreted where there is no GPU, fixed seeds, NaN in fresh allocations."""
 
 import os
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 CUDA = torch.cuda.is_available()
-# Triton reads this as it decorates a kernel, so it stands before all that imports Triton, as the next call does.
+# Triton reads this as it decorates a kernel: set it before whatever imports Triton, as the next call does.
 if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -80,7 +80,7 @@ class Layout:
 
     def per_sample(self, vector: Tensor) -> Tensor:
         """[..., B] as [..., *batch shape]."""
-        return vector.reshape(*vector.shape[:-1], *self.batch_shape)
+        return vector.reshape(vector.shape[:-1] + self.batch_shape)
 
     def mask(self, mask: Any) -> Tensor | None:
         """`mask` as [B, N] bool: one tensor for every leaf, aligned with its first dims, or a nesting as z0's.

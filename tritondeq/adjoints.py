@@ -7,19 +7,14 @@ training memory is that of one cell whatever the number of steps.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .capture import Linearised
 from .solvers import Solver
 from .solvers.base import count, number
-
-# (map h, start, whether h is J' u + g) -> the fixed point of h
-Solve = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 
 
 class Adjoint(ABC):
@@ -139,7 +134,7 @@ class Phantom(Adjoint):
 class OneStep(Adjoint):
     """u = g: the gradient of one application of f at z*, Jacobian-free backpropagation (Fung et al. 2022).
 
-    The cheapest. Use it below a spectral radius of about 0.6 only: at 0.99 it points 64 degrees away from the gradient.
+    The cheapest. Use it below a spectral radius of about 0.6 only: its angle to the gradient grows with it.
     """
 
     def pull(self, at: Linearised, g: Tensor, solve: BackwardSolves) -> Tensor:
@@ -201,7 +196,7 @@ class _Attached(torch.autograd.Function):
         else:
             with torch.no_grad():
                 grads = at.pull(adjoint.pull(at, g, solve))
-            grads = _Final.apply(type(adjoint).__name__, g, *grads)
+            grads = _refuse(_APPROXIMATE.format(type(adjoint).__name__), ctx.saved_tensors[0], grads)
         return None, None, None, None, *grads
 
 
@@ -212,16 +207,17 @@ class _Adjoint(torch.autograd.Function):
     def forward(ctx, at, solve, g, z, *inputs):
         ctx.at, ctx.solve = at, solve
         u = solve.adjoint(at, g)
-        ctx.save_for_backward(u)
+        ctx.save_for_backward(u, z)
         return u
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, du):
         ctx.at.require_seen_through()
-        (u,) = ctx.saved_tensors
-        v = ctx.solve.tangent(ctx.at, du)
-        return None, None, v, *ctx.at.bilinear(u, v)
+        u, z = ctx.saved_tensors
+        with torch.no_grad():
+            v = ctx.solve.tangent(ctx.at, du)
+            grads = (v, *ctx.at.bilinear(u, v))
+        return None, None, *_refuse(_THIRD, z, grads)
 
 
 class _Pull(torch.autograd.Function):
@@ -231,30 +227,40 @@ class _Pull(torch.autograd.Function):
     def forward(ctx, at, u, z, *inputs):
         ctx.at = at
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(u)
+        ctx.save_for_backward(u, z)
         return at.pull(u)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *cotangents):
         ctx.at.require_seen_through()
-        (u,) = ctx.saved_tensors
+        u, z = ctx.saved_tensors
         if all(c is None for c in cotangents):
             return None, *(None for _ in range(2 + len(cotangents)))
-        return None, *ctx.at.pull_vjp(u, cotangents)
+        with torch.no_grad():
+            grads = ctx.at.pull_vjp(u, cotangents)
+        return None, *_refuse(_THIRD, z, grads)
 
 
-class _Final(torch.autograd.Function):
-    """Gradients that are approximate, so that their own derivatives would be wrong: raises where one is asked for."""
+_APPROXIMATE = (
+    "the gradient of {} is an approximation whose own derivative would be wrong: "
+    "for second derivatives use Implicit(), or Unrolled(steps)"
+)
+_THIRD = "Implicit() is twice differentiable, and this is a third derivative: use Unrolled(steps)"
+
+
+def _refuse(why: str, anchor: Tensor, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """`grads` as they are, but if a graph is being made, one that raises where they are differentiated."""
+    return _Refused.apply(why, anchor, *grads) if torch.is_grad_enabled() else grads
+
+
+class _Refused(torch.autograd.Function):
+    """Identity of `grads`; `anchor` requires grad, and so do they then, whatever they were made of."""
 
     @staticmethod
-    def forward(ctx, name, g, *grads):
-        ctx.name = name
+    def forward(ctx, why, anchor, *grads):
+        ctx.why = why
         return tuple(x.view_as(x) for x in grads)
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError(
-            f"the gradient of {ctx.name} is an approximation whose own derivative would be wrong: "
-            "for second derivatives use Implicit(), or Unrolled(steps)"
-        )
+        raise RuntimeError(ctx.why)

@@ -29,17 +29,6 @@ def no_gpu(monkeypatch):
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    """One GPU that only answers questions. Shared memory is left out, as torch 2.6 does."""
-    names = dict(name="Fake 9000", major=9, minor=0, total_memory=80 * 2**30, multi_processor_count=132)
-    properties = types.SimpleNamespace(**names)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    return properties
-
-
-@pytest.fixture
 def op(monkeypatch):
     """Stands in for the affine op, so that the answers are known: it takes up to 256 features, and no Anderson."""
 
@@ -50,6 +39,17 @@ def op(monkeypatch):
 
     monkeypatch.setattr(dispatch, "has_triton", lambda: True)
     monkeypatch.setitem(dispatch._ops, "affine", types.SimpleNamespace(refuses=refuses))
+
+
+@pytest.fixture
+def gpu(monkeypatch, op):
+    """One GPU that only answers questions, and, as in torch 2.6, none about its shared memory."""
+    names = dict(name="Fake 9000", major=9, minor=0, total_memory=80 * 2**30, multi_processor_count=132)
+    properties = types.SimpleNamespace(**names)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    return properties
 
 
 def test_versions():
@@ -69,7 +69,7 @@ def test_gpu_is_described(gpu):
     assert "227 KiB shared memory per block" in section("GPUs")
 
 
-def test_solves_are_what_the_dispatcher_answers(gpu, op):
+def test_solves_are_what_the_dispatcher_answers(gpu):
     text = section("Solves")
     assert "cpu: the loop: tensors are on cpu, and Triton is for CUDA, for every problem asked" in text
     _, _, on_gpu = text.partition("cuda:0\n")
@@ -107,7 +107,7 @@ def test_triton_missing(monkeypatch, gpu):
     assert "cuda:0: the loop: triton is not installed" in section("Solves")
 
 
-def test_triton_broken(monkeypatch, gpu, op):
+def test_triton_broken(monkeypatch, gpu):
     """It is installed and its import fails: the report says how, and goes on."""
 
     def load(name):
@@ -117,13 +117,13 @@ def test_triton_broken(monkeypatch, gpu, op):
     assert "an error: libsomething.so is missing" in section("Solves")
 
 
-def test_backend_in_force(gpu, op):
+def test_backend_in_force(gpu):
     set_backend("torch")
     assert "torch: " in section("Backend")
     assert "cuda:0: the loop: the torch backend is chosen" in section("Solves")
 
 
-def test_forced_triton_on_cpu_is_said(monkeypatch, gpu, op):
+def test_forced_triton_on_cpu_is_said(monkeypatch, gpu):
     monkeypatch.setattr(dispatch, "interpreting", lambda: False)
     set_backend("triton")
     assert "cpu: an error: backend 'triton' can't run on cpu tensors" in section("Solves")

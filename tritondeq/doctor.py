@@ -4,6 +4,7 @@ import itertools
 import os
 import platform
 from collections.abc import Iterator
+from functools import cache
 from importlib import metadata, util
 
 import torch
@@ -107,9 +108,7 @@ def _solves() -> Iterator[str]:
 def _answers(device: torch.device) -> dict[str, dict[str, list[str]]]:
     """For each answer of the dispatcher, the problems that get it, and for each problem the solvers."""
     answers: dict[str, dict[str, list[str]]] = {}
-    with torch.random.fork_rng([]):  # making a cell draws its weights
-        cells = {(kind, width): Affine(width, **options) for kind, options in CELLS.items() for width in WIDTHS}
-    wholes = {key: cell.whole_solve(cell.inject(cell.weight.new_zeros(1, key[1]))) for key, cell in cells.items()}
+    wholes = _wholes()
     for solver, kind in itertools.product(SOLVERS, CELLS):
         widths: dict[str, list[str]] = {}
         for width in WIDTHS:
@@ -118,6 +117,14 @@ def _answers(device: torch.device) -> dict[str, dict[str, list[str]]]:
             problem = f"Affine, {kind}, {'/'.join(those)} features,"
             answers.setdefault(answer, {}).setdefault(problem, []).append(_name(solver))
     return answers
+
+
+@cache
+def _wholes() -> dict[tuple[str, int], dispatch.WholeSolve]:
+    """What real cells ask for, by kind and width."""
+    with torch.random.fork_rng([]):  # making a cell draws its weights
+        cells = {(kind, width): Affine(width, **options) for kind, options in CELLS.items() for width in WIDTHS}
+    return {key: cell.whole_solve(cell.inject(cell.weight.new_zeros(1, key[1]))) for key, cell in cells.items()}
 
 
 def _answer(whole: dispatch.WholeSolve, solver: Picard | Anderson, device: torch.device) -> str:

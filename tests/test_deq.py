@@ -1,0 +1,227 @@
+"""The layer: an ordinary nn.Module in every mode."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import tritondeq as tdeq
+from tritondeq import DEQ, Anderson, Broyden, Implicit, OneStep, Picard, Unrolled
+
+
+class Block(nn.Module):
+    """A user's cell: nothing to inherit."""
+
+    def __init__(self, width: int = 8):
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, z, x):
+        return self.norm(x + torch.tanh(self.linear(z)) + 0.5 * z)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(6, 8)
+
+
+def test_five_lines(x):
+    layer = DEQ(tdeq.cells.Affine(8))
+    z = layer(x)
+    z.sum().backward()
+    assert z.shape == x.shape and layer.cell.weight.grad.norm() > 0
+    assert layer.last.steps.shape == (6,) and (layer.last.residual <= 1e-3).all() and layer.last.converged.all()
+    assert layer.last.value is None
+
+
+def test_any_module_is_a_cell(x):
+    layer = DEQ(Block(), tol=1e-5)
+    z = layer(x)
+    torch.testing.assert_close(layer.cell(z, x), z, rtol=1e-4, atol=1e-4)
+
+
+def test_solve_carries_the_gradient_and_what_became_of_it(x):
+    layer = DEQ(Block(), solver=Anderson(3), tol=1e-4, trace=True)
+    solution = layer.solve(x)
+    solution.value.sum().backward()
+    assert layer.cell.linear.weight.grad is not None
+    assert solution.trace.shape == (solution.steps.max(), 6)
+    assert layer.last.adjoint is solution.adjoint and solution.adjoint.converged.all()
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_differentiable_in_train_and_eval(x, mode):
+    layer = getattr(DEQ(Block(), tol=1e-6), mode)()
+    layer(x).sin().sum().backward()
+    twin = DEQ(copy.deepcopy(layer.cell), adjoint=Unrolled(200))
+    twin.zero_grad()
+    twin(x).sin().sum().backward()
+    for a, b in zip(layer.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_a_row_local_cell_stops_token_by_token():
+    layer = DEQ(tdeq.cells.Affine(8))
+    tokens = torch.randn(3, 5, 8)
+    layer(tokens)
+    assert layer.last.steps.shape == (3, 5) and layer.last.steps.unique().numel() > 1
+
+
+def test_state_dict_round_trip(x):
+    one, two = DEQ(Block()), DEQ(Block())
+    buffer = io.BytesIO()
+    torch.save(one.state_dict(), buffer)
+    buffer.seek(0)
+    two.load_state_dict(torch.load(buffer))
+    assert torch.equal(one(x), two(x))
+    assert list(one.state_dict()) == ["cell.norm.weight", "cell.norm.bias", "cell.linear.weight", "cell.linear.bias"]
+
+
+def test_copies_and_pickles_after_a_call(x):
+    layer = DEQ(Block(), solver=Anderson(), adjoint=Implicit(tol=1e-3))
+    z = layer(x)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(x), z) and twin.solver == layer.solver and twin.adjoint == layer.adjoint
+
+
+def test_last_keeps_no_state_and_no_graph(x):
+    layer = DEQ(Block())
+    z = layer(x)
+    z.sum().backward()
+    tensors = [layer.last.status, layer.last.steps, layer.last.residual, layer.last.adjoint.residual]
+    assert all(not t.requires_grad and t.numel() == 6 for t in tensors)
+
+
+def test_to_moves_dtype(x):
+    layer = DEQ(Block()).double()
+    assert layer(x.double()).dtype == torch.float64
+    layer = DEQ(Block()).bfloat16()
+    z = layer(x.bfloat16())
+    assert z.dtype == torch.bfloat16 and layer.last.residual.dtype == torch.float32
+
+
+def test_warm_start_and_mask(x):
+    layer = DEQ(Block(), tol=1e-4)
+    cold = layer(x)
+    layer(x, z0=cold.detach())
+    assert (layer.last.steps == 1).all()
+    mask = torch.ones(6, 8, dtype=torch.bool)
+    assert torch.equal(layer(x, mask=mask), cold)
+
+
+def test_an_output_can_be_changed_in_place(x):
+    layer = DEQ(Block())
+    z = layer(x)
+    z.mul_(2).add_(1)
+    z.sum().backward()
+
+
+@pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden()], ids=repr)
+def test_gradients_in_bfloat16_and_under_autocast(x, solver):
+    exact = DEQ(Block(), tol=1e-6)
+    exact(x).sin().sum().backward()
+    half = DEQ(copy.deepcopy(exact.cell), solver=solver)
+    half.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = half(x).sin().sum()
+    loss.backward()
+    for a, b in zip(half.parameters(), exact.parameters(), strict=True):
+        assert a.grad.dtype == torch.float32
+        assert (a.grad - b.grad).norm() <= 5e-2 * b.grad.norm() + 1e-3
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_compiled_layer_is_the_layer(x):
+    layer = DEQ(Block())
+    z = layer(x)
+    compiled = torch.compile(layer, backend="aot_eager")
+    w = compiled(x)
+    assert torch.equal(z, w)
+    w.sum().backward()
+    assert layer.cell.linear.weight.grad is not None
+
+
+def test_training_makes_the_loss_fall(x):
+    target = torch.randn(6, 8)
+    for adjoint in (Implicit(), OneStep(), tdeq.Phantom(4, 0.8), tdeq.Neumann(3), Unrolled(6)):
+        torch.manual_seed(1)
+        layer = DEQ(Block(), adjoint=adjoint)
+        opt = torch.optim.Adam(layer.parameters(), lr=3e-2)
+        losses = []
+        for _ in range(60):
+            loss = (layer(x) - target).pow(2).mean()
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.5 * losses[0], adjoint
+
+
+def test_a_gradient_penalty_trains(x):
+    """Double backward in use: the norm of the input gradient, minimised."""
+    layer = DEQ(Block(), tol=1e-5)
+    inputs = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(layer(inputs).sin().sum(), inputs, create_graph=True)
+    g.pow(2).sum().backward()
+    twin = DEQ(copy.deepcopy(layer.cell), adjoint=Unrolled(200))
+    twin.zero_grad()
+    (h,) = torch.autograd.grad(twin(inputs).sin().sum(), inputs, create_graph=True)
+    h.pow(2).sum().backward()
+    for a, b in zip(layer.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=5e-3, atol=5e-3)
+
+
+def test_inject_runs_once_per_solve(x):
+    calls = []
+
+    class Counting(tdeq.cells.Affine):
+        def inject(self, x):
+            calls.append(1)
+            return super().inject(x)
+
+    layer = DEQ(Counting(8))
+    layer(x).sum().backward()
+    assert len(calls) == 1 and layer.last.steps.max() > 3
+
+
+@pytest.mark.parametrize(
+    "call,error,says",
+    [
+        (lambda: DEQ(lambda z, x: z), TypeError, "cell must be an nn.Module.*fixed_point"),
+        (lambda: DEQ(Block(), solver="anderson"), TypeError, "solver.*'anderson'"),
+        (lambda: DEQ(Block(), f_solver=Picard()), TypeError, "f_solver"),
+        (lambda: DEQ(Block(), tol=0.0), ValueError, "tol"),
+        (lambda: DEQ(Block(), max_steps=1.5), TypeError, "max_steps"),
+        (lambda: DEQ(Block(), solver=Broyden(), adjoint=Unrolled(4)), ValueError, "Unrolled.*Broyden"),
+        (lambda: DEQ(Block())({"a": torch.ones(2)}), TypeError, "z0 must be given.*dict"),
+        (lambda: DEQ(tdeq.cells.Affine(8))(torch.ones(2, 7)), ValueError, r"x.*8 features.*\(2, 7\)"),
+        (lambda: DEQ(tdeq.cells.Affine(8))(torch.ones(2, 8).long()), TypeError, "x.*floating-point.*int64"),
+        (lambda: DEQ(tdeq.cells.Affine(8))([1.0]), TypeError, "x.*floating-point.*list"),
+        (lambda: DEQ(tdeq.cells.Affine(8))(torch.tensor(1.0)), ValueError, "x.*8 features"),
+        (lambda: DEQ(tdeq.cells.Cell())(torch.ones(2, 2)), NotImplementedError, "forward"),
+    ],
+)
+def test_bad_input_is_named(call, error, says):
+    with pytest.raises(error, match=says):
+        call()
+
+
+def test_the_layer_works_after_an_error(x):
+    layer = DEQ(tdeq.cells.Affine(8))
+    z = layer(x)
+    with pytest.raises(ValueError):
+        layer(torch.ones(2, 3))
+    assert torch.equal(layer(x), z)
+
+
+def test_a_cell_that_never_converges_says_so_per_sample(x):
+    class Doubling(nn.Module):
+        def forward(self, z, x):
+            return 2 * z + x
+
+    layer = DEQ(Doubling(), max_steps=200)
+    z = layer(x)
+    assert z.isfinite().all() and not layer.last.converged.any() and layer.last.status.shape == (6,)

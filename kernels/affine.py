@@ -3,17 +3,18 @@
     z* = act(W z* + u)                          z, u [B, D] rows, W [D, D], D <= 256; act has act(0) = 0
     u* = W' (s u*) + g,  s = act'(pre)          its adjoint, pre = W z* + u; iterated as v = s (v W + g), v = s u
 
-A program owns a tile of rows, keeps W in shared memory and its rows in registers, and iterates until each row has stopped.
-Bytes per call: u and z once (plus pre in the adjoint), W once per program; nothing per step.
+A program owns a tile of rows, keeps W in shared memory and its rows in registers, and iterates until every row of the
+tile has stopped. Bytes per call: u and z once (plus pre in the adjoint), W once per program; nothing per step.
 
-Delta form: acc = W z + u is carried in fp32 and only the bf16 increments d of z go through the tensor cores, so what
-rounding takes from one increment is in the next one, and the fixed point is accurate to fp32. W itself is a sum of 1 to 3
-bf16 terms; two leave an error of 2^-17 in it.
+Delta form: acc = W z + u is carried in fp32 and only the bf16 increments d of z go through the tensor cores. What
+rounding takes from one increment comes back in the next one, so the fixed point is accurate to fp32. W itself is a sum
+of 1 to 3 bf16 terms; two leave a relative error of 2^-18 in it.
 
-STREAM, where the terms don't fit together: the first stays, and acc = u + W0 z + W1 zs with zs behind z. `lag` is z - zs, and
-`drift` bounds its norm by the sum of the steps in it. A row whose drift passes LAG / 2 times max(defect, tol * norm) pushes its
-lag through W1, which is read from L2. Only an evaluation with drift <= LAG * max(defect, tol * norm) can become the best
-one: its residual is off by at most LAG * ||W1|| <= LAG * 2^-9 ||W|| of max(residual, tol), 3% at ||W|| = 1.
+STREAM, where the terms don't fit together: W0 stays, and acc = u + W0 z + W1 zs with zs behind z. `lag` is z - zs, and
+`drift` bounds its norm by the sum of the steps in it. A row pushes its lag through W1, which is read from L2, when
+drift passes LAG / 2 * max(defect, tol * norm). An evaluation can only become the best one, and so stop its row, where
+drift <= LAG * max(defect, tol * norm): its residual is then off by at most LAG * ||W1|| of max(residual, tol), where
+||W1|| is about 2^-9 ||W||, that is 3% at ||W|| = 1.
 """
 
 import torch
@@ -25,12 +26,10 @@ from . import launch
 from .dispatch import Op, interpreting, register
 from .rules import SAFEGUARD, Rules
 from .tl_common import (
-    SAFEGUARD as TL_SAFEGUARD,
-)
-from .tl_common import (
+    WINDOW,
     act,
     act_slope,
-    anderson_weights,
+    anderson_step,
     bf16_pair,
     row_sums,
     rules_start,
@@ -171,6 +170,34 @@ def _streamed(
     return acc
 
 
+@triton.jit
+def _whole(
+    acc,
+    z,
+    w,
+    d_ptr,
+    w_ptr,
+    D: tl.constexpr,
+    TERMS: tl.constexpr,
+    STREAM: tl.constexpr,
+    ADJ: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    INTERP: tl.constexpr,
+):
+    """acc + z W for a z that is no increment: at most three bf16 parts hold all its bits, and a zero needs none."""
+    parts = 0
+    while (parts < 3) & (tl.sum(tl.sum((z != 0.0).to(tl.int32), 1), 0) > 0):
+        parts += 1
+        d, near = bf16_pair(z, INTERP)
+        z -= near
+        acc = _resident(acc, d, w, 1 if STREAM else TERMS)
+        if STREAM:
+            acc = _streamed(acc, d, d_ptr, w_ptr, D, TERMS, ADJ, BLOCK_B, BLOCK_D, BLOCK_K, INTERP)
+    return acc
+
+
 @triton.jit(do_not_specialize=["B", "max_steps"])
 def _solve_kernel(
     w_ptr,  # [TERMS, D, D] bf16
@@ -207,6 +234,8 @@ def _solve_kernel(
         w = w + (_load_w(w_ptr + t * D * D, offs_d, offs_d, D, ADJ, INTERP),)
 
     tile = tl.program_id(0)
+    limit = tl.zeros((BLOCK_B,), tl.int32) + max_steps  # evaluation at which a row stops at the latest
+    replay = 0
     while tile * BLOCK_B < B:
         rows = tile.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
         mask_b = rows < B
@@ -216,26 +245,45 @@ def _solve_kernel(
         z = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
         if ADJ:
             slope = act_slope(tl.load(pre_ptr + offs, mask=mask, other=0.0), ACT, INTERP)
-        d, near = bf16_pair(z, INTERP)
         if HAS_Z0:
             z = tl.load(z0_ptr + offs, mask=mask, other=0.0)
             acc = _whole(acc, z, w, d_ptr, w_ptr, D, TERMS, STREAM, ADJ, BLOCK_B, BLOCK_D, BLOCK_K, INTERP)
         if STREAM:
             lag = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
             drift = tl.zeros((BLOCK_B,), tl.float32)
+        if MEMORY > 0:
+            last = z
+            d, near = bf16_pair(tl.zeros((BLOCK_B, BLOCK_D), tl.float32), INTERP)
+            dx = ()  # [BLOCK_B, BLOCK_D] each, oldest first; the newest pair is made in the loop
+            dg = ()
+            gram = ()  # of dg, lower triangle
+            for _ in tl.static_range(MEMORY - 1):
+                dx = dx + (d,)
+                dg = dg + (d,)
+            for _ in tl.static_range(MEMORY * (MEMORY - 1) // 2):
+                gram = gram + (tl.zeros((BLOCK_B,), tl.float32),)
         state = rules_start(tol, BLOCK_B)
         r = tl.zeros((BLOCK_B,), tl.float32)
         s = tl.zeros((BLOCK_B,), tl.float32)
         steps = tl.zeros((BLOCK_B,), tl.int32)
+        kept = tl.zeros((BLOCK_B,), tl.int32)  # evaluation of the best z
         active = mask_b
-        fresh = mask_b | True  # the best z is the present one; z0 is the best until it is measured
         k = 0
         running = 1
         while running > 0:
             k += 1
             f = slope * acc if ADJ else act(acc, ACT, INTERP)
             g = f - z
-            sums = row_sums((g * g, f * f), 2, INTERP)
+            tiles = (g * g, f * f)
+            if MEMORY > 0:
+                newest, near = bf16_pair(tl.where(k > 1, g - last, 0.0), INTERP)
+                dx = dx + (d,)
+                dg = dg + (newest,)
+                for j in tl.static_range(MEMORY):
+                    tiles = tiles + (dg[j].to(tl.float32) * g,)
+                for j in tl.static_range(MEMORY):
+                    tiles = tiles + (dg[j].to(tl.float32) * near,)
+            sums = row_sums(tiles, 2 * MEMORY + 2, INTERP)
             r = tl.sqrt(sums[0])
             s = tl.sqrt(sums[1])
             if STREAM:
@@ -245,71 +293,44 @@ def _solve_kernel(
                 counts = mask_b
             rel, improved, state = rules_update(state, k, r, s, counts)
             steps += active.to(tl.int32)
-            late = active & fresh & ~improved
-            fresh = tl.where(active, improved, fresh)
+            kept = tl.where(improved, k, kept)
             active = mask_b & (state[0] > state[1])
-            go = active & (k < max_steps)
-            votes = go.to(tl.int32) + 256 * late.to(tl.int32)
-            step = damping * g
-            if STREAM:
-                drift += tl.where(go, damping * r, 0.0)
-                due = go & ~(drift <= 0.5 * LAG * scale)
-                votes += 65536 * due.to(tl.int32)
-            votes = tl.sum(votes, 0)
-            running = votes & 255
-            if (votes & 65280) > 0:
-                tl.store(z_ptr + offs, z - d.to(tl.float32), mask=mask & late[:, None])
+            go = active & (k < limit)
+            if MEMORY > 0:
+                step, dx, dg, gram = anderson_step(g, dx, dg, gram, sums, rel, state[0], damping, ridge, MEMORY)
+                last = g
+            else:
+                step = damping * g
             d, near = bf16_pair(tl.where(go[:, None], step, 0.0), INTERP)
             z += near
             acc = _resident(acc, d, w, RESIDENT)
+            running = tl.max(go.to(tl.int32), 0)
             if STREAM:
                 lag += near
-                if votes >= 65536:
+                drift += tl.where(go, tl.sqrt(tl.sum(step * step, 1)) if MEMORY > 0 else damping * r, 0.0)
+                due = go & ~(drift <= 0.5 * LAG * scale)
+                if tl.max(due.to(tl.int32), 0) > 0:
                     e, near = bf16_pair(tl.where(due[:, None], lag, 0.0), INTERP)
                     lag -= near
                     drift = tl.where(due, drift * 0.00390625, drift)
                     acc = _streamed(acc, e, d_ptr, w_ptr, D, TERMS, ADJ, BLOCK_B, BLOCK_D, BLOCK_K, INTERP)
-
-        tl.store(z_ptr + offs, z, mask=mask & fresh[:, None])
-        if ADJ:
-            # acc belongs to the last v: where another one was the best, compute it anew
-            if tl.sum((mask_b & ~fresh).to(tl.int32), 0) > 0:
+            elif k % WINDOW == 0:
+                # memory may have changed, so Triton leaves W in shared memory; without, it spreads W over registers
                 tl.debug_barrier()
-                z = tl.load(z_ptr + offs, mask=mask & ~fresh[:, None], other=0.0)
-                again = tl.load(u_ptr + offs, mask=mask, other=0.0)
-                again = _whole(again, z, w, d_ptr, w_ptr, D, TERMS, STREAM, ADJ, BLOCK_B, BLOCK_D, BLOCK_K, INTERP)
-                acc = tl.where(fresh[:, None], acc, again)
-            tl.store(z_ptr + offs, acc, mask=mask)
-        tl.store(steps_ptr + rows, steps, mask=mask_b)
-        tl.store(residual_ptr + rows, state[0], mask=mask_b)
-        tl.store(status_ptr + rows, rules_status(state, r, s, tol), mask=mask_b)
-        tile += tl.num_programs(0)
 
-
-@triton.jit
-def _whole(
-    acc,
-    z,
-    w,
-    d_ptr,
-    w_ptr,
-    D: tl.constexpr,
-    TERMS: tl.constexpr,
-    STREAM: tl.constexpr,
-    ADJ: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    INTERP: tl.constexpr,
-):
-    """acc + z W for a z that is no increment: three bf16 parts hold all its bits."""
-    for _ in tl.static_range(3):
-        d, near = bf16_pair(z, INTERP)
-        z -= near
-        acc = _resident(acc, d, w, 1 if STREAM else TERMS)
-        if STREAM:
-            acc = _streamed(acc, d, d_ptr, w_ptr, D, TERMS, ADJ, BLOCK_B, BLOCK_D, BLOCK_K, INTERP)
-    return acc
+        tl.store(z_ptr + offs, acc if ADJ else z, mask=mask)
+        once = rows < tl.where(replay == 0, B, 0)
+        tl.store(steps_ptr + rows, steps, mask=once)
+        tl.store(residual_ptr + rows, state[0], mask=once)
+        tl.store(status_ptr + rows, rules_status(state, r, s, tol), mask=once)
+        if tl.max((once & (kept < steps)).to(tl.int32), 0) > 0:
+            # the best z of some row is gone: solve the tile again, each row up to its best
+            limit = kept
+            replay = 1
+        else:
+            limit = tl.zeros((BLOCK_B,), tl.int32) + max_steps
+            replay = 0
+            tile += tl.num_programs(0)
 
 
 def bf16_terms(w: Tensor, terms: int) -> Tensor:
@@ -329,9 +350,9 @@ def _launch(w, u, pre, z0, *, activation, tol, max_steps, damping, memory, ridge
     residual = u.new_empty(batch)
     if batch == 0:
         return z, steps, residual, status
-    config = launch.parameters(
-        "affine", batch=batch, features=features, terms=terms, memory=memory, adjoint=pre is not None
-    )
+    adjoint = pre is not None
+    shape = dict(batch=batch, features=features, terms=terms, memory=memory, adjoint=adjoint)
+    config = launch.parameters("affine", shared=launch.shared_memory(u.device), **shape)
     programs = config.pop("programs") * launch.multiprocessors(u.device)
     programs = min(triton.cdiv(batch, config["BLOCK_B"]), programs)
     scratch = u
@@ -342,7 +363,7 @@ def _launch(w, u, pre, z0, *, activation, tol, max_steps, damping, memory, ridge
         _solve_kernel[(programs,)](
             bf16_terms(w, terms),
             u,
-            u if pre is None else pre,
+            pre if adjoint else u,
             u if z0 is None else z0,
             scratch,
             z,
@@ -356,7 +377,7 @@ def _launch(w, u, pre, z0, *, activation, tol, max_steps, damping, memory, ridge
             max(ridge, RIDGE),
             D=features,
             ACT=activation,
-            ADJ=pre is not None,
+            ADJ=adjoint,
             HAS_Z0=z0 is not None,
             TERMS=terms,
             MEMORY=memory,
@@ -424,20 +445,21 @@ def affine_adjoint(w, pre, g, *, activation, tol, max_steps, damping=1.0, memory
     )
 
 
-def refuses(*, features, dtype, activation="tanh", terms=2, solver_memory=0, device=None) -> str | None:
-    """Why torch must solve this problem, or None."""
+def refuses(*, features, dtype, activation="tanh", solver_memory=0, device=None) -> str | None:
+    """Why torch must solve this problem, or None; `device` for the size of its shared memory."""
     if features > FEATURES:
-        return f"{features} features, and one multiprocessor holds W up to {FEATURES}"
+        return f"{features} features, and a multiprocessor holds W up to {FEATURES}"
     if dtype == torch.float64:
         return "float64 state, and the kernel's is float32"
     if activation not in ACTIVATIONS:
         return f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}"
     if solver_memory > MEMORY:
-        return f"Anderson memory {solver_memory}, and registers hold {MEMORY}"
+        return f"Anderson memory {solver_memory}, and the registers hold {MEMORY}"
+    shared = launch.shared_memory(device)
     for adjoint in (False, True):
-        shape = dict(batch=1, features=features, terms=terms, memory=solver_memory, adjoint=adjoint)
-        if launch.parameters("affine", shared=launch.shared_memory(device), **shape) is None:
-            return f"W of {features} features does not fit in this GPU's shared memory"
+        shape = dict(batch=1, features=features, terms=3, memory=solver_memory, adjoint=adjoint)
+        if launch.parameters("affine", shared=shared, **shape) is None:
+            return f"W of {features} features does not fit in {shared} bytes of shared memory"
     return None
 
 

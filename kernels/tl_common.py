@@ -230,7 +230,7 @@ def cholesky_solve(a, b, N: tl.constexpr):
 
 @triton.jit
 def anderson_weights(gram, dots, plain, ridge, N: tl.constexpr):
-    """Mixing weights gamma_j of each row: argmin || g - sum_j gamma_j dG_j ||, the Gram matrix scaled to a unit diagonal.
+    """Mixing weights of each row: argmin || g - sum_j gamma_j dG_j ||, the Gram matrix scaled to a unit diagonal.
 
     Args:
         gram: <dG_i, dG_j>, lower triangle row by row.
@@ -258,3 +258,32 @@ def anderson_weights(gram, dots, plain, ridge, N: tl.constexpr):
     for i in tl.static_range(N):
         gamma = gamma + (tl.where(ok, x[i] * scale[i], 0.0),)
     return gamma
+
+
+@triton.jit
+def anderson_step(g, dx, dg, gram, sums, rel, best, damping, ridge, N: tl.constexpr):
+    """Step of each row, damping g - sum_j gamma_j (dX_j + damping dG_j), and the history less its oldest pair.
+
+    Args:
+        g: Defects, a tile.
+        dx, dg: N tiles each, oldest first: increments of z and of g.
+        gram: <dG_i, dG_j> of all pairs but the newest, lower triangle.
+        sums: Row sums, <dG_j, g> from 2 on and <dG_j, dG_newest> from 2 + N on.
+    """
+    dots = ()
+    for j in tl.static_range(N):
+        gram = gram + (sums[2 + N + j],)
+        dots = dots + (sums[2 + j],)
+    gamma = anderson_weights(gram, dots, rel > SAFEGUARD * best, ridge, N)
+    step = damping * g
+    for j in tl.static_range(N):
+        step -= gamma[j][:, None] * (dx[j].to(tl.float32) + damping * dg[j].to(tl.float32))
+    kept_x = ()
+    kept_g = ()
+    kept_gram = ()
+    for i in tl.static_range(1, N):
+        kept_x = kept_x + (dx[i],)
+        kept_g = kept_g + (dg[i],)
+        for j in tl.static_range(1, i + 1):
+            kept_gram = kept_gram + (gram[i * (i + 1) // 2 + j],)
+    return step, kept_x, kept_g, kept_gram

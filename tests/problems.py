@@ -35,7 +35,9 @@ def _affine(name: str, a: Tensor, contractive: bool = True) -> Problem:
     def answer(a, b):
         return torch.linalg.solve(torch.eye(n, dtype=a.dtype) - a, b.T).T
 
-    return Problem(name, lambda z, a, b: z @ a.T + b, torch.zeros(3, n, dtype=torch.float64), (a, b), answer, contractive)
+    return Problem(
+        name, lambda z, a, b: z @ a.T + b, torch.zeros(3, n, dtype=torch.float64), (a, b), answer, contractive
+    )
 
 
 def _scalar(name: str, f, start: float, params: tuple[float, ...], answer, contractive: bool = True) -> Problem:
@@ -69,7 +71,9 @@ def _lyapunov() -> Problem:
     def answer(a, q):
         return torch.linalg.solve(torch.eye(4, dtype=a.dtype) - torch.kron(a, a), q.reshape(4)).reshape(1, 2, 2)
 
-    return Problem("lyapunov", lambda z, a, q: a @ z @ a.T + q, torch.zeros(1, 2, 2, dtype=torch.float64), (a, q), answer)
+    return Problem(
+        "lyapunov", lambda z, a, q: a @ z @ a.T + q, torch.zeros(1, 2, 2, dtype=torch.float64), (a, q), answer
+    )
 
 
 PROBLEMS = [

@@ -22,7 +22,6 @@ from .solvers.base import count, number
 READ_EVERY = 4  # steps between two looks, one look late, at whether any sample is still active on a GPU
 
 
-@torch.compiler.disable  # a compiler can't see through the loop; a compiled f stays compiled
 def fixed_point(
     f: Callable[..., Any],
     z0: Any,
@@ -64,6 +63,13 @@ def fixed_point(
         TypeError, ValueError: an argument or what f returned does not fit; the message names it.
         RuntimeError: with `throw`, a sample is MAX_STEPS, GROWING or NONFINITE.
     """
+    options = (solver, adjoint, tol, max_steps, batch_dims, mask, trace, group, throw)
+    if torch.compiler.is_compiling():  # a compiler can't see through the loop, and need not
+        return torch.compiler.disable(_fixed_point)(f, z0, args, *options)
+    return _fixed_point(f, z0, args, *options)
+
+
+def _fixed_point(f, z0, args, solver, adjoint, tol, max_steps, batch_dims, mask, trace, group, throw) -> Solution:
     if not callable(f):
         raise TypeError(f"f must be callable, got {f!r}")
     if not isinstance(args, tuple):

@@ -46,9 +46,7 @@ def test_broyden_ends_on_an_affine_problem_in_twice_the_dimensions():
 def test_anderson_needs_no_more_evaluations_than_picard(gain, dtype, tol):
     f, _, _ = tanh_problem(256, 256, gain, dtype)
     z0 = torch.zeros(256, 256, dtype=dtype)
-    picard, anderson = (
-        fixed_point(f, z0, solver=s, tol=tol, max_steps=300) for s in (Picard(), Anderson(memory=5))
-    )
+    picard, anderson = (fixed_point(f, z0, solver=s, tol=tol, max_steps=300) for s in (Picard(), Anderson(memory=5)))
     assert picard.converged.all() and anderson.converged.all()
     assert (anderson.steps <= picard.steps).all()
     assert anderson.steps.max() < picard.steps.max()

@@ -1,0 +1,135 @@
+"""Both backends through one switch: the same layer, the same values, the same gradients."""
+
+import threading
+
+import pytest
+import torch
+
+import tritondeq as tdeq
+from tritondeq import DEQ, Anderson, Broyden, Implicit, Picard
+from tritondeq.cells import Affine
+from tritondeq.kernels import dispatch
+
+pytest.importorskip("triton")
+
+
+def run(layer, x, name):
+    layer.zero_grad()
+    x = x.clone().requires_grad_()
+    with tdeq.backend(name):
+        z = layer(x)
+        z.sin().sum().backward()
+    return z.detach(), [x.grad, *(p.grad for p in layer.parameters())], layer.last
+
+
+@pytest.mark.parametrize("solver", [Picard(), Picard(0.8), Anderson(1), Anderson(4)], ids=repr)
+@pytest.mark.parametrize("activation", ["tanh", "relu", "gelu", "sin", "identity"])
+def test_triton_and_torch_agree(solver, activation, device):
+    layer = DEQ(Affine(24, 10, activation=activation), solver=solver, tol=1e-5, max_steps=100).to(device)
+    x = torch.randn(3, 7, 10, device=device)
+    with torch.no_grad():
+        layer.cell.weight.mul_(0.8)
+    z, grads, last = run(layer, x, "torch")
+    kz, kgrads, klast = run(layer, x, "triton")
+    assert last.path.startswith("loop") and klast.path.startswith("one Triton launch")
+    assert klast.adjoint.path.startswith("one Triton launch")
+    assert (klast.steps - last.steps).abs().max() <= 1
+    assert (klast.residual <= 1e-5).all() and torch.equal(klast.status, last.status)
+    torch.testing.assert_close(kz, z, rtol=2e-4, atol=2e-5)
+    for a, b in zip(kgrads, grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+
+
+def test_second_derivatives_through_the_kernel(device):
+    layer = DEQ(Affine(8), tol=1e-6, max_steps=100).to(device)
+    x = torch.randn(4, 8, device=device, requires_grad=True)
+
+    def second(name):
+        with tdeq.backend(name):
+            (g,) = torch.autograd.grad(layer(x).sin().sum(), x, create_graph=True)
+            return torch.autograd.grad(g.pow(2).sum(), list(layer.parameters()))
+
+    for a, b in zip(second("triton"), second("torch"), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_autocast_and_bf16_operands_take_one_term(device):
+    layer = DEQ(Affine(16, operands="bf16")).to(device)
+    x = torch.randn(5, 16, device=device)
+    z, _, last = run(layer, x, "torch")
+    kz, _, klast = run(layer, x, "triton")
+    assert (klast.steps - last.steps).abs().max() <= 1
+    torch.testing.assert_close(kz, z, rtol=2e-2, atol=1e-2)
+    with tdeq.backend("triton"), torch.autocast(device.type, dtype=torch.bfloat16):
+        y = DEQ(Affine(16)).to(device)(x)
+    assert y.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "layer,x,why",
+    [
+        (lambda: DEQ(Affine(257)), torch.ones(2, 257), "256"),
+        (lambda: DEQ(Affine(8).double()), torch.ones(2, 8, dtype=torch.float64), "float64"),
+        (lambda: DEQ(Affine(8), solver=Broyden()), torch.ones(2, 8), "Broyden"),
+        (lambda: DEQ(Affine(8), solver=Anderson(5)), torch.ones(2, 8), "5"),
+        (lambda: DEQ(Affine(8), trace=True), torch.ones(2, 8), "trace"),
+        (lambda: DEQ(torch.nn.Bilinear(8, 8, 8)), torch.zeros(2, 8), "names no whole-solve"),
+    ],
+    ids=["wide", "float64", "broyden", "long-memory", "trace", "user-cell"],
+)
+def test_what_no_kernel_takes_goes_through_the_loop_and_says_why(layer, x, why, device):
+    layer = layer().to(device)
+    with tdeq.backend("triton"):
+        layer(x.to(device)).sum().backward()
+    assert layer.last.path.startswith("loop: ") and why in layer.last.path
+
+
+def test_a_backward_solver_of_its_own_goes_its_own_way(device):
+    layer = DEQ(Affine(8), adjoint=Implicit(solver=Broyden(), tol=1e-5), tol=1e-5).to(device)
+    x = torch.randn(3, 8, device=device)
+    _, grads, _ = run(layer, x, "torch")
+    _, kgrads, last = run(layer, x, "triton")
+    assert last.path.startswith("one Triton launch") and "Broyden" in last.adjoint.path
+    for a, b in zip(kgrads, grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_the_switch():
+    assert dispatch.chosen() == "auto"
+    tdeq.set_backend("torch")
+    try:
+        assert dispatch.chosen() == "torch"
+        with tdeq.backend("auto"):
+            assert dispatch.chosen() == "auto"
+            other = []
+            thread = threading.Thread(target=lambda: other.append(dispatch.chosen()))
+            thread.start()
+            thread.join()
+            assert other == ["torch"]  # a with block is its own thread's; the default is everyone's
+        assert dispatch.chosen() == "torch"
+    finally:
+        tdeq.set_backend("auto")
+    with pytest.raises(ValueError, match="backend must be one of auto, triton, torch, got 'cuda'"):
+        tdeq.set_backend("cuda")
+    with pytest.raises(ValueError, match="'jax'"), tdeq.backend("jax"):
+        pass
+
+
+def test_the_backend_is_restored_after_an_error():
+    with pytest.raises(ZeroDivisionError), tdeq.backend("torch"):
+        raise ZeroDivisionError
+    assert dispatch.chosen() == "auto"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_auto_is_torch_on_the_cpu():
+    layer = DEQ(Affine(8))
+    layer(torch.randn(2, 8))
+    assert layer.last.path == "loop: tensors are on cpu, and Triton is for CUDA"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_forcing_triton_without_a_gpu_or_interpreter_raises(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with tdeq.backend("triton"), pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        DEQ(Affine(8))(torch.randn(2, 8))

@@ -53,14 +53,14 @@ class Rules:
         self.floor = FLOOR_FP64 if dtype == torch.float64 else FLOOR
         self.best = torch.full((batch,), math.inf, dtype=dtype, device=device)
         self.bar = torch.full_like(self.best, tol)
-        self.steps = torch.zeros(batch, dtype=torch.int32, device=device)
         self.active = torch.ones(batch, dtype=torch.bool, device=device)
+        self._evaluated: list[Tensor] = []  # who was active, evaluation by evaluation
 
     def update(self, k: int, r: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """Takes the norms of evaluation k; returns (rel, improved) and leaves in `active` who goes on."""
         rel = r / (s + EPS)
         self.r, self.s, self.rel = r, s, rel
-        self.steps += self.active
+        self._evaluated.append(self.active)
         improved = rel < self.best
         self.best = torch.where(improved, rel, self.best)
         if k == 1:
@@ -72,6 +72,11 @@ class Rules:
             self.mark = self.best
         self.active = self.best > self.bar
         return rel, improved
+
+    @property
+    def steps(self) -> Tensor:
+        """Evaluations of each sample while it was active, int32 [B]."""
+        return torch.stack(self._evaluated).sum(0, dtype=torch.int32)
 
     def status(self) -> Tensor:
         """Outcome of each sample, int32 [B]."""

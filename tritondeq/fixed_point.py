@@ -140,8 +140,8 @@ def iterate(
     """The loop. Returns the iterate [B, N] with the lowest residual, and a Solution without it."""
     solver, keep = settings.solver, settings.keep
     rules = Rules(z.shape[0], z.dtype, z.device, settings.tol)
-    done = _Done(z.device, settings.group)
-    residuals, best = [], z
+    look = _Look(z.device, settings.group)
+    residuals, best, batch, on_cpu = [], z, z.shape[0], z.device.type == "cpu"  # where a look is free
     f, outside = _keep_autocast(f, z.device.type)
     with outside:
         memory = solver.init(z, keep)
@@ -152,45 +152,50 @@ def iterate(
             r = torch.linalg.vector_norm(seen, dim=1)
             s = torch.linalg.vector_norm(y if keep is None else torch.where(keep, y, 0.0), dim=1)
             rel, improved = rules.update(k, r, s)
-            best = torch.where(improved.unsqueeze(1), z, best)
+            best = z if on_cpu and improved.all() else torch.where(improved.unsqueeze(1), z, best)
             if trace:
                 residuals.append(rel)
-            if k == settings.max_steps or done(rules.active):
+            left = look(rules.active)
+            if k == settings.max_steps or left == 0:
                 break
-            z = torch.where(rules.active.unsqueeze(1), solver.step(memory, z, y, g, seen, rules), z)
+            onward = solver.step(memory, z, y, g, seen, rules)
+            if left == batch:
+                z = onward.clone() if onward is y else onward  # f may reuse the memory of y
+            else:
+                z = torch.where(rules.active.unsqueeze(1), onward, z)
     solution = _solution(rules.steps, rules.best, rules.status())
     solution.trace = torch.stack(residuals) if trace else None
     return best, solution
 
 
-class _Done:
-    """Whether no sample is active. On a GPU the answer is READ_EVERY steps old, so that nobody waits for it."""
+class _Look:
+    """How many samples are active, or None where that is not known. On a GPU the answer is only ever None or 0, and
+    READ_EVERY steps old, so that nobody waits for it."""
 
     def __init__(self, device: torch.device, group: Any):
-        self.group, self.cuda, self.looks = group, device.type == "cuda", 0
+        self.group, self.cuda, self.steps = group, device.type == "cuda", 0
         if self.cuda:
-            self.flag = torch.ones((), dtype=torch.int32, pin_memory=True)
+            self.flag = torch.ones((), dtype=torch.int64, pin_memory=True)
             self.copied: torch.cuda.Event | None = None
 
-    def __call__(self, active: Tensor) -> bool:
-        self.looks += 1
-        if self.cuda and self.looks % READ_EVERY:
-            return False
-        left = active.any()
+    def __call__(self, active: Tensor) -> int | None:
+        self.steps += 1
+        if self.cuda and self.steps % READ_EVERY:
+            return None
+        left = active.sum()
         if self.group is not None:
-            left = left.int()
             torch.distributed.all_reduce(left, torch.distributed.ReduceOp.MAX, group=self.group)
         if not self.cuda:
-            return not left
+            return int(left) if self.group is None or left == 0 else None
         if self.copied is None:
             self.copied = torch.cuda.Event()
         else:
             self.copied.synchronize()
             if not self.flag.item():
-                return True
+                return 0
         self.flag.copy_(left, non_blocking=True)
         self.copied.record()
-        return False
+        return None
 
 
 class _Backward(BackwardSolves):

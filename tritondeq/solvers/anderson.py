@@ -13,10 +13,10 @@ from .base import Solver, count, number
 class _Rings:
     """The last m differences of residuals and of plain steps, and what the next difference is taken from."""
 
-    residuals: Tensor  # [B, m + 1, N]: m differences, and last the newest residual itself
+    residuals: Tensor  # [B, 1 + m, N]: the newest residual itself, then m differences
     steps: Tensor  # [B, m, N]
-    scale: Tensor  # [B, m + 1]: 1 / norm of each difference; 1 for the residual
-    ridge: Tensor  # [m + 1, m + 1]: diagonal
+    scale: Tensor  # [B, 1 + m]: of the residual 0 or 1, of each difference 1 / its norm
+    ridge: Tensor  # [1 + m, 1 + m]: diagonal
     z: Tensor | None = None  # the iterate before; f's own output is not kept, for f may reuse its memory
     taken: int = 0
 
@@ -64,31 +64,30 @@ class Anderson(Solver):
 
     def step(self, memory: _Rings, z: Tensor, y: Tensor, g: Tensor, seen: Tensor, rules) -> Tensor:
         h = y if self.damping == 1 else torch.add(z, g, alpha=self.damping)
-        m = self.memory
-        newest = memory.residuals[:, m]
+        newest = memory.residuals[:, 0]
         before, memory.z = memory.z, z
         if before is None:
             newest.copy_(seen)
             return h
-        slot = memory.taken % m
+        slot = memory.taken % self.memory
         memory.taken += 1
-        change = torch.sub(seen, newest, out=memory.residuals[:, slot])
+        change = torch.sub(seen, newest, out=memory.residuals[:, 1 + slot])
         torch.sub(z, before, out=memory.steps[:, slot]).add_(change, alpha=self.damping)
         newest.copy_(seen)
         gamma = self._mixing(memory, rules)
-        return torch.baddbmm(h.unsqueeze(1), gamma.unsqueeze(1), memory.steps, alpha=-1).squeeze(1)
+        return torch.baddbmm(h.unsqueeze(1), gamma.unsqueeze(1), memory.steps[:, : gamma.shape[1]], alpha=-1).squeeze(1)
 
     def _mixing(self, memory: _Rings, rules) -> Tensor:
-        """gamma [B, m]; zero for an empty slot, because its row of the Gram matrix is, and for an unsafe sample."""
-        m = self.memory
-        gram = torch.bmm(memory.residuals, memory.residuals.mT)
-        tiny = torch.finfo(gram.dtype).tiny
-        torch.rsqrt(gram.diagonal(dim1=1, dim2=2)[:, :m].clamp_min(tiny), out=memory.scale[:, :m])
-        scale = memory.scale
-        system = torch.addcmul(memory.ridge, gram * scale.unsqueeze(2), scale.unsqueeze(1))
-        gamma, _ = torch.linalg.solve_ex(system[:, :m, :m], system[:, :m, m])
-        gamma = (gamma * scale[:, :m]).nan_to_num(0.0, 0.0, 0.0)
-        return torch.where((rules.rel <= SAFEGUARD * rules.best).unsqueeze(1), gamma, 0.0)
+        """gamma [B, slots filled]; zero for a sample that is unsafe or whose system has no finite solution."""
+        n = 1 + min(memory.taken, self.memory)
+        residuals, scale = memory.residuals[:, :n], memory.scale[:, :n]
+        gram = torch.bmm(residuals, residuals.mT)
+        torch.le(rules.rel, SAFEGUARD * rules.best, out=scale[:, 0])
+        torch.rsqrt(gram.diagonal(dim1=1, dim2=2)[:, 1:], out=scale[:, 1:])
+        system = torch.addcmul(memory.ridge[:n, :n], gram * scale.unsqueeze(2), scale.unsqueeze(1))
+        gamma, _ = torch.linalg.solve_ex(system[:, 1:, 1:], system[:, 1:, 0])
+        rows = torch.empty_like(gamma, memory_format=torch.contiguous_format)  # a solve returns columns: slow
+        return torch.mul(gamma, scale[:, 1:], out=rows).nan_to_num_(0.0, 0.0, 0.0)
 
     def fused(self):
         return {"memory": self.memory, "damping": float(self.damping), "ridge": float(self.ridge)}

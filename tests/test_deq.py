@@ -225,3 +225,17 @@ def test_a_cell_that_never_converges_says_so_per_sample(x):
     layer = DEQ(Doubling(), max_steps=200)
     z = layer(x)
     assert z.isfinite().all() and not layer.last.converged.any() and layer.last.status.shape == (6,)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda layer, x: torch.func.grad(lambda x: layer(x).sum())(x),
+        lambda layer, x: torch.func.jvp(layer, (x,), (x,)),
+        lambda layer, x: torch.vmap(layer)(torch.stack([x, x])),
+    ],
+    ids=["grad", "jvp", "vmap"],
+)
+def test_functional_transforms_raise(x, transform):
+    with pytest.raises(RuntimeError):
+        transform(DEQ(Block()), x)

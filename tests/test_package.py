@@ -23,7 +23,7 @@ PUBLIC = {
     *("Implicit", "Neumann", "Phantom", "OneStep", "Unrolled"),
 }
 # A module imports what stands before it or in its own folder; one not named here stands last and imports any.
-ORDER = ["kernels", "layout", "solution", "capture", "solvers", "adjoints", "cells", "fixed_point", "deq"]
+ORDER = ["kernels", "layout", "solution", "capture", "solvers", "adjoints", "cells", "loop", "fixed_point", "deq"]
 HIDE_TRITON = "import sys; sys.modules['triton'] = None\n"
 
 

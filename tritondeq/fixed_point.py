@@ -1,12 +1,10 @@
-"""The driver, and the one loop: every solver, every cell, forward and backward."""
+"""The driver: checks, plans, solves, attaches the gradient."""
 
-import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed
 import torch.utils.checkpoint
 from torch import Tensor
 
@@ -15,11 +13,10 @@ from .capture import Linearised
 from .kernels.dispatch import WholeSolve
 from .kernels.rules import Rules
 from .layout import Layout
+from .loop import Settings, iterate
 from .solution import Solution
 from .solvers import Picard, Solver
 from .solvers.base import count, number
-
-READ_EVERY = 4  # steps between two looks, one look late, at whether any sample is still active on a GPU
 
 
 def fixed_point(
@@ -123,81 +120,6 @@ def check(solver: Any, adjoint: Any, tol: Any, max_steps: Any) -> None:
     count("max_steps", max_steps)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What one solve is told, beside the map and where to start."""
-
-    solver: Solver
-    tol: float
-    max_steps: int
-    keep: Tensor | None  # mask [B, N]
-    group: Any
-
-
-def iterate(
-    f: Callable[[Tensor], Tensor], z: Tensor, settings: Settings, trace: bool = False
-) -> tuple[Tensor, Solution]:
-    """The loop. Returns the iterate [B, N] with the lowest residual, and a Solution without it."""
-    solver, keep = settings.solver, settings.keep
-    rules = Rules(z.shape[0], z.dtype, z.device, settings.tol)
-    look = _Look(z.device, settings.group)
-    residuals, best, batch, on_cpu = [], z, z.shape[0], z.device.type == "cpu"  # where a look is free
-    f, outside = _keep_autocast(f, z.device.type)
-    with outside:
-        memory = solver.init(z, keep)
-        for k in range(1, settings.max_steps + 1):
-            y = f(z)
-            g = y - z
-            seen = g if keep is None else torch.where(keep, g, 0.0)
-            r = torch.linalg.vector_norm(seen, dim=1)
-            s = torch.linalg.vector_norm(y if keep is None else torch.where(keep, y, 0.0), dim=1)
-            rel, improved = rules.update(k, r, s)
-            best = z if on_cpu and improved.all() else torch.where(improved.unsqueeze(1), z, best)
-            if trace:
-                residuals.append(rel)
-            left = look(rules.active)
-            if k == settings.max_steps or left == 0:
-                break
-            onward = solver.step(memory, z, y, g, seen, rules)
-            if left == batch:
-                z = onward.clone() if onward is y else onward  # f may reuse the memory of y
-            else:
-                z = torch.where(rules.active.unsqueeze(1), onward, z)
-    solution = _solution(rules.steps, rules.best, rules.status())
-    solution.trace = torch.stack(residuals) if trace else None
-    return best, solution
-
-
-class _Look:
-    """How many samples are active, or None where that is not known. On a GPU the answer is only ever None or 0, and
-    READ_EVERY steps old, so that nobody waits for it."""
-
-    def __init__(self, device: torch.device, group: Any):
-        self.group, self.cuda, self.steps = group, device.type == "cuda", 0
-        if self.cuda:
-            self.flag = torch.ones((), dtype=torch.int64, pin_memory=True)
-            self.copied: torch.cuda.Event | None = None
-
-    def __call__(self, active: Tensor) -> int | None:
-        self.steps += 1
-        if self.cuda and self.steps % READ_EVERY:
-            return None
-        left = active.sum()
-        if self.group is not None:
-            torch.distributed.all_reduce(left, torch.distributed.ReduceOp.MAX, group=self.group)
-        if not self.cuda:
-            return int(left) if self.group is None or left == 0 else None
-        if self.copied is None:
-            self.copied = torch.cuda.Event()
-        else:
-            self.copied.synchronize()
-            if not self.flag.item():
-                return 0
-        self.flag.copy_(left, non_blocking=True)
-        self.copied.record()
-        return None
-
-
 class _Backward(BackwardSolves):
     """Solves the linear systems of the exact adjoint as the forward one was solved, or as the adjoint says."""
 
@@ -299,23 +221,3 @@ def _halves(layout: Layout) -> bool:
     """Whether the state or autocast is narrower than float32."""
     kind = layout.device.type
     return any(d.itemsize < 4 for d in layout.dtypes) or torch.is_autocast_enabled(kind)
-
-
-def _keep_autocast(f, kind: str):
-    """(f under today's autocast, a context without it): autocast rules the cell, never the solver."""
-    if not torch.is_autocast_enabled(kind):
-        return f, contextlib.nullcontext()
-    dtype, caches = torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()
-
-    def cell(z: Tensor) -> Tensor:
-        with torch.autocast(kind, dtype=dtype, cache_enabled=caches):
-            return f(z)
-
-    return cell, _no_autocast(kind)
-
-
-@contextlib.contextmanager
-def _no_autocast(kind: str):
-    with torch.autocast(kind, enabled=False):
-        yield
-    torch.clear_autocast_cache()  # casts made under no_grad would cut the gradient of whoever finds them

@@ -7,38 +7,54 @@ from functools import cache
 import torch
 
 SHARED = 166912  # bytes of shared memory a block can have on sm_80, the least of the chips we aim at
+LARGE = 4096  # rows from which throughput matters more than latency
+PROGRAMS = {16: 8, 32: 8, 64: 8, 128: 4, 256: 1}  # on one multiprocessor, by width
 
 
-def affine(*, batch: int, features: int, terms: int, memory: int, adjoint: bool, shared: int = SHARED) -> dict | None:
-    """Of the whole-solve affine op; None where W does not fit in shared memory.
+def affine(*, batch: int, features: int, terms: int, memory: int, shared: int = SHARED) -> dict | None:
+    """Of the whole-solve affine op; None where W does not fit in `shared` bytes.
 
-    Rows in a tile (BLOCK_B) trade latency for throughput, until registers spill. Terms of W that do not stay in shared
-    memory are streamed (STREAM), BLOCK_K of their rows at a time.
+    Few rows in a tile (BLOCK_B) give latency, many give throughput until registers spill: these are the largest tiles
+    that don't, as tests/kernels/test_offline.py checks. Where the terms of W don't fit together all but the first are
+    streamed (STREAM), BLOCK_K rows at a time.
     """
     block_d = max(16, 1 << (features - 1).bit_length())
-    wide = block_d == 256
-    block_b = 16
-    if not memory and batch > 4096:
-        block_b = 32 if wide else 64
-    tile = 2 * block_b * block_d + 2048  # the increment on its way to the tensor cores, and the row sums
-    resident = terms
-    if terms * 2 * block_d**2 + tile > shared:
-        resident = 1
-    stream = resident < terms
-    block_k = 32
-    if resident * 2 * block_d**2 + tile + stream * 2 * block_k * (block_d + block_b) > shared:
+    block_k = min(64, block_d)
+
+    def bytes_of(block_b: int, resident: int) -> int:
+        tile = 4 * block_b * block_d  # on its way between the layouts of memory and tensor cores
+        if resident < terms:
+            tile = max(tile, 2 * block_k * (block_d + block_b))
+        return 2 * resident * block_d**2 + tile + 1024
+
+    stream = bytes_of(16, terms) > shared
+    if stream and bytes_of(16, 1) > shared:
         return None
-    warps = 8 if wide or block_b == 64 else 4
-    return dict(
-        BLOCK_B=block_b, BLOCK_D=block_d, BLOCK_K=block_k, STREAM=stream, num_warps=warps, num_stages=1, programs=1
-    )
+    block_b = 16
+    if batch > LARGE and not memory and not stream:
+        large = 32 if block_d == 256 or (block_d == 128 and terms > 1) else 64
+        block_b = large if bytes_of(large, terms) <= shared else 16
+    warps = {16: 4 if memory else 1, 32: 4 if memory else 1, 64: 4, 128: 8 if memory or block_b == 64 else 4, 256: 8}[
+        block_d
+    ]
+    if block_b == 64:
+        warps = max(warps, 4)
+    return {
+        "BLOCK_B": block_b,
+        "BLOCK_D": block_d,
+        "BLOCK_K": block_k,
+        "STREAM": stream,
+        "num_warps": warps,
+        "num_stages": 1,
+        "programs": PROGRAMS[block_d],
+    }
 
 
 SHAPES: dict[str, Callable[..., dict | None]] = {"affine": affine}
 
 
 def parameters(op: str, **shape) -> dict | None:
-    """Launch parameters of `op` for this shape; None where it can't be launched."""
+    """Launch parameters of `op` for this shape, `programs` of them on each multiprocessor; None where none would do."""
     return SHAPES[op](**shape)
 
 

@@ -1,0 +1,99 @@
+"""What ptxas makes of every kernel at every launch that we ship, on chips that are not here."""
+
+import itertools
+
+import offline
+import pytest
+
+from tritondeq.kernels import launch
+
+TYPES = {
+    "w_ptr": "*bf16",
+    "u_ptr": "*fp32",
+    "pre_ptr": "*fp32",
+    "z0_ptr": "*fp32",
+    "d_ptr": "*bf16",
+    "z_ptr": "*fp32",
+    "steps_ptr": "*i32",
+    "residual_ptr": "*fp32",
+    "status_ptr": "*i32",
+    "B": "i32",
+    "tol": "fp32",
+    "max_steps": "i32",
+    "damping": "fp32",
+    "ridge": "fp32",
+}
+# Local loads and stores in the hot loop that we live with, of some 700 to 2,200 instructions there.
+SPILLS = {
+    "sm80 D64 terms2 memory0 tanh solve tile64": 20,  # no wgmma: W lies in registers. The tile is the best one on sm_90
+    "sm80 D64 terms2 memory0 tanh adjoint tile64": 110,
+    "sm100 D128 terms2 memory0 tanh solve tile32": 10,
+    "sm100 D128 terms2 memory0 tanh adjoint tile32": 20,
+    # four pairs of history fill the registers of a multiprocessor, and 16 rows are the least that a tile can have
+    "sm80 D256 terms2 memory4 tanh adjoint tile16": 230,
+    "sm90 D256 terms1 memory4 tanh adjoint tile16": 130,
+    "sm90 D256 terms2 memory2 tanh adjoint tile16": 30,
+    "sm90 D256 terms2 memory4 tanh adjoint tile16": 130,
+    "sm100 D256 terms2 memory4 tanh adjoint tile16": 130,
+}
+
+
+def affine_jobs():
+    small, large = 1, 1 << 20
+    both = (False, True)
+    wide = [
+        *itertools.product((32, 64, 128, 256), (1, 2), (0,), (small, large), ("tanh",), both),
+        *itertools.product((128, 256), (3,), (0,), (small,), ("tanh",), (True,)),
+        *itertools.product((64, 128), (2,), (4,), (small,), ("tanh",), (True,)),
+        *itertools.product((256,), (1, 2), (2, 4), (small,), ("tanh",), (True,)),
+        *itertools.product((128,), (1,), (0,), (large,), ("gelu", "sin"), (False,)),
+    ]
+    narrow = [
+        *itertools.product((64, 128, 256), (2,), (0,), (small, large), ("tanh",), both),
+        *itertools.product((256,), (1,), (0,), (large,), ("tanh",), both),
+        *itertools.product((256,), (2,), (4,), (small,), ("tanh",), (True,)),
+    ]
+    cases = [(90, *case) for case in wide] + [(chip, *case) for chip in (80, 100) for case in narrow]
+    jobs = {}
+    for chip, features, terms, memory, batch, act, adj in cases:
+        config = launch.parameters("affine", batch=batch, features=features, terms=terms, memory=memory)
+        name = f"D{features} terms{terms} memory{memory} {act} {'adjoint' if adj else 'solve'} tile{config['BLOCK_B']}"
+        config.pop("programs")
+        options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
+        constants = config | {
+            "D": features,
+            "ACT": act,
+            "ADJ": adj,
+            "HAS_Z0": not adj,
+            "TERMS": terms,
+            "MEMORY": memory,
+            "INTERP": False,
+        }
+        jobs[f"sm{chip} {name}"] = {
+            "kernel": "tritondeq.kernels.affine:_solve_kernel",
+            "chip": chip,
+            "types": TYPES,
+            "constants": constants,
+            **options,
+        }
+    return jobs
+
+
+JOBS = affine_jobs()
+
+
+@pytest.fixture(scope="module")
+def found():
+    return dict(zip(JOBS, offline.run(list(JOBS.values())), strict=True))
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_machine_code(found, name):
+    seen, job = found[name], JOBS[name]
+    assert "error" not in seen, seen["error"]
+    assert seen["shared"] <= offline.SHARED[job["chip"]]
+    hot = seen["hot"]
+    assert hot is not None, "no loop with both tensor-core and special-function instructions"
+    assert hot.get("LDL", 0) + hot.get("STL", 0) <= SPILLS.get(name, 0)
+    if not job["constants"]["STREAM"]:
+        assert not any(hot.get(op) for op in ("LDG", "LDGSTS", "UTMALDG")), "W is loaded again in the hot loop"

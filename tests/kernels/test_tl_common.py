@@ -1,0 +1,135 @@
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from tritondeq.kernels import tl_common as tc
+from tritondeq.kernels.dispatch import interpreting
+
+SIZE = 1 << 16
+nonfinite = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, under the interpreter, about NaN
+
+
+@triton.jit
+def _apply(x_ptr, y_ptr, ACT: tl.constexpr, SLOPE: tl.constexpr, BLOCK: tl.constexpr, INTERP: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs)
+    tl.store(y_ptr + offs, tc.act_slope(x, ACT, INTERP) if SLOPE else tc.act(x, ACT, INTERP))
+
+
+@triton.jit
+def _round(x_ptr, y_ptr, BLOCK: tl.constexpr, INTERP: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    rounded, near = tc.bf16_pair(tl.load(x_ptr + offs), INTERP)
+    tl.store(y_ptr + offs, near)
+
+
+@triton.jit
+def _solve(a_ptr, b_ptr, x_ptr, N: tl.constexpr, BLOCK: tl.constexpr):
+    rows = tl.arange(0, BLOCK)
+    a = ()
+    b = ()
+    for i in tl.static_range(N):
+        for j in tl.static_range(i + 1):
+            a = a + (tl.load(a_ptr + rows * N * N + i * N + j),)
+        b = b + (tl.load(b_ptr + rows * N + i),)
+    x = tc.cholesky_solve(a, b, N)
+    for i in tl.static_range(N):
+        tl.store(x_ptr + rows * N + i, x[i])
+
+
+@triton.jit
+def _sum(x_ptr, y_ptr, N: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INTERP: tl.constexpr):
+    rows = tl.arange(0, ROWS)
+    x = tl.load(x_ptr + rows[:, None] * COLS + tl.arange(0, COLS)[None, :])
+    tiles = ()
+    for i in tl.static_range(N):
+        tiles = tiles + (x * (i + 1),)
+    sums = tc.row_sums(tiles, N, INTERP)
+    for i in tl.static_range(N):
+        tl.store(y_ptr + i * ROWS + rows, sums[i])
+
+
+def apply(x, activation, slope=False):
+    y = torch.empty_like(x)
+    _apply[(x.numel() // SIZE,)](x, y, ACT=activation, SLOPE=slope, BLOCK=SIZE, INTERP=interpreting())
+    return y
+
+
+def relative(x, exact):
+    return ((x.double() - exact).abs() / exact.abs().clamp(min=1e-30)).max()
+
+
+def test_tanh_to_relative_accuracy(device):
+    small = torch.logspace(-20, 1, SIZE // 2, device=device)
+    x = torch.cat([small, -small])
+    assert relative(apply(x, "tanh"), x.double().tanh()) < 2e-6
+    assert (apply(torch.full((SIZE,), 1e4, device=device), "tanh") == 1).all()
+    x = torch.linspace(-12, 12, SIZE, device=device)
+    torch.testing.assert_close(apply(x, "tanh", True).double(), 1 - x.double().tanh() ** 2, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("most", [3.0, 300.0, 1e4])
+def test_sine(device, most):
+    x = torch.linspace(-most, most, SIZE, device=device)
+    torch.testing.assert_close(apply(x, "sin").double(), x.double().sin(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(apply(x, "sin", True).double(), x.double().cos(), rtol=0, atol=1e-6)
+    small = torch.logspace(-20, 0, SIZE, device=device)
+    assert relative(apply(small, "sin"), small.double().sin()) < 2e-6
+
+
+def test_gelu(device):
+    x = torch.linspace(-8, 8, SIZE, device=device)
+    exact = x.double().requires_grad_()
+    y = torch.nn.functional.gelu(exact)
+    torch.testing.assert_close(apply(x, "gelu").double(), y.detach(), rtol=1e-6, atol=1e-6)
+    (slope,) = torch.autograd.grad(y.sum(), exact)
+    torch.testing.assert_close(apply(x, "gelu", True).double(), slope, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ["relu", "identity"])
+def test_piecewise_linear(device, activation):
+    x = torch.linspace(-2, 2, SIZE, device=device)
+    exact = torch.relu(x) if activation == "relu" else x
+    assert torch.equal(apply(x, activation), exact)
+    slope = (x > 0).float() if activation == "relu" else torch.ones_like(x)
+    assert torch.equal(apply(x, activation, True), slope)
+
+
+@nonfinite
+@pytest.mark.parametrize("activation", ["tanh", "relu", "gelu", "sin", "identity"])
+def test_zero_is_kept_and_nan_is_not_lost(device, activation):
+    x = torch.zeros(SIZE, device=device)
+    assert (apply(x, activation) == 0).all()
+    assert apply(x + torch.nan, activation).isnan().all()
+
+
+@nonfinite
+def test_rounding_is_to_nearest_even(device):
+    bits = torch.randint(-(2**31), 2**31 - 1, (SIZE - 4,), dtype=torch.int64).to(torch.int32)
+    ties = torch.tensor([0x3F808000, 0x3F818000, 0x7F800000, 0x7F7FFFFF], dtype=torch.int32)
+    x = torch.cat([bits, ties]).view(torch.float32)
+    x = torch.where((x.abs() < 1e-37) | x.isnan(), 0.0, x).to(device)  # subnormals may be flushed
+    y = torch.empty_like(x)
+    _round[(1,)](x, y, BLOCK=SIZE, INTERP=interpreting())
+    assert torch.equal(y, x.bfloat16().float())
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_cholesky(device, n):
+    a = torch.randn(32, n, n + 2, device=device)
+    a = a @ a.mT + 0.1 * torch.eye(n, device=device)
+    b = torch.randn(32, n, device=device)
+    x = torch.empty_like(b)
+    _solve[(1,)](a, b, x, N=n, BLOCK=32)
+    exact = torch.linalg.solve(a.double(), b.double()[..., None])[..., 0]
+    assert ((x - exact).norm(dim=1) <= 1e-4 * exact.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("n", [2, 4, 6, 8, 10])
+def test_row_sums(device, n):
+    x = torch.randn(16, 64, device=device)
+    y = torch.empty(n, 16, device=device)
+    _sum[(1,)](x, y, N=n, ROWS=16, COLS=64, INTERP=interpreting())
+    exact = x.double().sum(1) * torch.arange(1, n + 1, device=device)[:, None]
+    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-4)

@@ -15,6 +15,9 @@ STREAM, where the terms don't fit together: W0 stays, and acc = u + W0 z + W1 zs
 drift passes LAG / 2 * max(defect, tol * norm). An evaluation can only become the best one, and so stop its row, where
 drift <= LAG * max(defect, tol * norm): its residual is then off by at most LAG * ||W1|| of max(residual, tol), where
 ||W1|| is about 2^-9 ||W||, that is 3% at ||W|| = 1.
+
+The best iterate is the last one, unless a row failed: then its tile is solved a second time, each row up to its best.
+That is the same to the bit, for a row depends on no other, and costs a solve that succeeds neither time nor registers.
 """
 
 import torch
@@ -31,6 +34,10 @@ from .tl_common import (
     act_slope,
     anderson_step,
     bf16_pair,
+    dot_resident,
+    dot_streamed,
+    dot_whole,
+    load_matrix,
     row_sums,
     rules_start,
     rules_status,
@@ -58,7 +65,7 @@ SLOPES = {
 }
 
 
-def iterate(f, z: Tensor, *, tol, max_steps, damping, memory, ridge) -> tuple[Tensor, Rules]:
+def iterate(f, z: Tensor, tol, max_steps, damping, memory, ridge) -> tuple[Tensor, Rules]:
     """The kernel's loop in torch: (kept z, rules) of z = f(z) for rows z [B, D]."""
     rules = Rules(len(z), z.dtype, z.device, tol)
     kept, pairs, step, last = z, [], None, None
@@ -99,103 +106,24 @@ def _anderson_weights(dg: Tensor, defect: Tensor, ridge: float) -> Tensor:
 
 def affine_solve_ref(w, u, z0=None, *, activation, tol, max_steps, damping=1.0, memory=0, ridge=1e-8, terms=2):
     """`affine_solve` in torch, in the dtype of `u`; `terms` means nothing here."""
-    z, rules = iterate(
-        lambda z: ACTIVATIONS[activation](torch.addmm(u, z, w.T)),
-        torch.zeros_like(u) if z0 is None else z0,
-        tol=tol,
-        max_steps=max_steps,
-        damping=damping,
-        memory=memory,
-        ridge=ridge,
-    )
+
+    def f(z):
+        return ACTIVATIONS[activation](torch.addmm(u, z, w.T))
+
+    z0 = torch.zeros_like(u) if z0 is None else z0
+    z, rules = iterate(f, z0, tol, max_steps, damping, memory, ridge)
     return z, rules.steps, rules.best, rules.status()
 
 
 def affine_adjoint_ref(w, pre, g, *, activation, tol, max_steps, damping=1.0, memory=0, ridge=1e-8, terms=2):
     """`affine_adjoint` in torch, in the dtype of `g`; `terms` means nothing here."""
     slope = SLOPES[activation](pre)
-    v, rules = iterate(
-        lambda v: slope * torch.addmm(g, v, w),
-        torch.zeros_like(g),
-        tol=tol,
-        max_steps=max_steps,
-        damping=damping,
-        memory=memory,
-        ridge=ridge,
-    )
+
+    def f(v):
+        return slope * torch.addmm(g, v, w)
+
+    v, rules = iterate(f, torch.zeros_like(g), tol, max_steps, damping, memory, ridge)
     return torch.addmm(g, v, w), rules.steps, rules.best, rules.status()
-
-
-@triton.jit
-def _load_w(w_ptr, rows, cols, D: tl.constexpr, ADJ: tl.constexpr, INTERP: tl.constexpr):
-    """Tile [k, n] of the matrix that z is multiplied by from the left: W' forward, W in the adjoint."""
-    offs = rows[:, None] * D + cols[None, :] if ADJ else cols[None, :] * D + rows[:, None]
-    w = tl.load(w_ptr + offs, mask=(rows[:, None] < D) & (cols[None, :] < D), other=0.0)
-    return w.to(tl.float32) if INTERP else w
-
-
-@triton.jit
-def _resident(acc, d, w, N: tl.constexpr):
-    """acc + d W, for the N terms of W in shared memory."""
-    for t in tl.static_range(N):
-        acc = tl.dot(d, w[t], acc)
-    return acc
-
-
-@triton.jit
-def _streamed(
-    acc,
-    d,
-    d_ptr,  # scratch of this program, [BLOCK_B, BLOCK_D]: a tile in registers can't be sliced
-    w_ptr,
-    D: tl.constexpr,
-    TERMS: tl.constexpr,
-    ADJ: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    INTERP: tl.constexpr,
-):
-    """acc + d W, for all terms of W but the first."""
-    offs_b = tl.arange(0, BLOCK_B)[:, None] * BLOCK_D
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_k = tl.arange(0, BLOCK_K)
-    tl.debug_barrier()
-    tl.store(d_ptr + offs_b + offs_d[None, :], d)
-    tl.debug_barrier()
-    for t in tl.static_range(1, TERMS):
-        for k in range(0, BLOCK_D, BLOCK_K):
-            part = tl.load(d_ptr + offs_b + k + offs_k[None, :])
-            acc = tl.dot(part, _load_w(w_ptr + t * D * D, k + offs_k, offs_d, D, ADJ, INTERP), acc)
-    return acc
-
-
-@triton.jit
-def _whole(
-    acc,
-    z,
-    w,
-    d_ptr,
-    w_ptr,
-    D: tl.constexpr,
-    TERMS: tl.constexpr,
-    STREAM: tl.constexpr,
-    ADJ: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    INTERP: tl.constexpr,
-):
-    """acc + z W for a z that is no increment: at most three bf16 parts hold all its bits, and a zero needs none."""
-    parts = 0
-    while (parts < 3) & (tl.sum(tl.sum((z != 0.0).to(tl.int32), 1), 0) > 0):
-        parts += 1
-        d, near = bf16_pair(z, INTERP)
-        z -= near
-        acc = _resident(acc, d, w, 1 if STREAM else TERMS)
-        if STREAM:
-            acc = _streamed(acc, d, d_ptr, w_ptr, D, TERMS, ADJ, BLOCK_B, BLOCK_D, BLOCK_K, INTERP)
-    return acc
 
 
 @triton.jit(do_not_specialize=["B", "max_steps"])
@@ -227,11 +155,12 @@ def _solve_kernel(
     INTERP: tl.constexpr,
 ):
     RESIDENT: tl.constexpr = 1 if STREAM else TERMS
+    TRANSPOSE: tl.constexpr = not ADJ
     offs_d = tl.arange(0, BLOCK_D)
     d_ptr += tl.program_id(0).to(tl.int64) * BLOCK_B * BLOCK_D
     w = ()
     for t in tl.static_range(RESIDENT):
-        w = w + (_load_w(w_ptr + t * D * D, offs_d, offs_d, D, ADJ, INTERP),)
+        w = w + (load_matrix(w_ptr + t * D * D, offs_d, offs_d, D, TRANSPOSE, INTERP),)
 
     tile = tl.program_id(0)
     limit = tl.zeros((BLOCK_B,), tl.int32) + max_steps  # evaluation at which a row stops at the latest
@@ -247,7 +176,7 @@ def _solve_kernel(
             slope = act_slope(tl.load(pre_ptr + offs, mask=mask, other=0.0), ACT, INTERP)
         if HAS_Z0:
             z = tl.load(z0_ptr + offs, mask=mask, other=0.0)
-            acc = _whole(acc, z, w, d_ptr, w_ptr, D, TERMS, STREAM, ADJ, BLOCK_B, BLOCK_D, BLOCK_K, INTERP)
+            acc = dot_whole(acc, z, w, d_ptr, w_ptr, D, TERMS, STREAM, TRANSPOSE, BLOCK_B, BLOCK_D, BLOCK_K, INTERP)
         if STREAM:
             lag = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
             drift = tl.zeros((BLOCK_B,), tl.float32)
@@ -303,7 +232,7 @@ def _solve_kernel(
                 step = damping * g
             d, near = bf16_pair(tl.where(go[:, None], step, 0.0), INTERP)
             z += near
-            acc = _resident(acc, d, w, RESIDENT)
+            acc = dot_resident(acc, d, w, RESIDENT)
             running = tl.max(go.to(tl.int32), 0)
             if STREAM:
                 lag += near
@@ -313,7 +242,7 @@ def _solve_kernel(
                     e, near = bf16_pair(tl.where(due[:, None], lag, 0.0), INTERP)
                     lag -= near
                     drift = tl.where(due, drift * 0.00390625, drift)
-                    acc = _streamed(acc, e, d_ptr, w_ptr, D, TERMS, ADJ, BLOCK_B, BLOCK_D, BLOCK_K, INTERP)
+                    acc = dot_streamed(acc, e, d_ptr, w_ptr, D, TERMS, TRANSPOSE, BLOCK_B, BLOCK_D, BLOCK_K, INTERP)
             elif k % WINDOW == 0:
                 # memory may have changed, so Triton leaves W in shared memory; without, it spreads W over registers
                 tl.debug_barrier()
@@ -324,7 +253,7 @@ def _solve_kernel(
         tl.store(residual_ptr + rows, state[0], mask=once)
         tl.store(status_ptr + rows, rules_status(state, r, s, tol), mask=once)
         if tl.max((once & (kept < steps)).to(tl.int32), 0) > 0:
-            # the best z of some row is gone: solve the tile again, each row up to its best
+            # the best z of some row is gone: once more
             limit = kept
             replay = 1
         else:
@@ -336,18 +265,18 @@ def _solve_kernel(
 def bf16_terms(w: Tensor, terms: int) -> Tensor:
     """[terms, D, D] in bf16 whose sum is w up to 2^(-8 * terms)."""
     parts = w.new_empty((terms, *w.shape), dtype=torch.bfloat16)
-    for part in parts:
-        part.copy_(w)
-        w = w - part
+    parts[0] = w
+    for t in range(1, terms):
+        w = w - parts[t - 1]
+        parts[t] = w
     return parts
 
 
-def _launch(w, u, pre, z0, *, activation, tol, max_steps, damping, memory, ridge, terms):
+def _launch(w, u, pre, z0, activation, tol, max_steps, damping, memory, ridge, terms):
     batch, features = u.shape
     u, pre, z0 = (t if t is None else t.contiguous() for t in (u, pre, z0))
-    z = torch.empty_like(u)
+    z, residual = torch.empty_like(u), u.new_empty(batch)
     steps, status = (u.new_empty(batch, dtype=torch.int32) for _ in range(2))
-    residual = u.new_empty(batch)
     if batch == 0:
         return z, steps, residual, status
     shared = launch.shared_memory(u.device)
@@ -358,32 +287,12 @@ def _launch(w, u, pre, z0, *, activation, tol, max_steps, damping, memory, ridge
     if config["STREAM"]:
         dtype = torch.float32 if interpreting() else torch.bfloat16
         scratch = u.new_empty((programs, config["BLOCK_B"], config["BLOCK_D"]), dtype=dtype)
+    tensors = (bf16_terms(w, terms), u, u if pre is None else pre, u if z0 is None else z0, scratch)
+    config |= {"D": features, "ACT": activation, "ADJ": pre is not None, "HAS_Z0": z0 is not None}
+    config |= {"TERMS": terms, "MEMORY": memory, "INTERP": interpreting()}
+    numbers = (batch, tol, max_steps, damping, max(ridge, RIDGE))
     with launch.on(u.device):
-        _solve_kernel[(programs,)](
-            bf16_terms(w, terms),
-            u,
-            u if pre is None else pre,
-            u if z0 is None else z0,
-            scratch,
-            z,
-            steps,
-            residual,
-            status,
-            batch,
-            tol,
-            max_steps,
-            damping,
-            max(ridge, RIDGE),
-            D=features,
-            ACT=activation,
-            ADJ=pre is not None,
-            HAS_Z0=z0 is not None,
-            TERMS=terms,
-            MEMORY=memory,
-            INTERP=interpreting(),
-            enable_fp_fusion=True,
-            **config,
-        )
+        _solve_kernel[(programs,)](*tensors, z, steps, residual, status, *numbers, enable_fp_fusion=True, **config)
     return z, steps, residual, status
 
 
@@ -404,44 +313,20 @@ def affine_solve(w, u, z0=None, *, activation, tol, max_steps, damping=1.0, memo
     Returns:
         z [B, D] with the lowest residual seen, steps [B] int32, residual [B] of that z, status [B] int32 (rules.py).
     """
-    return _launch(
-        w,
-        u,
-        None,
-        z0,
-        activation=activation,
-        tol=tol,
-        max_steps=max_steps,
-        damping=damping,
-        memory=memory,
-        ridge=ridge,
-        terms=terms,
-    )
+    return _launch(w, u, None, z0, activation, tol, max_steps, damping, memory, ridge, terms)
 
 
 def affine_adjoint(w, pre, g, *, activation, tol, max_steps, damping=1.0, memory=0, ridge=1e-8, terms=2):
     """u* = W' (act'(pre) u*) + g for rows g; residuals are those of v = act'(pre) u.
 
     Args:
-        w: As in `affine_solve`.
+        w: As in `affine_solve`, and so are the options.
         pre: W z* + u, [B, D] fp32.
         g: [B, D] fp32.
     Returns:
         u* [B, D], steps, residual and status as `affine_solve`'s.
     """
-    return _launch(
-        w,
-        g,
-        pre,
-        None,
-        activation=activation,
-        tol=tol,
-        max_steps=max_steps,
-        damping=damping,
-        memory=memory,
-        ridge=ridge,
-        terms=terms,
-    )
+    return _launch(w, g, pre, None, activation, tol, max_steps, damping, memory, ridge, terms)
 
 
 def refuses(*, features, dtype, activation="tanh", solver_memory=0, device=None) -> str | None:
@@ -460,13 +345,4 @@ def refuses(*, features, dtype, activation="tanh", solver_memory=0, device=None)
     return None
 
 
-affine = register(
-    "affine",
-    Op(
-        solve=affine_solve,
-        adjoint=affine_adjoint,
-        solve_ref=affine_solve_ref,
-        adjoint_ref=affine_adjoint_ref,
-        refuses=refuses,
-    ),
-)
+affine = register("affine", Op(affine_solve, affine_adjoint, affine_solve_ref, affine_adjoint_ref, refuses))

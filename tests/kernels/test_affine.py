@@ -103,6 +103,16 @@ def test_reported_residual_at_loose_tolerances(device, features, tol):
         assert (steps - op.affine_solve_ref(w, u, **settings)[1]).abs().max() <= 1
 
 
+def test_lagging_term_stops_no_row(device):
+    """z = u + W u in two steps, as W W = 0: by then no lag was pushed, and each residual lacks W's low term."""
+    w = torch.zeros(256, 256)
+    w[:128, 128:] = 1.003 * torch.eye(128)[torch.randperm(128)]  # 1 in bf16
+    w, u = w.to(device), torch.randn(4, 256).to(device)
+    z, _, residual, status = op.affine_solve(w, u, **options(activation="identity", tol=1e-2))
+    assert (status == CONVERGED).all()
+    assert_residual(residual, true_residual(w, u, z, "identity", 2), 1e-2)
+
+
 def test_empty_batch(device):
     w, u = problem(0, 8, device)
     for z, steps, residual, status in (

@@ -53,12 +53,13 @@ class Rules:
         self.floor = FLOOR_FP64 if dtype == torch.float64 else FLOOR
         self.best = torch.full((batch,), math.inf, dtype=dtype, device=device)
         self.bar = torch.full_like(self.best, tol)
+        self.eps = torch.full((), EPS, dtype=dtype, device=device)  # a tensor: Python numbers cost a conversion a step
         self.active = torch.ones(batch, dtype=torch.bool, device=device)
         self._evaluated: list[Tensor] = []  # who was active, evaluation by evaluation
 
     def update(self, k: int, r: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """Takes the norms of evaluation k; returns (rel, improved) and leaves in `active` who goes on."""
-        rel = r / (s + EPS)
+        rel = r / (s + self.eps)
         self.r, self.s, self.rel = r, s, rel
         self._evaluated.append(self.active)
         improved = rel < self.best

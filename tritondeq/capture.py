@@ -60,7 +60,8 @@ class Linearised:
             state = layout.unpack(self.z)
             mode = _StandIns(pytree.tree_leaves(state))
             with mode:
-                self.out = layout.pack(f(state, *args))
+                out = layout.pack(f(state, *args))
+                self.out = out.view(out.shape)  # seen by the mode even where f hands back what it captured
         if torch.is_autocast_enabled(z.device.type):
             torch.clear_autocast_cache()  # it holds casts of the stand-ins
         pairs = list(mode.pairs.values())

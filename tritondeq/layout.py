@@ -52,6 +52,7 @@ class Layout:
         self.sizes = [leaf.shape[dims:].numel() for leaf in leaves]
         self.width = sum(self.sizes)
         self.single = self.spec == pytree.tree_structure(0)
+        self.flat = self.single and first.shape == (self.batch, self.width) and first.dtype == self.dtype
 
     def pack(self, state: Any, name: str = "f(z)") -> Tensor:
         """The state as [B, N] in float32, or float64 if any leaf is; a view where it can be.
@@ -61,19 +62,18 @@ class Layout:
         """
         if self.single:
             self._check(state, 0, name)
-            return state.reshape(self.batch, self.width).to(self.dtype)
+            return state if self.flat and state.dtype == self.dtype else self._flatten(state, self.width)
         leaves, spec = pytree.tree_flatten(state)
         if spec != self.spec:
             raise ValueError(f"{name} must have the structure of z0: wanted {self.spec}, got {spec}")
         for i, leaf in enumerate(leaves):
             self._check(leaf, i, name)
-        flat = [leaf.reshape(self.batch, n).to(self.dtype) for leaf, n in zip(leaves, self.sizes, strict=True)]
-        return torch.cat(flat, dim=1)
+        return torch.cat([self._flatten(leaf, n) for leaf, n in zip(leaves, self.sizes, strict=True)], dim=1)
 
     def unpack(self, flat: Tensor) -> Any:
         """The state that [B, N] `flat` holds, each leaf in its own dtype."""
         if self.single:
-            return flat.view(self.shapes[0]).to(self.dtypes[0])
+            return flat.view(flat.shape) if self.flat else flat.view(self.shapes[0]).to(self.dtypes[0])
         parts = flat.split(self.sizes, dim=1)
         leaves = [p.reshape(s).to(d) for p, s, d in zip(parts, self.shapes, self.dtypes, strict=True)]
         return pytree.tree_unflatten(leaves, self.spec)
@@ -107,6 +107,9 @@ class Layout:
                 )
             flat.append(wide.to(self.device).expand(shape).reshape(self.batch, size))
         return torch.cat(flat, dim=1)
+
+    def _flatten(self, leaf: Tensor, width: int) -> Tensor:
+        return leaf.reshape(self.batch, width).to(self.dtype)
 
     def _check(self, leaf: Any, i: int, name: str) -> None:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():

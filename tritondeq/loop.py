@@ -75,7 +75,7 @@ class _Look:
         self.steps += 1
         if self.cuda and self.steps % READ_EVERY:
             return None
-        left = active.sum()
+        left = active.count_nonzero()
         if self.group is not None:
             torch.distributed.all_reduce(left, torch.distributed.ReduceOp.MAX, group=self.group)
         if not self.cuda:

@@ -1,0 +1,172 @@
+"""The clock, the count of operations, the machine and its roofs."""
+
+import collections
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# What launches nothing: views, and allocations without a fill.
+FREE = frozenset(
+    "_reshape_alias _unsafe_view alias as_strided detach diagonal empty empty_like empty_strided expand lift_fresh "
+    "new_empty new_empty_strided permute reshape select slice split squeeze t transpose unbind unsqueeze view".split()
+)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call. `seconds` is what ratios are made of: the median on a GPU; the minimum on a CPU, whose other
+    users only ever add to it."""
+
+    median: float
+    least: float
+    cuda: bool
+
+    @property
+    def seconds(self) -> float:
+        return self.median if self.cuda else self.least
+
+
+def clock(calls: dict[str, Callable[[], Any]], device: torch.device, seconds: float = 0.3) -> dict[str, Timing]:
+    """Times each call.
+
+    Args:
+        calls: By name; each is warmed up here.
+        device: On CUDA the clock is triton.testing.do_bench; on a CPU time.perf_counter, call after call in turn, so
+            that a disturbance hits all of them.
+        seconds: How long to measure each, about.
+    """
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        rep = round(seconds * 1e3)
+        timed = {name: do_bench(call, warmup=25, rep=rep, quantiles=[0.5, 0.0]) for name, call in calls.items()}
+        return {name: Timing(median * 1e-3, least * 1e-3, True) for name, (median, least) in timed.items()}
+    for call in calls.values():
+        call()
+    times = {name: [] for name in calls}
+    end, rounds = time.perf_counter() + seconds * len(calls), 0
+    while rounds < 3 or time.perf_counter() < end:
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - begin)
+        rounds += 1
+    return {name: Timing(statistics.median(t), min(t), False) for name, t in times.items()}
+
+
+class AtenOps(TorchDispatchMode):
+    """Counts the operations that launch something, by name in `counts`; a host read counts as one."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name not in FREE:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def total(self) -> int:
+        return self.counts.total()
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What was measured where: hardware, versions, commit, and the load of the CPU before the measurement."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        "device": gpu or f"{_cpu()}, {cores} cores",
+        "kind": device.type,
+        "cpu": _cpu(),
+        "architecture": platform.machine(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "torchdeq": _version("torchdeq"),
+        "tritondeq": _version("tritondeq"),
+        "cuda": torch.version.cuda,
+        "commit": commit(),
+        "backend": "triton" if gpu and _version("triton") else "torch",
+    }
+
+
+def name_of(machine: dict[str, Any]) -> str:
+    """File name, without suffix, for results of this machine."""
+    if machine["kind"] == "cuda":
+        return re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
+    return f"cpu-{machine['architecture']}-{machine['cores']}core"
+
+
+def commit() -> str | None:
+    """Commit of the checkout this file is in, with -dirty where tracked files differ; None where it is in none."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def roofs(device: torch.device, quick: bool = False) -> dict[str, float]:
+    """Measured limits: `copy` in bytes / s (read and write both count), `fp32` and `bf16` matmul in FLOP / s.
+
+    On a GPU fp32 is measured as it is by default, without TF32.
+    """
+    cuda = device.type == "cuda"
+    n = 8192 if cuda else 512 if quick else 1024
+    size = 1 << 30 if cuda else 1 << 24 if quick else 1 << 26
+    source = torch.zeros(size // 4, device=device)
+    target = torch.empty_like(source)
+    calls = {"copy": lambda: target.copy_(source)}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a = torch.randn(n, n, device=device).to(dtype)
+        calls[name] = lambda a=a: a @ a
+    if not cuda and quick:
+        del calls["bf16"]  # slow where the CPU has no bf16 units, and nothing here uses it
+    timed = clock(calls, device, 0.1 if quick else 0.3)
+    work = {"copy": 2.0 * size, "fp32": 2.0 * n**3, "bf16": 2.0 * n**3}
+    return {name: work[name] / timing.seconds for name, timing in timed.items()}
+
+
+def limit(flops: float, nbytes: float, roof: dict[str, float], kind: str) -> float | None:
+    """Seconds that the work takes at least: the larger of FLOPs and bytes over the measured roofs."""
+    rate = roof.get(kind) or roof.get("fp32")
+    return max(flops / rate, nbytes / roof["copy"]) if rate and "copy" in roof else None
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _cpu() -> str:
+    try:
+        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

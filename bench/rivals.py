@@ -1,0 +1,143 @@
+"""What a tritondeq solve is measured against: functions of the same map, start, tolerance and limit of evaluations.
+
+Each solver takes (f, z0, tol, max_steps) with z0 [B, D], stops when the worst row's ||f(z) - z|| / ||f(z)|| is below
+`tol`, as ours does row by row, and returns (z, evaluations of f).
+"""
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .. import cells
+
+Map = Callable[[Tensor], Tensor]
+
+
+def eager_picard(f: Map, z: Tensor, tol: float, max_steps: int) -> tuple[Tensor, int]:
+    """The loop that everybody writes."""
+    steps = 0
+    while steps < max_steps:
+        y = f(z)
+        steps += 1
+        residual = torch.norm(y - z, dim=1) / (torch.norm(y, dim=1) + 1e-9)
+        z = y
+        if residual.max().item() < tol:
+            break
+    return z, steps
+
+
+def eager_anderson(
+    f: Map, z0: Tensor, tol: float, max_steps: int, m: int = 5, ridge: float = 1e-4
+) -> tuple[Tensor, int]:
+    """The tutorial's Anderson (NeurIPS 2020 "Deep Implicit Layers", chapter 4), with its absolute ridge."""
+    batch, width = z0.shape
+    x, y = (z0.new_zeros(batch, m, width) for _ in range(2))
+    x[:, 0], y[:, 0] = z0, f(z0)
+    x[:, 1], y[:, 1] = y[:, 0], f(y[:, 0])
+    system = z0.new_zeros(batch, m + 1, m + 1)
+    system[:, 0, 1:] = system[:, 1:, 0] = 1
+    rhs = z0.new_zeros(batch, m + 1, 1)
+    rhs[:, 0] = 1
+    last = 1
+    for k in range(2, max_steps):
+        n = min(k, m)
+        g = y[:, :n] - x[:, :n]
+        eye = torch.eye(n, dtype=z0.dtype, device=z0.device)
+        system[:, 1 : n + 1, 1 : n + 1] = torch.bmm(g, g.mT) + ridge * eye
+        alpha = torch.linalg.solve(system[:, : n + 1, : n + 1], rhs[:, : n + 1])[:, 1:, 0]
+        last = k % m
+        x[:, last] = (alpha[:, None] @ y[:, :n])[:, 0]
+        y[:, last] = f(x[:, last])
+        residual = (y[:, last] - x[:, last]).norm(dim=1) / (y[:, last].norm(dim=1) + 1e-9)
+        if residual.max().item() < tol:
+            break
+    return y[:, last], k + 1
+
+
+def has_torchdeq() -> bool:
+    return importlib.util.find_spec("torchdeq") is not None
+
+
+def torchdeq_picard(f: Map, z0: Tensor, tol: float, max_steps: int) -> tuple[Tensor, int]:
+    return _torchdeq("fixed_point_iter", f, z0, tol, max_steps)
+
+
+def torchdeq_anderson(f: Map, z0: Tensor, tol: float, max_steps: int) -> tuple[Tensor, int]:
+    return _torchdeq("anderson", f, z0, tol, max_steps)
+
+
+def _torchdeq(solver: str, f: Map, z0: Tensor, tol: float, max_steps: int, **options) -> tuple[Tensor, int]:
+    from torchdeq.solver import get_solver
+
+    evaluations = 0
+
+    def counted(z):
+        nonlocal evaluations
+        evaluations += 1
+        return f(z)
+
+    z, _, _ = get_solver(solver)(counted, z0, max_iter=max_steps, tol=tol, stop_mode="rel", **options)
+    return z, evaluations
+
+
+SOLVERS: dict[str, Callable] = {
+    "eager loop": eager_picard,
+    "eager Anderson": eager_anderson,
+    "torchdeq Picard": torchdeq_picard,
+    "torchdeq Anderson": torchdeq_anderson,
+}
+
+
+def solvers() -> dict[str, Callable]:
+    """Those of `SOLVERS` whose package is here."""
+    return {k: v for k, v in SOLVERS.items() if has_torchdeq() or not k.startswith("torchdeq")}
+
+
+def compiled_cell(cell: nn.Module) -> nn.Module:
+    """The cell alone compiled, for use inside `eager_picard`."""
+    return torch.compile(cell, dynamic=False)
+
+
+def fixed_steps(cell: nn.Module, steps: int, compiled: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """(x, z0) -> z after `steps` evaluations: the weight-tied explicit net. Compiled, it runs as CUDA graphs."""
+
+    def run(x: Tensor, z: Tensor) -> Tensor:
+        injection = cell.inject(x)
+        for _ in range(steps):
+            z = cell(z, injection)
+        return z
+
+    return torch.compile(run, mode="max-autotune", dynamic=False) if compiled else run
+
+
+class Stack(nn.Module):
+    """The explicit net: residual blocks z + tanh(W_k z + U_k x + b_k) with weights of their own, from zeros."""
+
+    def __init__(self, width: int, blocks: int, device=None, dtype=None):
+        super().__init__()
+        self.blocks = nn.ModuleList(cells.Affine(width, device=device, dtype=dtype) for _ in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for block in self.blocks:
+            z = z + block(z, block.inject(x))
+        return z
+
+
+class TorchDEQ(nn.Module):
+    """torchdeq's module over a cell of ours, with its implicit backward solved to the same tolerance."""
+
+    def __init__(self, cell: nn.Module, solver: str, tol: float, max_steps: int):
+        super().__init__()
+        from torchdeq import get_deq
+
+        self.cell = cell
+        stop = {"max_iter": max_steps, "tol": tol, "stop_mode": "rel"}
+        options = {f"{side}_{name}": value for side in "fb" for name, value in stop.items()}
+        self.deq = get_deq(f_solver=solver, b_solver=solver, ift=True, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        injection = self.cell.inject(x)
+        return self.deq(lambda z: self.cell(z, injection), torch.zeros_like(x))[0][-1]

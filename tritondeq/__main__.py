@@ -1,0 +1,143 @@
+"""The command line: `python -m tritondeq demo | doctor | bench`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+EXTRAS = {
+    "sklearn": ("scikit-learn", "demo"),
+    "matplotlib": ("matplotlib", "demo"),
+    "tqdm": ("tqdm", "demo"),
+    "pytest": ("pytest", "bench"),
+    "pytest_benchmark": ("pytest-benchmark", "bench"),
+    "torchdeq": ("torchdeq", "bench"),
+}
+SEEDS = {"digits": 3, "parity": 1}
+INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0; 1 if it can't be done here; 2 for bad arguments; 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    finished: list[str] = []
+    try:
+        if argv[:1] == ["bench"]:  # its options are its own
+            return _bench(argv[1:])
+        arguments = _parser().parse_args(argv)
+        return arguments.command(arguments, finished)
+    except KeyboardInterrupt:
+        return _fail(f"interrupted; finished: {', '.join(finished) or 'nothing yet'}", INTERRUPTED)
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in EXTRAS:
+            raise
+        package, extra = EXTRAS[module]
+        return _fail(f'{package} is missing: pip install "tritondeq[{extra}]"')
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it exits
+        return 1
+    except OSError as error:
+        return _fail(str(error))
+
+
+def _demo(arguments: argparse.Namespace, finished: list[str]) -> int:
+    from .demo.common import Options, make_writable, one_thread
+
+    make_writable(arguments.out)
+    if arguments.which == "digits":
+        from .demo.digits import run
+    else:
+        from .demo.parity import run
+    seeds = arguments.seeds or SEEDS[arguments.which]
+    with one_thread():
+        run(Options(seeds, arguments.seed, arguments.out, arguments.device, arguments.quick), finished)
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace, finished: list[str]) -> int:
+    from .doctor import report
+
+    print(report())
+    return 0
+
+
+def _bench(argv: list[str]) -> int:
+    try:
+        from .bench.__main__ import main as bench
+    except ModuleNotFoundError as error:
+        if error.name not in ("tritondeq.bench", "tritondeq.bench.__main__"):
+            raise
+        return _fail("this installation has no tritondeq.bench")
+    return bench(argv) or 0
+
+
+def _fail(message: str, status: int = 1) -> int:
+    print(f"tritondeq: {message}", file=sys.stderr)
+    return status
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists what there is)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser("python -m tritondeq", description="Deep Equilibrium layers for PyTorch.", allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def add(name: str, command: Callable[[argparse.Namespace, list[str]], int], **options) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, allow_abbrev=False, description=options["help"], **options)
+        sub.set_defaults(command=command)
+        return sub
+
+    demo = add("demo", _demo, help="train a DEQ beside the explicit nets it has to be compared with")
+    demo.add_argument("which", nargs="?", choices=SEEDS, default="digits", help="the task (default: digits)")
+    counts = ", ".join(f"{n} for {name}" for name, n in SEEDS.items())
+    demo.add_argument("--seeds", type=_at_least(1), metavar="N", help=f"how many seeds (default: {counts})")
+    demo.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="the first seed (default: 0)")
+    demo.add_argument("--out", type=Path, default="demo_out", metavar="DIR", help="pictures (default: demo_out)")
+    demo.add_argument("--device", type=_device, default="auto", help="cpu, cuda, cuda:N or auto (the default)")
+    demo.add_argument("--quick", action="store_true", help="seconds; shows that all works, trains nothing of use")
+    add("doctor", _doctor, help="say what this machine will run, and why")
+    add(
+        "bench",
+        lambda *_: _bench([]),
+        help="measure against eager PyTorch; `bench --help` lists its options",
+        add_help=False,
+    )
+    return parser
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        value = int(text) if text.lstrip("-").isdecimal() else None
+        if value is None or not least <= value < 1 << 31:
+            raise argparse.ArgumentTypeError(f"takes an integer of at least {least}, got {text!r}")
+        return value
+
+    return integer
+
+
+def _device(text: str) -> torch.device:
+    if text == "auto":
+        text = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"takes auto, cpu, cuda or cuda:N, got {text!r}")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise argparse.ArgumentTypeError(f"asks for {text}, and torch sees {count} CUDA devices")
+    return device
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import measure, memory, report, rivals, solves, steps
+from . import measure, memory, report, solves, steps
 
 SCHEMA = 1
 TESTS = Path(__file__).resolve().parents[1] / "tests"

@@ -190,7 +190,7 @@ def run(
 ) -> Iterator[Record]:
     """Checks every contestant of a case, then times those that are right; a wrong one's record has `wrong` instead."""
     setup = Setup(case, device)
-    calls = setup.contestants(case.compiled and compiled and device.type == "cuda")
+    calls = setup.contestants(case.compiled and compile_too and device.type == "cuda")
     outcomes = {name: call() for name, call in calls.items()}
     faults = {name: setup.wrong(name, outcome) for name, outcome in outcomes.items()}
     if case.steps is None and setup.residual > case.tol:

@@ -28,11 +28,11 @@ from torch import Tensor
 from . import launch
 from .dispatch import Op, interpreting, register
 from .rules import SAFEGUARD, Rules
+from .tl_anderson import anderson_step
 from .tl_common import (
     WINDOW,
     act,
     act_slope,
-    anderson_step,
     bf16_pair,
     dot_resident,
     dot_streamed,

@@ -51,9 +51,7 @@ def _checked(name: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
     if name == "triton" and not has_triton():
-        raise ValueError(
-            "backend 'triton' needs the triton package, which is not installed: use 'auto' or 'torch'"
-        )
+        raise ValueError("backend 'triton' needs the triton package, which is not installed: use 'auto' or 'torch'")
     return name
 
 

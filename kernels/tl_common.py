@@ -1,4 +1,4 @@
-"""Jitted helpers that whole-solve kernels share: activations, rounding, row sums, the rules of a row, Anderson mixing.
+"""Jitted helpers that whole-solve kernels share: activations, rounding, row sums, dots with W, the rules of a row.
 
 INTERP stands wherever Triton's interpreter computes something else than a GPU: it has no inline assembly, truncates in
 `.to(bfloat16)` and multiplies the raw bits of bf16 in `tl.dot`. There a bf16 value is held in fp32.
@@ -15,7 +15,6 @@ PROGRESS = tl.constexpr(rules.PROGRESS)
 FLOOR = tl.constexpr(rules.FLOOR)
 GROWTH = tl.constexpr(rules.GROWTH)
 STEADY = tl.constexpr(rules.STEADY)
-SAFEGUARD = tl.constexpr(rules.SAFEGUARD)
 CONVERGED = tl.constexpr(rules.CONVERGED)
 PLATEAU = tl.constexpr(rules.PLATEAU)
 MAX_STEPS = tl.constexpr(rules.MAX_STEPS)
@@ -23,7 +22,6 @@ GROWING = tl.constexpr(rules.GROWING)
 NONFINITE = tl.constexpr(rules.NONFINITE)
 
 INF = tl.constexpr(float("inf"))
-GAMMA_MAX = tl.constexpr(1e10)  # a mixing weight beyond it, or NaN, is no weight
 
 
 @triton.jit
@@ -267,95 +265,3 @@ def rules_status(state, r, s, tol):
     says = tl.where(best <= tol, CONVERGED, tl.where(bar == INF, PLATEAU, MAX_STEPS))
     says = tl.where((s > GROWTH * first) & (r > STEADY * peak), GROWING, says)
     return tl.where(r / (s + EPS) < INF, says, NONFINITE)
-
-
-@triton.jit
-def cholesky_solve(a, b, N: tl.constexpr):
-    """x of A x = b for each row, unrolled; `a` is the lower triangle of A, row by row, as a tuple of vectors."""
-    low = ()
-    for i in tl.static_range(N):
-        for j in tl.static_range(i + 1):
-            s = a[i * (i + 1) // 2 + j]
-            for p in tl.static_range(j):
-                s = s - low[i * (i + 1) // 2 + p] * low[j * (j + 1) // 2 + p]
-            if i == j:
-                low = low + (1.0 / tl.sqrt(s),)  # the diagonal is kept inverted
-            else:
-                low = low + (s * low[j * (j + 1) // 2 + j],)
-    y = ()
-    for i in tl.static_range(N):
-        s = b[i]
-        for p in tl.static_range(i):
-            s = s - low[i * (i + 1) // 2 + p] * y[p]
-        y = y + (s * low[i * (i + 1) // 2 + i],)
-    x = ()  # last unknown first while it grows
-    for q in tl.static_range(N):
-        s = y[N - 1 - q]
-        for p in tl.static_range(q):
-            s = s - low[(N - 1 - p) * (N - p) // 2 + N - 1 - q] * x[p]
-        x = x + (s * low[(N - 1 - q) * (N - q) // 2 + N - 1 - q],)
-    out = ()
-    for i in tl.static_range(N):
-        out = out + (x[N - 1 - i],)
-    return out
-
-
-@triton.jit
-def anderson_weights(gram, dots, plain, ridge, N: tl.constexpr):
-    """Mixing weights of each row: argmin || g - sum_j gamma_j dG_j ||, the Gram matrix scaled to a unit diagonal.
-
-    Args:
-        gram: <dG_i, dG_j>, lower triangle row by row.
-        dots: <dG_j, g>.
-        plain: Rows that take a plain step.
-        ridge: Added to the unit diagonal.
-    """
-    scale = ()
-    for i in tl.static_range(N):
-        square = gram[i * (i + 1) // 2 + i]
-        # an empty slot, or one that is zero by now, is masked
-        scale = scale + (tl.where(square > 0.0, 1.0 / tl.sqrt(tl.where(square > 0.0, square, 1.0)), 0.0),)
-    a = ()
-    b = ()
-    for i in tl.static_range(N):
-        for j in tl.static_range(i):
-            a = a + (gram[i * (i + 1) // 2 + j] * scale[i] * scale[j],)
-        a = a + (tl.zeros_like(scale[0]) + 1.0 + ridge,)
-        b = b + (dots[i] * scale[i],)
-    x = cholesky_solve(a, b, N)
-    ok = ~plain
-    for i in tl.static_range(N):
-        ok = ok & (tl.abs(x[i] * scale[i]) < GAMMA_MAX)
-    gamma = ()
-    for i in tl.static_range(N):
-        gamma = gamma + (tl.where(ok, x[i] * scale[i], 0.0),)
-    return gamma
-
-
-@triton.jit
-def anderson_step(g, dx, dg, gram, sums, rel, best, damping, ridge, N: tl.constexpr):
-    """Step of each row, damping g - sum_j gamma_j (dX_j + damping dG_j), and the history less its oldest pair.
-
-    Args:
-        g: Defects, a tile.
-        dx, dg: N tiles each, oldest first: increments of z and of g.
-        gram: <dG_i, dG_j> of all pairs but the newest, lower triangle.
-        sums: Row sums, <dG_j, g> from 2 on and <dG_j, dG_newest> from 2 + N on.
-    """
-    dots = ()
-    for j in tl.static_range(N):
-        gram = gram + (sums[2 + N + j],)
-        dots = dots + (sums[2 + j],)
-    gamma = anderson_weights(gram, dots, rel > SAFEGUARD * best, ridge, N)
-    step = damping * g
-    for j in tl.static_range(N):
-        step -= gamma[j][:, None] * (dx[j].to(tl.float32) + damping * dg[j].to(tl.float32))
-    kept_x = ()
-    kept_g = ()
-    kept_gram = ()
-    for i in tl.static_range(1, N):
-        kept_x = kept_x + (dx[i],)
-        kept_g = kept_g + (dg[i],)
-        for j in tl.static_range(1, i + 1):
-            kept_gram = kept_gram + (gram[i * (i + 1) // 2 + j],)
-    return step, kept_x, kept_g, kept_gram

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from tritondeq.kernels import tl_common as tc
 from tritondeq.kernels.dispatch import interpreting
+from tritondeq.kernels.tl_anderson import cholesky_solve
 
 SIZE = 1 << 16
 nonfinite = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, under the interpreter, about NaN
@@ -33,7 +34,7 @@ def _solve(a_ptr, b_ptr, x_ptr, N: tl.constexpr, BLOCK: tl.constexpr):
         for j in tl.static_range(i + 1):
             a = a + (tl.load(a_ptr + rows * N * N + i * N + j),)
         b = b + (tl.load(b_ptr + rows * N + i),)
-    x = tc.cholesky_solve(a, b, N)
+    x = cholesky_solve(a, b, N)
     for i in tl.static_range(N):
         tl.store(x_ptr + rows * N + i, x[i])
 

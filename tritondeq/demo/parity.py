@@ -59,7 +59,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Bits [B, L] -> logits [B, L] by `forward`, which trains, and by `answer`, which also says how many steps it took."""
+    """Bits [B, L] -> logits [B, L]: `forward` trains, `answer` says how many steps it took as well."""
 
     def __init__(self, blocks: int = 1):
         super().__init__()

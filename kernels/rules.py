@@ -53,16 +53,20 @@ class Rules:
         self.floor = FLOOR_FP64 if dtype == torch.float64 else FLOOR
         self.best = torch.full((batch,), math.inf, dtype=dtype, device=device)
         self.bar = torch.full_like(self.best, tol)
-        self.eps = torch.full((), EPS, dtype=dtype, device=device)  # a tensor: Python numbers cost a conversion a step
+        # Tensors: Python numbers cost a conversion a step.
+        self.eps, self.safeguard = (torch.full((), value, dtype=dtype, device=device) for value in (EPS, SAFEGUARD))
         self.active = torch.ones(batch, dtype=torch.bool, device=device)
+        self._asks = self.best.device.type == "cpu"
         self._evaluated: list[Tensor] = []  # who was active, evaluation by evaluation
 
     def update(self, k: int, r: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes the norms of evaluation k; returns (rel, improved) and leaves in `active` who goes on."""
+        """Takes the norms of evaluation k; returns (rel, improved), and leaves who goes on in `active` and whether
+        the host knows that every sample improved, which it asks on a CPU only, in `all_improved`."""
         rel = r / (s + self.eps)
         self.r, self.s, self.rel = r, s, rel
         self._evaluated.append(self.active)
         improved = rel < self.best
+        self.all_improved = self._asks and bool(improved.all())
         self.best = torch.where(improved, rel, self.best)
         if k == 1:
             self.first, self.peak, self.mark = s, r, self.best
@@ -73,6 +77,10 @@ class Rules:
             self.mark = self.best
         self.active = self.best > self.bar
         return rel, improved
+
+    def safe(self) -> Tensor:
+        """Where an accelerated step may be taken, bool [B]."""
+        return self.rel <= self.safeguard * self.best
 
     @property
     def steps(self) -> Tensor:

@@ -73,7 +73,7 @@ class Layout:
     def unpack(self, flat: Tensor) -> Any:
         """The state that [B, N] `flat` holds, each leaf in its own dtype."""
         if self.single:
-            return flat.view(flat.shape) if self.flat else flat.view(self.shapes[0]).to(self.dtypes[0])
+            return flat.view_as(flat) if self.flat else flat.view(self.shapes[0]).to(self.dtypes[0])
         parts = flat.split(self.sizes, dim=1)
         leaves = [p.reshape(s).to(d) for p, s, d in zip(parts, self.shapes, self.dtypes, strict=True)]
         return pytree.tree_unflatten(leaves, self.spec)

@@ -34,7 +34,7 @@ def iterate(
     solver, keep = settings.solver, settings.keep
     rules = Rules(z.shape[0], z.dtype, z.device, settings.tol)
     look = _Look(z.device, settings.group)
-    residuals, best, batch, on_cpu = [], z, z.shape[0], z.device.type == "cpu"  # where a look is free
+    residuals, best, batch = [], z, z.shape[0]
     f, outside = _keep_autocast(f, z.device.type)
     with outside:
         memory = solver.init(z, keep)
@@ -45,7 +45,7 @@ def iterate(
             r = torch.linalg.vector_norm(seen, dim=1)
             s = torch.linalg.vector_norm(y if keep is None else torch.where(keep, y, 0.0), dim=1)
             rel, improved = rules.update(k, r, s)
-            best = z if on_cpu and improved.all() else torch.where(improved.unsqueeze(1), z, best)
+            best = z if rules.all_improved else torch.where(improved.unsqueeze(1), z, best)
             if trace:
                 residuals.append(rel)
             left = look(rules.active)

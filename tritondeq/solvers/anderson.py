@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.rules import SAFEGUARD
 from .base import Solver, count, number
 
 
@@ -15,8 +14,9 @@ class _Rings:
 
     residuals: Tensor  # [B, 1 + m, N]: the newest residual itself, then m differences
     steps: Tensor  # [B, m, N]
-    scale: Tensor  # [B, 1 + m]: of the residual 0 or 1, of each difference 1 / its norm
-    ridge: Tensor  # [1 + m, 1 + m]: diagonal
+    ridge: Tensor  # [1 + m, 1 + m]: 1, and 1 + ridge on the diagonal
+    tiny: Tensor  # [1 + m, 1 + m]: on the diagonal: a difference of zero, or none yet, gets a weight of zero
+    rows: tuple[tuple[Tensor, ...], tuple[Tensor, ...]]  # of residuals and steps, views [B, N]: taken once
     z: Tensor | None = None  # the iterate before; f's own output is not kept, for f may reuse its memory
     taken: int = 0
 
@@ -29,14 +29,14 @@ class Anderson(Solver):
     Ni 2011, eq. 2.4; Anderson 1965). Worth its 2 memory + 3 states of memory where plain iteration needs more than
     about 15 steps (spectral radius above 0.9), or where the cell is dear.
 
-    The normal equations are scaled to a unit diagonal before the ridge is added, so that the path does not change when
-    the problem is scaled, and dear little differences count as much as old large ones. A sample whose small system has
+    The ridge is relative to each diagonal element of the normal equations, so that the path does not change when the
+    problem is scaled, and dear little differences count as much as old large ones. A sample whose small system has
     no finite solution, or whose residual is above twice its best, takes a plain step.
 
     Args:
         memory: Differences kept, at least 1; the whole-solve kernels take up to 4.
         damping: In (0, 2).
-        ridge: Relative to the trace of the scaled Gram matrix over its size; at least a few ulps, its rounding error.
+        ridge: Relative to the squared norm of each difference; at least a few ulps, its rounding error.
 
     Raises:
         TypeError, ValueError: an option is of the wrong kind or out of range.
@@ -52,42 +52,40 @@ class Anderson(Solver):
         number("ridge", self.ridge, 0, closed=True)
 
     def init(self, z: Tensor, mask) -> _Rings:
-        batch, width = z.shape
-        m = self.memory
-        ridge = max(self.ridge, 4 * torch.finfo(z.dtype).eps)
+        (batch, width), m = z.shape, self.memory
+        residuals, steps = z.new_zeros(batch, m + 1, width), z.new_zeros(batch, m, width)
+        eye = torch.eye(m + 1, dtype=z.dtype, device=z.device)
         return _Rings(
-            residuals=z.new_zeros(batch, m + 1, width),
-            steps=z.new_zeros(batch, m, width),
-            scale=z.new_ones(batch, m + 1),
-            ridge=ridge * torch.eye(m + 1, dtype=z.dtype, device=z.device),
+            residuals=residuals,
+            steps=steps,
+            ridge=1 + max(self.ridge, 4 * torch.finfo(z.dtype).eps) * eye,
+            tiny=torch.finfo(z.dtype).tiny * eye,
+            rows=(residuals.unbind(1), steps.unbind(1)),
         )
 
     def step(self, memory: _Rings, z: Tensor, y: Tensor, g: Tensor, seen: Tensor, rules) -> Tensor:
         h = y if self.damping == 1 else torch.add(z, g, alpha=self.damping)
-        newest = memory.residuals[:, 0]
+        (newest, *residuals), steps = memory.rows
         before, memory.z = memory.z, z
         if before is None:
             newest.copy_(seen)
             return h
         slot = memory.taken % self.memory
         memory.taken += 1
-        change = torch.sub(seen, newest, out=memory.residuals[:, 1 + slot])
-        torch.sub(z, before, out=memory.steps[:, slot]).add_(change, alpha=self.damping)
+        change = torch.sub(seen, newest, out=residuals[slot])
+        torch.sub(z, before, out=steps[slot]).add_(change, alpha=self.damping)
         newest.copy_(seen)
         gamma = self._mixing(memory, rules)
-        return torch.baddbmm(h.unsqueeze(1), gamma.unsqueeze(1), memory.steps[:, : gamma.shape[1]], alpha=-1).squeeze(1)
+        return torch.baddbmm(h.unsqueeze(1), gamma.unsqueeze(1), memory.steps, alpha=-1).squeeze(1)
 
     def _mixing(self, memory: _Rings, rules) -> Tensor:
-        """gamma [B, slots filled]; zero for a sample that is unsafe or whose system has no finite solution."""
-        n = 1 + min(memory.taken, self.memory)
-        residuals, scale = memory.residuals[:, :n], memory.scale[:, :n]
-        gram = torch.bmm(residuals, residuals.mT)
-        torch.le(rules.rel, SAFEGUARD * rules.best, out=scale[:, 0])
-        torch.rsqrt(gram.diagonal(dim1=1, dim2=2)[:, 1:], out=scale[:, 1:])
-        system = torch.addcmul(memory.ridge[:n, :n], gram * scale.unsqueeze(2), scale.unsqueeze(1))
+        """gamma [B, m]; zero for a slot not filled yet, and for a sample that is unsafe or has no finite solution."""
+        gram = torch.bmm(memory.residuals, memory.residuals.mT)
+        system = torch.addcmul(memory.tiny, gram, memory.ridge)
         gamma, _ = torch.linalg.solve_ex(system[:, 1:, 1:], system[:, 1:, 0])
-        rows = torch.empty_like(gamma, memory_format=torch.contiguous_format)  # a solve returns columns: slow
-        return torch.mul(gamma, scale[:, 1:], out=rows).nan_to_num_(0.0, 0.0, 0.0)
+        if not rules.all_improved:
+            gamma = torch.where(rules.safe().unsqueeze(1), gamma, 0.0)
+        return gamma.contiguous().nan_to_num_(0.0, 0.0, 0.0)  # a solve returns columns, on which bmm is slow
 
     def fused(self):
         return {"memory": self.memory, "damping": float(self.damping), "ridge": float(self.ridge)}

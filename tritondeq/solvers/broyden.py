@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.rules import SAFEGUARD
 from .base import Solver, count
 
 
@@ -52,7 +51,8 @@ class Broyden(Solver):
             self._update(memory, z - memory.z, seen - memory.g)
         memory.z, memory.g = z, seen
         along = _dots(v, seen)
-        along = torch.where((rules.rel <= SAFEGUARD * rules.best).unsqueeze(1), along, 0.0)
+        if not rules.all_improved:
+            along = torch.where(rules.safe().unsqueeze(1), along, 0.0)
         return y - _mix(along, u)
 
     def _update(self, memory: _Updates, dz: Tensor, dg: Tensor) -> None:

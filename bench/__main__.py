@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from . import measure, memory, report, solves, steps
 
 SCHEMA = 1
+RESULTS = Path(__file__).parent / "results"  # those that are committed
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 TESTS_SECONDS = 150
 INTERRUPTED = 130
@@ -23,8 +25,16 @@ SECONDS = {"tiny": 0.02, "quick": 0.25, "full": 0.5}  # of measuring, each conte
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0; 1 if a check failed; 2 for bad arguments; 130 after Ctrl-C, with what was finished written."""
-    arguments = _parser().parse_args(argv)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if not arguments.minutes >= 0:
+        parser.error(f"argument --minutes: must be at least 0, got {arguments.minutes:g}")
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=arguments.out):
+            pass
+    except OSError as error:
+        parser.error(f"argument --out: cannot write to {arguments.out}: {error.strerror}")
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
     results = {"schema": SCHEMA, "suite": arguments.suite, "complete": False, "machine": measure.machine(device)}
     results |= {"roofs": {}, "tests": None, "left_out": [], "records": []}

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+READS = frozenset(["_local_scalar_dense", "_linalg_check_errors"])  # the host waits for a value
 # What launches nothing: views, and allocations without a fill.
 FREE = frozenset(
     "_reshape_alias _unsafe_view alias as_strided detach diagonal empty empty_like empty_strided expand lift_fresh "
@@ -66,15 +67,18 @@ def clock(calls: dict[str, Callable[[], Any]], device: torch.device, seconds: fl
 
 
 class AtenOps(TorchDispatchMode):
-    """Counts the operations that launch something, by name in `counts`; a host read counts as one."""
+    """Counts the operations that launch something, by name in `counts`, and values that the host reads in `reads`."""
 
     def __init__(self):
         super().__init__()
         self.counts: collections.Counter[str] = collections.Counter()
+        self.reads = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name not in FREE:
+        if name in READS:
+            self.reads += 1
+        elif name not in FREE:
             self.counts[name] += 1
         return func(*args, **(kwargs or {}))
 

@@ -1,4 +1,8 @@
-"""Tables and pictures from a results file: `python -m tritondeq.bench.report FILE` prints the README's table."""
+"""Tables and pictures from a results file.
+
+`python -m tritondeq.bench.report FILE` prints all its tables; with `--readme README.md` it writes the short one between
+the marks there.
+"""
 
 import argparse
 import importlib.util
@@ -9,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 Results = dict[str, Any]
+MARKS = "<!-- bench: written by tritondeq.bench.report, not by hand -->\n", "<!-- /bench -->"
 KEYS = ("schema", "suite", "complete", "machine", "roofs", "tests", "left_out", "records")
 
 
@@ -41,15 +46,7 @@ def faults(results: Results) -> list[str]:
 
 def table(results: Results) -> str:
     """The whole report in markdown."""
-    machine = results["machine"]
-    lines = [
-        f"Measured on {machine['device']} ({machine['threads']} CPU threads, load {machine['load']} at the start), "
-        f"torch {machine['torch']}, triton {machine['triton']}, torchdeq {machine['torchdeq']}, "
-        f"commit {machine['commit']}, {machine['backend']} backend, suite {results['suite']}"
-        + ("." if results["complete"] else ", not complete.")
-    ]
-    if machine["kind"] == "cpu":
-        lines.append("The torch backend on a CPU: says nothing of the Triton kernels.")
+    lines = [_source(results)]
     roofs = {"copy": "copy {:.1f} GB/s", "fp32": "fp32 matmul {:.2f} TFLOP/s", "bf16": "bf16 matmul {:.2f} TFLOP/s"}
     scale = {"copy": 1e9, "fp32": 1e12, "bf16": 1e12}
     found = [text.format(results["roofs"][k] / scale[k]) for k, text in roofs.items() if k in results["roofs"]]
@@ -58,6 +55,38 @@ def table(results: Results) -> str:
         if len(rows) > 1:
             lines += ["", f"**{title}**", "", *_markdown(rows)]
     return "\n".join(lines)
+
+
+def _source(results: Results) -> str:
+    """Where these figures come from."""
+    machine = results["machine"]
+    text = (
+        f"Measured on {machine['device']} ({machine['threads']} CPU threads, load {machine['load']} at the start), "
+        f"torch {machine['torch']}, triton {machine['triton']}, torchdeq {machine['torchdeq']}, "
+        f"commit {machine['commit']}, {machine['backend']} backend, suite {results['suite']}"
+    )
+    text += "." if results["complete"] else ", not complete."
+    return text + (
+        " The torch backend on a CPU: says nothing of the Triton kernels." if machine["kind"] == "cpu" else ""
+    )
+
+
+def summary(results: Results) -> str:
+    """The price of a step, for a README."""
+    titles = {title.split(":")[0]: rows for title, rows in _tables(results)}
+    return "\n".join([_source(results), "", *_markdown(titles["Price of a step"]), ""])
+
+
+def into(text: str, results: Results) -> str:
+    """`text` with what stands between its marks made new.
+
+    Raises:
+        ValueError: it has no marks.
+    """
+    begin, end = MARKS
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"no place for the table: it belongs between {begin.strip()} and {end}")
+    return text[: text.index(begin) + len(begin)] + summary(results) + text[text.index(end) :]
 
 
 def _tables(results: Results) -> Iterable[tuple[str, list[list[str]]]]:
@@ -80,7 +109,10 @@ def _tables(results: Results) -> Iterable[tuple[str, list[list[str]]]]:
             over = f"{r['over_cell']:.2f}"
             rows.append([f"{r['rows']}x{r['width']}", r["contestant"], _time(r["seconds"]), over, target, *ops])
     yield "Price of a step", rows
-    yield "Evaluations until the worst row is at 1e-4", _pivot(records, "evaluations", lambda r: str(r["steps"]))
+    yield (
+        "Evaluations until the worst row is at 1e-4",
+        _pivot(records, "evaluations", lambda r: str(r["steps"] or "none")),
+    )
     kind = "peak" if results["machine"]["kind"] == "cuda" else "saved for backward"
     yield f"Memory of a training step, {kind}", _pivot(records, "G10", lambda r: f"{r['bytes'] / 2**20:.2f} MiB")
 
@@ -157,11 +189,17 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the table of a results file."""
+    """Prints the tables of a results file, or writes the short one into a README."""
     parser = argparse.ArgumentParser(prog="python -m tritondeq.bench.report", description=__doc__)
     parser.add_argument("file", type=Path, metavar="FILE", help="a JSON file of python -m tritondeq.bench")
+    parser.add_argument("--readme", type=Path, metavar="PATH", help="write the short table between the marks of PATH")
+    arguments = parser.parse_args(argv)
     try:
-        print(table(load(parser.parse_args(argv).file)))
+        results = load(arguments.file)
+        if arguments.readme is None:
+            print(table(results))
+        else:
+            arguments.readme.write_text(into(arguments.readme.read_text(), results))
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

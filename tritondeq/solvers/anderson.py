@@ -82,10 +82,11 @@ class Anderson(Solver):
         """gamma [B, m]; zero for a slot not filled yet, and for a sample that is unsafe or has no finite solution."""
         gram = torch.bmm(memory.residuals, memory.residuals.mT)
         system = torch.addcmul(memory.tiny, gram, memory.ridge)
-        gamma, _ = torch.linalg.solve_ex(system[:, 1:, 1:], system[:, 1:, 0])
+        gamma, _ = torch.linalg.solve_ex(system[:, 1:, 1:], system[:, 1:, :1])  # of a vector it would return columns
+        gamma = gamma.squeeze(2)
         if not rules.all_improved:
-            gamma = torch.where(rules.safe().unsqueeze(1), gamma, 0.0)
-        return gamma.contiguous().nan_to_num_(0.0, 0.0, 0.0)  # a solve returns columns, on which bmm is slow
+            gamma.mul_(rules.safe().unsqueeze(1))
+        return gamma.nan_to_num_(0.0, 0.0, 0.0)
 
     def fused(self):
         return {"memory": self.memory, "damping": float(self.damping), "ridge": float(self.ridge)}

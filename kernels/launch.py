@@ -63,7 +63,13 @@ def shared_memory(device: torch.device | None) -> int:
     """Bytes of shared memory a block can have on this device."""
     if device is None or device.type != "cuda":
         return SHARED
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    told = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", None)
+    if told is not None:
+        return told
+    from triton.runtime import driver  # torch 2.6 does not tell
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return driver.active.utils.get_device_properties(index)["max_shared_mem"]
 
 
 @cache

@@ -16,7 +16,8 @@ EXTRAS = {
     "pytest_benchmark": ("pytest-benchmark", "bench"),
     "torchdeq": ("torchdeq", "bench"),
 }
-SEEDS = {"digits": 3, "parity": 1}
+TASKS, SEEDS = ("digits", "parity"), 3
+MOST = 2**31 - 1  # seeds that every generator takes
 INTERRUPTED = 130
 
 
@@ -27,8 +28,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if argv[:1] == ["bench"]:  # its options are its own
             return _bench(argv[1:])
-        arguments = _parser().parse_args(argv)
-        return arguments.command(arguments, finished)
+        arguments, rest = _parser().parse_known_args(argv)
+        if rest:
+            arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.command(arguments, finished)
+        sys.stdout.flush()  # or a closed pipe is met where nobody catches it
+        return 0
     except KeyboardInterrupt:
         return _fail(f"interrupted; finished: {', '.join(finished) or 'nothing yet'}", INTERRUPTED)
     except ModuleNotFoundError as error:
@@ -44,25 +49,22 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(str(error))
 
 
-def _demo(arguments: argparse.Namespace, finished: list[str]) -> int:
-    from .demo.common import Options, make_writable, one_thread
+def _demo(arguments: argparse.Namespace, finished: list[str]) -> None:
+    from .demo.common import Options, one_thread, writable
 
-    make_writable(arguments.out)
     if arguments.which == "digits":
         from .demo.digits import run
     else:
         from .demo.parity import run
-    seeds = arguments.seeds or SEEDS[arguments.which]
-    with one_thread():
+    seeds = arguments.seeds or (1 if arguments.quick else SEEDS)
+    with writable(arguments.out), one_thread():
         run(Options(seeds, arguments.seed, arguments.out, arguments.device, arguments.quick), finished)
-    return 0
 
 
-def _doctor(arguments: argparse.Namespace, finished: list[str]) -> int:
+def _doctor(arguments: argparse.Namespace, finished: list[str]) -> None:
     from .doctor import report
 
     print(report())
-    return 0
 
 
 def _bench(argv: list[str]) -> int:
@@ -91,35 +93,29 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser("python -m tritondeq", description="Deep Equilibrium layers for PyTorch.", allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def add(name: str, command: Callable[[argparse.Namespace, list[str]], int], **options) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, allow_abbrev=False, description=options["help"], **options)
-        sub.set_defaults(command=command)
+    def add(name: str, command: Callable | None, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, allow_abbrev=False, description=help, help=help)
+        sub.set_defaults(command=command, parser=sub)
         return sub
 
     demo = add("demo", _demo, help="train a DEQ beside the explicit nets it has to be compared with")
-    demo.add_argument("which", nargs="?", choices=SEEDS, default="digits", help="the task (default: digits)")
-    counts = ", ".join(f"{n} for {name}" for name, n in SEEDS.items())
-    demo.add_argument("--seeds", type=_at_least(1), metavar="N", help=f"how many seeds (default: {counts})")
+    demo.add_argument("which", nargs="?", choices=TASKS, default=TASKS[0], help=f"the task (default: {TASKS[0]})")
+    counts = f"default: {SEEDS}, or 1 if --quick"
+    demo.add_argument("--seeds", type=_at_least(1), metavar="N", help=f"how many seeds ({counts})")
     demo.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="the first seed (default: 0)")
     demo.add_argument("--out", type=Path, default="demo_out", metavar="DIR", help="pictures (default: demo_out)")
     demo.add_argument("--device", type=_device, default="auto", help="cpu, cuda, cuda:N or auto (the default)")
     demo.add_argument("--quick", action="store_true", help="seconds; shows that all works, trains nothing of use")
     add("doctor", _doctor, help="say what this machine will run, and why")
-    add(
-        "bench",
-        lambda *_: _bench([]),
-        help="measure against eager PyTorch; `bench --help` lists its options",
-        add_help=False,
-    )
+    add("bench", None, help="measure against eager PyTorch; `bench --help` lists its options")
     return parser
 
 
 def _at_least(least: int) -> Callable[[str], int]:
     def integer(text: str) -> int:
-        value = int(text) if text.lstrip("-").isdecimal() else None
-        if value is None or not least <= value < 1 << 31:
-            raise argparse.ArgumentTypeError(f"takes an integer of at least {least}, got {text!r}")
-        return value
+        if not text.isdecimal() or not least <= int(text) <= MOST:
+            raise argparse.ArgumentTypeError(f"takes an integer from {least} to {MOST}, got {text!r}")
+        return int(text)
 
     return integer
 

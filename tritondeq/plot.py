@@ -94,7 +94,7 @@ def _trace(solve: Solution | Tensor) -> np.ndarray:
     trace = solve.trace if isinstance(solve, Solution) else solve
     if trace is None:
         raise ValueError("solves must have a trace: solve with trace=True")
-    return trace.detach().flatten(1).float().cpu().numpy()
+    return trace.detach().reshape(len(trace), -1).float().cpu().numpy()
 
 
 def _cycle(n: int) -> list[str]:

@@ -1,14 +1,20 @@
-"""What the demonstrations share: options, tables, and how training memory is measured."""
+"""What the demonstrations share: options, the folder, tables, and how training memory is measured."""
 
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+QUICK = "A quick run: it shows that all works. Nothing is trained to the end, so its numbers say nothing."
 
 
 @dataclass(frozen=True)
@@ -32,18 +38,26 @@ class Options:
         return range(self.seed, self.seed + self.seeds)
 
 
-def make_writable(out: Path) -> None:
-    """Makes the folder and writes to it once, so that a run does not fail at its end.
+@contextmanager
+def writable(out: Path) -> Iterator[None]:
+    """Makes the folder and writes to it once, so that a run does not fail at its end; a failed run leaves no empty one.
 
     Raises:
         OSError: it can't be written to; the message is a sentence.
     """
+    new = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
         raise OSError(f"cannot write to {out}: {error.strerror}") from error
+    try:
+        yield
+    except BaseException:
+        if new and not any(out.iterdir()):
+            out.rmdir()
+        raise
 
 
 @contextmanager
@@ -76,42 +90,49 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
     return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
 
 
-def memory_label(device: torch.device) -> str:
-    """What `training_memory` measures there."""
-    return "peak memory, MiB" if device.type == "cuda" else "saved for backward, MiB"
-
-
 def training_memory(net: nn.Module, loss: Callable[[], Tensor]) -> int:
-    """Bytes that one training step needs beside parameters and gradients that exist already.
-
-    On a GPU the peak of allocated memory over forward and backward, less what was allocated before. On a CPU, where
-    nobody counts, the storages that autograd keeps for the backward pass: each once, parameters left out.
-    """
+    """Bytes at the peak of one training step, beside parameters, their gradients and what else exists before it."""
     device = next(net.parameters()).device
-    net.zero_grad(set_to_none=False)
+    loss().backward()  # gradients, and what libraries allocate once
     if device.type == "cuda":
-        loss().backward()  # gradients, and what libraries allocate once
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         loss().backward()
         torch.cuda.synchronize(device)
-        taken = torch.cuda.max_memory_allocated(device) - before
+        peak = torch.cuda.max_memory_allocated(device) - before
     else:
-        own = {p.untyped_storage().data_ptr() for p in net.parameters()}
-        kept = {}  # by address; holding the storage keeps its address from being used again
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with _Storages() as storages:
             loss().backward()
-        taken = sum(storage.nbytes() for storage in kept.values())
+        peak = storages.peak
     net.zero_grad()
-    return taken
+    return peak
+
+
+class _Storages(TorchDispatchMode):
+    """Counts the bytes that tensors made under it hold: on a CPU nobody else does."""
+
+    def __init__(self):
+        super().__init__()
+        self.live: dict[int, int] = {}  # bytes by address
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        old = _storages((args, kwargs))
+        for address, storage in _storages(out).items():
+            if address not in old and address not in self.live:
+                self.live[address] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, address)
+        self.peak = max(self.peak, sum(self.live.values()))
+        return out
+
+
+def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
+    """By address, of all tensors in there."""
+    storages = [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return {storage.data_ptr(): storage for storage in storages}
 
 
 def parameters(net: nn.Module) -> int:

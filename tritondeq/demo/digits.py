@@ -22,7 +22,7 @@ from ..deq import DEQ
 from ..fixed_point import fixed_point
 from ..solution import Solution
 from . import pictures
-from .common import Options, memory_label, parameters, spread, synchronize, table, training_memory
+from .common import QUICK, Options, parameters, spread, synchronize, table, training_memory
 
 CHANNELS, DEPTH, BATCH, TEST = 24, 12, 64, 360
 TOL, MAX_STEPS = 1e-3, 50
@@ -110,7 +110,7 @@ class Run:
     model: str
     seed: int
     parameters: int
-    memory: int  # bytes, of one training step
+    memory: int  # bytes, at the peak of one training step
     seconds: float  # of training
     accuracy: float  # %
     steps: tuple[float, float]  # per sample, before and after training
@@ -129,7 +129,8 @@ class Run:
 def run(options: Options, finished: list[str]) -> list[Run]:
     """Trains, prints the table and what follows from it, saves the pictures. `finished` gets a word on each run."""
     epochs = 1 if options.quick else 12
-    print(f"digits: 1,797 images, {TEST} of them for testing, {epochs} epochs, on {options.device}", flush=True)
+    images = f"1,797 images, {TEST} of them for testing"
+    print(f"digits: {images}; epochs: {epochs}; device: {options.device}", flush=True)
     runs = []
     with tqdm(total=len(MODELS) * options.seeds * epochs, unit="epoch", leave=False, disable=None) as bar:
         for seed in options.all_seeds:
@@ -138,7 +139,7 @@ def run(options: Options, finished: list[str]) -> list[Run]:
                 bar.set_description(f"seed {seed}, {model}")
                 runs.append(measure(model, seed, data, epochs, bar.update))
                 finished.append(runs[-1].label)
-    print(report(runs, options.device))
+    print(report(runs, options.quick))
     for path in pictures.digits(runs, ALLOWED, TOL, options.out):
         print(f"saved {path}")
     return runs
@@ -150,10 +151,10 @@ def measure(model: str, seed: int, data: Data, epochs: int, tick: Callable[[], o
     net = Net(MODELS[model]).to(data.x.device)
     x, y = data.x[:BATCH], data.y[:BATCH]
     memory = training_memory(net, lambda: F.cross_entropy(net(x), y))
-    steps_before = steps(net, data)
+    _, counts_before = predict(net, data)
     before = traced(net, data) if model == IMPLICIT else None
     seconds = train(net, data, seed, epochs, tick)
-    guesses, counts = predict(net, data), steps(net, data)
+    guesses, counts = predict(net, data)
     run = Run(
         model=model,
         seed=seed,
@@ -161,7 +162,7 @@ def measure(model: str, seed: int, data: Data, epochs: int, tick: Callable[[], o
         memory=memory,
         seconds=seconds,
         accuracy=_percent(guesses, data),
-        steps=(steps_before.mean().item(), counts.mean().item()),
+        steps=(counts_before.mean().item(), counts.mean().item()),
     )
     if isinstance(net.body, DEQ):
         run.by_allowed = [accuracy_allowed(net, data, allowed) for allowed in ALLOWED]
@@ -194,18 +195,12 @@ def train(net: nn.Module, data: Data, seed: int, epochs: int, tick: Callable[[],
 
 
 @torch.no_grad()
-def predict(net: nn.Module, data: Data) -> Tensor:
-    """Classes of the test images, [N]."""
-    return net(data.test_x).argmax(1)
-
-
-@torch.no_grad()
-def steps(net: nn.Module, data: Data) -> Tensor:
-    """Blocks that each test image goes through, float [N]."""
-    net(data.test_x)
+def predict(net: nn.Module, data: Data) -> tuple[Tensor, Tensor]:
+    """Classes of the test images, and how many blocks each goes through (float), [N]."""
+    guesses = net(data.test_x).argmax(1)
     if isinstance(net.body, DEQ):
-        return net.body.last.steps.float()
-    return torch.full((TEST,), float(len(net.body.blocks)))
+        return guesses, net.body.last.steps.float()
+    return guesses, torch.full((TEST,), float(len(net.body.blocks)))
 
 
 @torch.no_grad()
@@ -228,9 +223,9 @@ def _percent(guesses: Tensor, data: Data) -> float:
     return 100 * (guesses == data.test_y).float().mean().item()
 
 
-def report(runs: list[Run], device: torch.device) -> str:
-    """The table, a row a model, and what its numbers say."""
-    head = ["model", "test accuracy, %", "parameters", memory_label(device), "training, s", "steps at start", "at end"]
+def report(runs: list[Run], quick: bool) -> str:
+    """The table, a row a model, and what its numbers say, if they say anything."""
+    head = ["model", "test accuracy, %", "parameters", "peak memory, MiB", "training, s", "steps at start", "at end"]
     rows = []
     for model in MODELS:
         own = [run for run in runs if run.model == model]
@@ -244,7 +239,14 @@ def report(runs: list[Run], device: torch.device) -> str:
                 *(spread([run.steps[i] for run in own]) for i in (0, 1)),
             ]
         )
-    return "\n".join(["", table(head, rows), "", *conclusions(runs), ""])
+    said = [QUICK] if quick else conclusions(runs)
+    return "\n".join(["", table(head, rows), _LEGEND, "", *said, ""])
+
+
+_LEGEND = (
+    "Memory: one training step, beside parameters and gradients. Steps: blocks that a test image goes through, before\n"
+    "and after training. ±: standard deviation over seeds."
+)
 
 
 def conclusions(runs: list[Run]) -> Iterator[str]:
@@ -270,12 +272,12 @@ def conclusions(runs: list[Run]) -> Iterator[str]:
     first = {model: own[model][0] for model in MODELS}
     seconds = {model: mean(run.seconds for run in own[model]) for model in MODELS}
     yield (
-        f"Against the stack of {DEPTH} the DEQ has {_times(first, 'parameters')} of the parameters, keeps "
-        f"{_times(first, 'memory')} of the memory and takes {seconds[IMPLICIT] / seconds[STACK]:.2f} of the time "
-        f"({seconds[IMPLICIT] / seconds[ONE]:.1f} times that of one block)."
+        f"Against the stack of {DEPTH} the DEQ has {_times(first, 'parameters')} of the parameters, "
+        f"{_times(first, 'memory')} of the peak memory and takes {seconds[IMPLICIT] / seconds[STACK]:.1f} times as\n"
+        f"long to train; against one block, {seconds[IMPLICIT] / seconds[ONE]:.1f} times as long."
     )
     converged = mean(run.converged for run in own[IMPLICIT])
-    yield f"After training {converged:.0f} % of the DEQ's test samples converge to {TOL:g} within {MAX_STEPS} steps."
+    yield f"After training {converged:.1f} % of the DEQ's test samples converge to {TOL:g} within {MAX_STEPS} steps."
 
 
 def _times(first: dict[str, Run], what: str) -> str:

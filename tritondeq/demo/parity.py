@@ -1,6 +1,6 @@
 """Prefix parity: bit i of the answer is the sum of bits 0 ... i modulo 2. Trained on 20 bits, tested on up to 320.
 
-What each step can see is three neighbours, so a longer string needs more steps: a DEQ takes them, a stack has none.
+A step sees two positions to each side, so a longer string needs more steps: a DEQ takes them, a stack has none left.
 """
 
 import time
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..adjoints import Unrolled
 from ..fixed_point import fixed_point
 from . import pictures
-from .common import Options, parameters, spread, synchronize, table
+from .common import QUICK, Options, parameters, spread, synchronize, table, training_memory
 
 TRAINED = 20  # bits
 LENGTHS = {20: 128, 40: 128, 80: 128, 160: 128, 320: 64}  # bits: strings tested
@@ -24,6 +24,7 @@ CHANNELS, DEPTH, BATCH, UPDATES, LR = 32, 10, 128, 300, 3e-3
 FREE, KEPT = 25, (3, 8)  # DEQ training: at most so many steps without gradient, then so many with
 LOOP = (1, 20)  # loop training: so many steps, all with gradient
 TOL, MAX_STEPS = 1e-3, 1000
+REACH = 2 * DEPTH  # positions to each side that the stack sees
 
 
 def prefix_parity(bits: Tensor) -> Tensor:
@@ -151,6 +152,7 @@ class Outcome:
     model: str
     seed: int
     parameters: int
+    memory: int  # bytes, at the peak of one training step, of the most blocks that training draws
     seconds: float  # of training
     scores: dict[int, Score] = field(default_factory=dict)
 
@@ -164,25 +166,39 @@ def run(options: Options, finished: list[str]) -> list[Outcome]:
     """Trains, tests, prints and draws. `finished` gets a word on each model."""
     updates = 5 if options.quick else UPDATES
     lengths = {20: 16, 40: 16} if options.quick else LENGTHS
-    print(f"prefix parity: {updates} updates on {BATCH} strings of {TRAINED} bits, on {options.device}", flush=True)
+    task = f"{updates} updates on {BATCH} strings of {TRAINED} bits each"
+    print(f"prefix parity: {task}; device: {options.device}", flush=True)
     outcomes = []
     total = len(MODELS) * options.seeds * (updates + len(lengths))
     with tqdm(total=total, unit="update", leave=False, disable=None) as bar:
         for seed in options.all_seeds:
-            for model, make in MODELS.items():
+            for model in MODELS:
                 bar.set_description(f"seed {seed}, {model}")
-                torch.manual_seed(seed)
-                net = make().to(options.device)
-                seconds = train(net, seed, updates, bar.update)
-                outcomes.append(Outcome(model, seed, parameters(net), seconds))
-                for length, count in lengths.items():
-                    outcomes[-1].scores[length] = score(net, seed, length, count)
-                    bar.update()
+                outcomes.append(measure(model, seed, updates, lengths, options.device, bar.update))
                 finished.append(outcomes[-1].label)
-    print(report(outcomes))
+    print(report(outcomes, options.quick))
     for path in pictures.parity(outcomes, TRAINED, options.out):
         print(f"saved {path}")
     return outcomes
+
+
+def measure(
+    model: str, seed: int, updates: int, lengths: dict[int, int], device: torch.device, tick: Callable[[], object]
+) -> Outcome:
+    """Trains one model and tests it at each length."""
+    torch.manual_seed(seed)
+    net = MODELS[model]().to(device)
+    bits, labels = strings(BATCH, TRAINED, torch.Generator().manual_seed(seed), device)
+    memory = training_memory(net, lambda: loss(net, bits, labels, lambda low, high: high))
+    outcome = Outcome(model, seed, parameters(net), memory, train(net, seed, updates, tick))
+    for length, count in lengths.items():
+        outcome.scores[length] = score(net, seed, length, count)
+        tick()
+    return outcome
+
+
+def loss(net: Net, bits: Tensor, labels: Tensor, draw: Callable[[int, int], int]) -> Tensor:
+    return F.binary_cross_entropy_with_logits(net(bits, draw), labels.float())
 
 
 def train(net: Net, seed: int, updates: int, tick: Callable[[], object]) -> float:
@@ -199,7 +215,7 @@ def train(net: Net, seed: int, updates: int, tick: Callable[[], object]) -> floa
     for _ in range(updates):
         bits, labels = strings(BATCH, TRAINED, data, device)
         optimizer.zero_grad()
-        F.binary_cross_entropy_with_logits(net(bits, draw), labels.float()).backward()
+        loss(net, bits, labels, draw).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -221,8 +237,8 @@ def score(net: Net, seed: int, length: int, count: int) -> Score:
     )
 
 
-def report(outcomes: list[Outcome]) -> str:
-    """Tables of what was measured, a row a model and a column a length, and what they say."""
+def report(outcomes: list[Outcome], quick: bool) -> str:
+    """Tables of what was measured, a row a model and a column a length, and what they say, if they say anything."""
     lengths = list(outcomes[0].scores)
     own = {model: [outcome for outcome in outcomes if outcome.model == model] for model in MODELS}
 
@@ -236,12 +252,20 @@ def report(outcomes: list[Outcome]) -> str:
         ]
         return table([_TITLES[what], *(f"{n} bits" for n in lengths)], rows)
 
-    costs = [[m, f"{those[0].parameters:,}", spread([o.seconds for o in those])] for m, those in own.items()]
-    tables = [table(["", "parameters", "training, s"], costs), *map(by_length, _TITLES)]
-    return "\n\n".join(["", *tables, "\n".join(conclusions(own)), ""])
+    costs = [
+        [model, f"{those[0].parameters:,}", f"{those[0].memory / 2**20:.1f}", spread([o.seconds for o in those])]
+        for model, those in own.items()
+    ]
+    tables = [table(["", "parameters", "peak memory, MiB", "training, s"], costs), *map(by_length, _TITLES)]
+    said = [QUICK] if quick else conclusions(own)
+    return "\n" + "\n\n".join([*tables, "\n".join([_LEGEND, "", *said, ""])])
 
 
 _TITLES = {"exact": "every bit right, %", "bits": "bits right, %", "steps": "steps per string"}
+_LEGEND = (
+    "Memory: one training step of the most blocks that it may draw, beside parameters and gradients. Steps: blocks\n"
+    "that a test string goes through. ±: standard deviation over seeds."
+)
 
 
 def conclusions(own: dict[str, list[Outcome]]) -> Iterator[str]:
@@ -250,9 +274,8 @@ def conclusions(own: dict[str, list[Outcome]]) -> Iterator[str]:
     exact = {model: mean(o.scores[longest].exact for o in those) for model, those in own.items()}
     fared = ", ".join(f"the {model} {value:.0f} %" for model, value in exact.items())
     yield f"Of strings of {longest} bits, {longest // TRAINED} times as long as those trained on: {fared}."
-    reach = 2 * DEPTH + 1
     yield (
-        f"A block sees 2 positions further to each side, so the stack of {DEPTH} sees {reach} back: beyond {reach + 1} "
-        "bits it can't know the answer, by its structure."
+        f"A block sees 2 positions to each side, the stack of {DEPTH} sees {REACH}: past {REACH + 1} bits it can't know "
+        "the answer, by its structure.\n"
+        "The fair rival is the weight-tied loop, which can go on as long; but it has to be told how long."
     )
-    yield "The fair rival is the weight-tied loop, which can go on as long; but it has to be told how long."

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from .. import plot
 
@@ -18,10 +18,15 @@ SHOWN = 8  # images at each end
 
 
 def save(draw: Callable[[Figure], None], path: Path, height: float = 4.0) -> Path:
-    """The path of a PNG that `draw` drew."""
+    """The path of a PNG that `draw` drew, which is there whole or not at all."""
     figure = Figure(figsize=(6.8, height), layout="constrained")
     draw(figure)
-    figure.savefig(path, dpi=150)
+    part = path.with_suffix(".part")
+    try:
+        figure.savefig(part, format="png", dpi=150)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     return path
 
 
@@ -95,17 +100,28 @@ def _exact(figure: Figure, outcomes: "list[Outcome]", trained: int) -> None:
 
 def _lengths(figure: Figure, outcomes: "list[Outcome]", trained: int) -> None:
     ax = _by_length(figure, outcomes, trained, "steps")
-    ax.set(ylabel="steps per string (evaluations of a block)", yscale="log")
+    ax.set_yscale("log", base=2)
+    ax.yaxis.set_major_formatter(ScalarFormatter())
+    ax.set(ylabel="steps per string (evaluations of a block)")
     ax.set_title("Prefix parity: steps against length", fontsize=11)
 
 
 def _by_length(figure: Figure, outcomes: "list[Outcome]", trained: int, what: str) -> Any:
     ax = plot.tidy(figure.subplots())
-    for model, colour in zip(_models(outcomes), plot.COLOURS, strict=False):
+    for i, model in enumerate(_models(outcomes)):
         own = [outcome for outcome in outcomes if outcome.model == model]
         lengths = list(own[0].scores)
         curve = [np.mean([getattr(outcome.scores[n], what) for outcome in own]) for n in lengths]
-        ax.plot(lengths, curve, color=colour, label=model, marker="o", markersize=4)
+        # Ever thinner, so that of lines in one place all are seen.
+        ax.plot(
+            lengths,
+            curve,
+            color=plot.COLOURS[i],
+            label=model,
+            marker="o",
+            linewidth=5 - 1.8 * i,
+            markersize=9 - 2.5 * i,
+        )
     ax.axvline(trained, color="0.4", linestyle="--", linewidth=1)
     ax.set_xscale("log", base=2)
     ax.set_xticks(lengths, lengths)

@@ -62,7 +62,7 @@ def writable(out: Path) -> Iterator[None]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Nets this small gain nothing from a second CPU thread, and lose a factor of 50 where cores are shared."""
+    """Nets this small gain nothing from a second CPU thread, and lose much where cores are shared."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

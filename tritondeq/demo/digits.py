@@ -240,7 +240,7 @@ def report(runs: list[Run], quick: bool) -> str:
             ]
         )
     said = [QUICK] if quick else conclusions(runs)
-    return "\n".join(["", table(head, rows), _LEGEND, "", *said, ""])
+    return "\n".join(["", table(head, rows), "", _LEGEND, "", *said, ""])
 
 
 _LEGEND = (
@@ -270,11 +270,11 @@ def conclusions(runs: list[Run]) -> Iterator[str]:
             f"{noise:.1f}."
         )
     first = {model: own[model][0] for model in MODELS}
-    seconds = {model: mean(run.seconds for run in own[model]) for model in MODELS}
+    took = {model: mean(run.seconds for run in own[model]) for model in MODELS}
     yield (
         f"Against the stack of {DEPTH} the DEQ has {_times(first, 'parameters')} of the parameters, "
-        f"{_times(first, 'memory')} of the peak memory and takes {seconds[IMPLICIT] / seconds[STACK]:.1f} times as\n"
-        f"long to train; against one block, {seconds[IMPLICIT] / seconds[ONE]:.1f} times as long."
+        f"{_times(first, 'memory')} of the peak memory, and trains {took[IMPLICIT] / took[STACK]:.1f} times as long.\n"
+        f"Against one block it trains {took[IMPLICIT] / took[ONE]:.1f} times as long."
     )
     converged = mean(run.converged for run in own[IMPLICIT])
     yield f"After training {converged:.1f} % of the DEQ's test samples converge to {TOL:g} within {MAX_STEPS} steps."

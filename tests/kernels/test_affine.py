@@ -221,7 +221,6 @@ def test_anderson_adjoint(device, features, batch):
 
 @pytest.mark.parametrize("features", [24, 256])
 def test_plateau(device, features):
-    w, u = problem(4, features, device)
     """W = -I keeps a small defect as it is."""
     _, u = problem(4, features, device)
     w = -torch.eye(features, device=device)

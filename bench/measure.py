@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+BURST = 4
 READS = frozenset(["_local_scalar_dense", "_linalg_check_errors"])  # the host waits for a value
 # What launches nothing: views, and allocations without a fill.
 FREE = frozenset(
@@ -43,8 +44,8 @@ def clock(calls: dict[str, Callable[[], Any]], device: torch.device, seconds: fl
 
     Args:
         calls: By name; each is warmed up here.
-        device: On CUDA the clock is triton.testing.do_bench; on a CPU time.perf_counter, call after call in turn, so
-            that a disturbance hits all of them.
+        device: On CUDA the clock is triton.testing.do_bench; on a CPU time.perf_counter, BURST calls of each in turn:
+            a disturbance hits all contestants, and each also runs after itself, with its own data in the caches.
         seconds: How long to measure each, about.
     """
     if device.type == "cuda":
@@ -57,11 +58,12 @@ def clock(calls: dict[str, Callable[[], Any]], device: torch.device, seconds: fl
         call()
     times = {name: [] for name in calls}
     end, rounds = time.perf_counter() + seconds * len(calls), 0
-    while rounds < 3 or time.perf_counter() < end:
+    while rounds < 2 or time.perf_counter() < end:
         for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - begin)
+            for _ in range(BURST):
+                begin = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - begin)
         rounds += 1
     return {name: Timing(statistics.median(t), min(t), False) for name, t in times.items()}
 

@@ -67,7 +67,7 @@ class Rules:
         self._evaluated.append(self.active)
         improved = rel < self.best
         self.all_improved = self._asks and bool(improved.all())
-        self.best = torch.where(improved, rel, self.best)
+        self.best = rel if self.all_improved else torch.where(improved, rel, self.best)
         if k == 1:
             self.first, self.peak, self.mark = s, r, self.best
         if k % WINDOW == 0:

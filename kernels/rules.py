@@ -33,7 +33,7 @@ FLOOR = 1e-2
 FLOOR_FP64 = 1e-8
 GROWTH = 8.0
 STEADY = 0.5
-SAFEGUARD = 2.0  # an accelerated solver takes a plain step where rel > SAFEGUARD * best
+SAFEGUARD = 100.0  # an accelerated solver takes a plain step where rel > SAFEGUARD * best: it has been thrown off
 
 CONVERGED, PLATEAU, MAX_STEPS, GROWING, NONFINITE = range(5)
 

@@ -4,8 +4,10 @@ import triton
 import triton.language as tl
 
 from tritondeq.kernels import tl_common as tc
+from tritondeq.kernels.affine import _anderson_weights
 from tritondeq.kernels.dispatch import interpreting
-from tritondeq.kernels.tl_anderson import cholesky_solve
+from tritondeq.kernels.rules import SAFEGUARD
+from tritondeq.kernels.tl_anderson import anderson_step, cholesky_solve
 
 SIZE = 1 << 16
 nonfinite = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, under the interpreter, about NaN
@@ -37,6 +39,25 @@ def _solve(a_ptr, b_ptr, x_ptr, N: tl.constexpr, BLOCK: tl.constexpr):
     x = cholesky_solve(a, b, N)
     for i in tl.static_range(N):
         tl.store(x_ptr + rows * N + i, x[i])
+
+
+@triton.jit
+def _mix(g_ptr, dx_ptr, dg_ptr, rel_ptr, step_ptr, damping, ridge, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """A step with two differences [2, ROWS, COLS], the newest last; the best residual of each row is 1."""
+    rows = tl.arange(0, ROWS)
+    offs = rows[:, None] * COLS + tl.arange(0, COLS)[None, :]
+    g = tl.load(g_ptr + offs)
+    dx = (tl.load(dx_ptr + offs), tl.load(dx_ptr + ROWS * COLS + offs))
+    dg = (tl.load(dg_ptr + offs), tl.load(dg_ptr + ROWS * COLS + offs))
+    rel = tl.load(rel_ptr + rows)
+    gram = (tl.sum(dg[0] * dg[0], 1),)
+    sums = (rel, rel)
+    for j in tl.static_range(2):
+        sums = sums + (tl.sum(dg[j] * g, 1),)
+    for j in tl.static_range(2):
+        sums = sums + (tl.sum(dg[j] * dg[1], 1),)
+    step, dx, dg, gram = anderson_step(g, dx, dg, gram, sums, rel, rel * 0 + 1, damping, ridge, 2)
+    tl.store(step_ptr + offs, step)
 
 
 @triton.jit
@@ -134,3 +155,18 @@ def test_row_sums(device, n):
     _sum[(1,)](x, y, N=n, ROWS=16, COLS=64, INTERP=interpreting())
     exact = x.double().sum(1) * torch.arange(1, n + 1, device=device)[:, None]
     torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("ridge", [1e-6, 0.3])
+def test_anderson_step(device, ridge):
+    """Row 0 was thrown off and takes a plain step; row 1 not quite."""
+    g, dx, dg = torch.randn(16, 16, device=device), *torch.randn(2, 2, 16, 16, device=device)
+    rel = torch.ones(16, device=device)
+    rel[0], rel[1] = 1.01 * SAFEGUARD, 0.99 * SAFEGUARD
+    step = torch.empty_like(g)
+    _mix[(1,)](g, dx, dg, rel, step, 0.7, ridge, ROWS=16, COLS=16)
+    pairs = [d.double().permute(1, 2, 0) for d in (dx, dg)]
+    gamma = _anderson_weights(pairs[1], g.double(), ridge)
+    exact = 0.7 * g.double() - ((pairs[0] + 0.7 * pairs[1]) @ gamma[..., None])[..., 0]
+    torch.testing.assert_close(step[1:].double(), exact[1:], rtol=1e-4, atol=1e-4)
+    assert torch.equal(step[0], 0.7 * g[0])

@@ -5,6 +5,7 @@ import torch
 from problems import PROBLEMS, tanh_problem
 
 from tritondeq import Anderson, Broyden, Picard, Status, fixed_point
+from tritondeq.kernels.rules import SAFEGUARD
 
 SOLVERS = [Picard(), Picard(damping=0.7), Anderson(), Anderson(memory=2, damping=0.8), Broyden(), Broyden(memory=3)]
 
@@ -88,6 +89,37 @@ def test_a_singular_small_system_becomes_a_plain_step():
         solution = fixed_point(lambda z: 0.5 * z + c, torch.zeros(2, 3), solver=solver, tol=1e-6)
         assert solution.converged.all()
         torch.testing.assert_close(solution.value, 2 * c)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("above, plain", [(0.9, False), (1.1, True)])
+@pytest.mark.parametrize("solver", [Anderson(), Broyden()], ids=repr)
+def test_a_sample_that_is_thrown_off_takes_a_plain_step(solver, above, plain):
+    """The third residual is `above` times SAFEGUARD times the best: what is evaluated next is f(z), or it is not."""
+    shown = []
+
+    def f(z):
+        shown.append(z.clone())
+        relative = [1.0, 1e-3, above * SAFEGUARD * 1e-3, 0.5][len(shown) - 1]
+        return z / (1 - relative) if relative < 1 else z + 1
+
+    fixed_point(f, torch.zeros(1, 3, dtype=torch.float64), solver=solver, tol=1e-9, max_steps=4)
+    y = shown[2] / (1 - above * SAFEGUARD * 1e-3)
+    assert torch.allclose(shown[3], y, rtol=1e-12) == plain
+
+
+@torch.no_grad()
+def test_a_cell_may_write_over_what_it_returned():
+    """As a cell captured in a CUDA graph does."""
+    out = torch.empty(2, 3, dtype=torch.float64)
+
+    def f(z):
+        return out.copy_(torch.tanh(0.5 * z + 1))
+
+    for solver in SOLVERS:
+        solution = fixed_point(f, torch.zeros(2, 3, dtype=torch.float64), solver=solver, tol=1e-10)
+        assert solution.converged.all()
+        assert torch.allclose(torch.tanh(0.5 * solution.value + 1), solution.value, rtol=1e-9)
 
 
 @pytest.mark.parametrize("solver", [Anderson(), Broyden()], ids=repr)

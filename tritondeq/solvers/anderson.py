@@ -31,7 +31,7 @@ class Anderson(Solver):
 
     The ridge is relative to each diagonal element of the normal equations, so that the path does not change when the
     problem is scaled, and dear little differences count as much as old large ones. A sample whose small system has
-    no finite solution, or whose residual is above twice its best, takes a plain step.
+    no finite solution, or whose residual is above a hundred times its best, takes a plain step.
 
     Args:
         memory: Differences kept, at least 1; the whole-solve kernels take up to 4.

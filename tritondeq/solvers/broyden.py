@@ -26,8 +26,8 @@ class Broyden(Solver):
 
     Good Broyden (Broyden 1965, eq. 4.5; as in Bai et al. 2019, but bounded): only the last `memory` updates are kept,
     so it costs 2 memory + 4 states of memory however long the solve is. Reaches fixed points that repel plain
-    iteration; there is no other reason to prefer it to Anderson. A sample whose residual is above twice its best
-    takes a plain step.
+    iteration; there is no other reason to prefer it to Anderson. A sample whose residual is above a hundred times its
+    best takes a plain step.
 
     Args:
         memory: Updates kept, at least 1.

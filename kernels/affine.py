@@ -30,6 +30,7 @@ from .dispatch import Op, interpreting, register
 from .rules import SAFEGUARD, Rules
 from .tl_anderson import anderson_step
 from .tl_common import (
+    FLOOR,
     WINDOW,
     act,
     act_slope,
@@ -220,7 +221,7 @@ def _solve_kernel(
                 counts = drift <= LAG * scale
             else:
                 counts = mask_b
-            rel, improved, state = rules_update(state, k, r, s, counts)
+            rel, improved, state = rules_update(state, k, r, s, counts, FLOOR)
             steps += active.to(tl.int32)
             kept = tl.where(improved, k, kept)
             active = mask_b & (state[0] > state[1])

@@ -1,7 +1,7 @@
 """The one place that picks Triton or torch.
 
 An op is a file of this folder whose last statement registers it. It is imported the first time it is asked for, so that
-importing the library needs no Triton. `whole` answers with the op, or with the reason why torch does the work.
+importing the library needs no Triton. `pick` answers with the op, or with the reason why torch does the work.
 """
 
 import contextlib
@@ -31,16 +31,26 @@ class Op:
     solve_ref: Callable
     adjoint_ref: Callable
     refuses: Callable[..., str | None]  # keyword arguments that name the problem -> why it can't be taken, or None
+    says: str = "one Triton launch"
 
 
-_ops: dict[str, Op] = {}
+@dataclass(frozen=True)
+class StepsOp:
+    """The steps of a solver, fused: `start(z, keep, tol, **options)` makes what steps.py says, and what it can take."""
+
+    start: Callable
+    refuses: Callable[..., str | None]
+    says: str
 
 
-def register(name: str, op: Op) -> Op:
+_ops: dict[str, Op | StepsOp] = {}
+
+
+def register(name: str, op: Op | StepsOp) -> Op | StepsOp:
     return _ops.setdefault(name, op)
 
 
-def load(name: str) -> Op:
+def load(name: str) -> Op | StepsOp:
     """The op of kernels/<name>.py; imports Triton."""
     if name not in _ops:
         importlib.import_module(f"{__package__}.{name}")
@@ -94,8 +104,8 @@ def interpreting() -> bool:
     return has_triton() and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
-def whole(name: str, device: torch.device, **problem) -> tuple[Op | None, str]:
-    """The whole-solve op for this problem, or None, and the reason in one line either way.
+def pick(name: str, device: torch.device, **problem) -> tuple[Op | StepsOp | None, str]:
+    """The op for this problem or None, and the reason in one line either way.
 
     Args:
         name: Name of the op, as its file's.
@@ -121,7 +131,7 @@ def whole(name: str, device: torch.device, **problem) -> tuple[Op | None, str]:
     reason = op.refuses(**problem)
     if reason:
         return None, reason
-    return op, "one Triton launch" + ("" if cuda else ", interpreted")
+    return op, op.says + ("" if cuda else ", interpreted")
 
 
 @dataclass(frozen=True)
@@ -143,4 +153,4 @@ class WholeSolve:
     options: Callable[[float], dict[str, Any]]
 
     def pick(self, device: torch.device, solver_memory: int) -> tuple[Op | None, str]:
-        return whole(self.op, device, solver_memory=solver_memory, **self.problem)
+        return pick(self.op, device, solver_memory=solver_memory, **self.problem)

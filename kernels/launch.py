@@ -50,7 +50,16 @@ def affine(*, batch: int, features: int, terms: int, memory: int, shared: int = 
     }
 
 
-SHAPES: dict[str, Callable[..., dict | None]] = {"affine": affine}
+def steps(*, width: int, itemsize: int) -> dict:
+    """Of a fused solver step: SPLITS programs share a sample, a function of its width alone, so that a sample's bits do
+    not depend on its batch."""
+    most = 32768 // itemsize
+    block = min(most, max(128, 1 << (width - 1).bit_length()))
+    splits = -(-width // block)
+    return {"BLOCK_N": block, "SPLITS": splits, "num_warps": max(1, min(8, block * itemsize // 2048))}
+
+
+SHAPES: dict[str, Callable[..., dict | None]] = {"affine": affine, "picard": steps, "anderson": steps}
 
 
 def parameters(op: str, **shape) -> dict | None:

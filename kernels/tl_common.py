@@ -237,7 +237,7 @@ def rules_start(tol, BLOCK_B: tl.constexpr):
 
 
 @triton.jit
-def rules_update(state, k, r, s, counts):
+def rules_update(state, k, r, s, counts, FLOOR: tl.constexpr):
     """Takes the norms of evaluation k; returns (rel, improved, state).
 
     Where `counts` is false the evaluation is not exact enough to become the best.

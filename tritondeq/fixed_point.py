@@ -94,7 +94,7 @@ def _fixed_point(f, z0, args, solver, adjoint, tol, max_steps, batch_dims, mask,
                 flat, solution = iterate(apply, start, settings, trace)
             else:
                 flat, solution = _launch(op.solve, (*whole.operands, start), whole, settings)
-        solution.path = path if op else f"loop: {path}"
+        solution.path = path if op else f"{solution.path}: {path}"
         if torch.is_grad_enabled():
             at = Linearised(f, layout, flat, args)
             if at.differentiable:
@@ -142,7 +142,7 @@ class _Backward(BackwardSolves):
                 u, solution = iterate(lambda u: at.vjp(u) + g, g, settings)
             else:
                 u, solution = _launch(op.adjoint, (*whole.at(self.z), g), whole, settings)
-            solution.path = path if op else f"loop: {path}"
+            solution.path = path if op else f"{solution.path}: {path}"
             _shape(solution, self.layout)
             self.record[:] = [solution]
             return u * scale

@@ -9,6 +9,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from .kernels import dispatch
 from .kernels.rules import Rules
 from .solution import Solution
 from .solvers import Solver
@@ -31,34 +32,70 @@ def iterate(
     f: Callable[[Tensor], Tensor], z: Tensor, settings: Settings, trace: bool = False
 ) -> tuple[Tensor, Solution]:
     """The loop. Returns the iterate [B, N] with the lowest residual, and a Solution without it."""
-    solver, keep = settings.solver, settings.keep
-    rules = Rules(z.shape[0], z.dtype, z.device, settings.tol)
-    look = _Look(z.device, settings.group)
-    residuals, best, batch = [], z, z.shape[0]
     f, outside = _keep_autocast(f, z.device.type)
+    residuals = []
     with outside:
-        memory = solver.init(z, keep)
+        steps, path = _start(z, settings)
+        look = _Look(z.device, settings.group)
         for k in range(1, settings.max_steps + 1):
-            y = f(z)
-            g = y - z
-            seen = g if keep is None else torch.where(keep, g, 0.0)
-            r = torch.linalg.vector_norm(seen, dim=1)
-            s = torch.linalg.vector_norm(y if keep is None else torch.where(keep, y, 0.0), dim=1)
-            rel, improved = rules.update(k, r, s)
-            best = z if rules.all_improved else torch.where(improved.unsqueeze(1), z, best)
+            steps.take(f(z))
             if trace:
-                residuals.append(rel)
-            left = look(rules.active)
+                residuals.append(steps.rel.clone())
+            left = look(steps.left)
             if k == settings.max_steps or left == 0:
                 break
-            onward = solver.step(memory, z, y, g, seen, rules)
-            if left == batch:
-                z = onward.clone() if onward is y else onward  # f may reuse the memory of y
-            else:
-                z = torch.where(rules.active.unsqueeze(1), onward, z)
-    solution = Solution(None, rules.status(), rules.steps, rules.best)
+            z = steps.onward(left)
+        best, status, count, residual = steps.finish()
+    solution = Solution(None, status, count, residual, path=path)
     solution.trace = torch.stack(residuals) if trace else None
     return best, solution
+
+
+def _start(z: Tensor, settings: Settings) -> tuple[Any, str]:
+    """(the steps of a solve, how they are taken)."""
+    solver = settings.solver
+    if solver.fused_steps and z.shape[0]:
+        options = solver.fused()
+        problem = {"width": z.shape[1], "dtype": z.dtype, "memory": options["memory"]}
+        op, how = dispatch.pick(solver.fused_steps, z.device, **problem)
+        if op:
+            return op.start(z, settings.keep, settings.tol, **options), f"loop, {how}"
+    return _Steps(z, settings), "loop"
+
+
+class _Steps:
+    """The steps of any solver in torch operations; kernels/steps.py documents the protocol."""
+
+    def __init__(self, z: Tensor, settings: Settings):
+        self.z, self.best, self.keep, self.solver = z, z, settings.keep, settings.solver
+        self.rules = Rules(z.shape[0], z.dtype, z.device, settings.tol)
+        self.memory = self.solver.init(z, self.keep)
+        self.k = 0
+
+    def take(self, y: Tensor) -> None:
+        z, keep, rules = self.z, self.keep, self.rules
+        self.k += 1
+        self.y, self.g = y, y - z
+        self.seen = self.g if keep is None else torch.where(keep, self.g, 0.0)
+        r = torch.linalg.vector_norm(self.seen, dim=1)
+        s = torch.linalg.vector_norm(y if keep is None else torch.where(keep, y, 0.0), dim=1)
+        self.rel, improved = rules.update(self.k, r, s)
+        self.best = z if rules.all_improved else torch.where(improved.unsqueeze(1), z, self.best)
+
+    def left(self) -> Tensor:
+        return self.rules.active.count_nonzero()
+
+    def onward(self, left: int | None) -> Tensor:
+        y, z = self.y, self.z
+        onward = self.solver.step(self.memory, z, y, self.g, self.seen, self.rules)
+        if left == z.shape[0]:
+            self.z = onward.clone() if onward is y else onward  # f may reuse the memory of y
+        else:
+            self.z = torch.where(self.rules.active.unsqueeze(1), onward, z)
+        return self.z
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.best, self.rules.status(), self.rules.steps, self.rules.best
 
 
 class _Look:
@@ -71,11 +108,11 @@ class _Look:
             self.flag = torch.ones((), dtype=torch.int64, pin_memory=True)
             self.copied: torch.cuda.Event | None = None
 
-    def __call__(self, active: Tensor) -> int | None:
+    def __call__(self, count: Callable[[], Tensor]) -> int | None:
         self.steps += 1
         if self.cuda and self.steps % READ_EVERY:
             return None
-        left = active.count_nonzero()
+        left = count()
         if self.group is not None:
             torch.distributed.all_reduce(left, torch.distributed.ReduceOp.MAX, group=self.group)
         if not self.cuda:

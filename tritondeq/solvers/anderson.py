@@ -46,6 +46,8 @@ class Anderson(Solver):
     damping: float = 1.0
     ridge: float = 1e-8
 
+    fused_steps = "anderson"
+
     def __post_init__(self):
         count("memory", self.memory)
         number("damping", self.damping, 0, 2)

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -10,7 +10,13 @@ from ..kernels.rules import Rules
 
 
 class Solver(ABC):
-    """Proposes iterates for a batch of independent samples, each a row of a [B, N] matrix."""
+    """Proposes iterates for a batch of independent samples, each a row of a [B, N] matrix.
+
+    Attributes:
+        fused_steps: Name of the op whose kernels take the same steps, or None if there is none.
+    """
+
+    fused_steps: ClassVar[str | None] = None
 
     @abstractmethod
     def init(self, z: Tensor, mask: Tensor | None) -> Any:
@@ -30,7 +36,7 @@ class Solver(ABC):
         """
 
     def fused(self) -> dict[str, float] | None:
-        """The whole-solve kernels' arguments for this solver, or None if no kernel has it."""
+        """The kernels' arguments for this solver, or None if no kernel has it."""
         return None
 
 

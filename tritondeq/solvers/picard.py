@@ -24,6 +24,8 @@ class Picard(Solver):
 
     damping: float = 1.0
 
+    fused_steps = "picard"
+
     def __post_init__(self):
         number("damping", self.damping, 0, 2)
 

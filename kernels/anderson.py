@@ -1,0 +1,194 @@
+"""An Anderson step of any cell in two launches; `tritondeq.solvers.Anderson` has the equation and is the reference.
+
+`_measure_kernel`, after evaluation k: g = y - z_k, and into the rings dG = g_k - g_(k-1), dH = z_k - z_(k-1) + damping dG;
+one new row of the Gram matrix, <dG_i, dG>, and <dG_i, g>; the rules, as in picard.py. `_mix_kernel`: the small system of
+each sample in registers, and z_(k+1) = z_k + damping g - sum_i gamma_i dH_i. Samples wider than BLOCK_N are split over
+several programs, whose parts are summed in one order always.
+
+Bytes of a step, in states B N of the dtype, memory m: (m + 4) read and 3 written, then (m + 2) read and 1 written.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch, steps
+from .dispatch import StepsOp, register
+from .rules import SAFEGUARD
+from .steps import Steps
+from .tl_anderson import anderson_weights
+from .tl_steps import (
+    ACTIVE,
+    BEFORE,
+    BEST,
+    DONE,
+    IMPROVED,
+    PHASE,
+    REL,
+    STEPS,
+    STOPPED,
+    judge,
+    last_to_arrive,
+    part_sum,
+    settle,
+)
+
+MEMORY = 8  # most differences: their small system lies in registers
+SAFE = tl.constexpr(SAFEGUARD)
+
+
+@triton.jit
+def _measure_kernel(
+    z_ptr,  # [B, N]: z_k
+    y_ptr,  # [B, N], any floating dtype
+    prev_ptr,  # [B, N]: z_(k-1)
+    next_ptr,  # [B, N]: z_(k-2)
+    best_ptr,  # [B, N]
+    keep_ptr,  # [B, N] uint8, if HAS_KEEP
+    g_ptr,  # [B, N]: g_(k-1), then g_k
+    dg_ptr,  # [B, M, N]
+    dh_ptr,  # [B, M, N]
+    gram_ptr,  # [B, M + 1, M]: <dG_i, dG_j>, and in the last row <dG_j, g>
+    numbers_ptr,  # [2]: damping, ridge
+    stats_ptr,  # [8, B]
+    flags_ptr,  # [5, B]
+    part_ptr,  # [B, SPLITS, 2 + 2 M]
+    left_ptr,  # []
+    B,
+    N,
+    M: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FLOOR: tl.constexpr,
+):
+    WIDTH: tl.constexpr = 2 + 2 * M
+    pid = tl.program_id(0)
+    b = pid // SPLITS
+    flags = flags_ptr + b
+    phase = tl.load(flags + PHASE * B)
+    if phase != DONE:
+        cols = (pid % SPLITS) * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = cols < N
+        row = b.to(tl.int64) * N
+        offs = row + cols
+        if phase == STOPPED:
+            settle(z_ptr, prev_ptr, next_ptr, best_ptr, flags, B, offs, mask, SPLITS)
+        else:
+            k = tl.load(flags + STEPS * B) + 1
+            slot = (k + M - 2) % M
+            z = tl.load(z_ptr + offs, mask=mask, other=0.0)
+            y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(z.dtype)
+            g = y - z
+            if HAS_KEEP:
+                keep = tl.load(keep_ptr + offs, mask=mask, other=0) != 0
+                g = tl.where(keep, g, 0.0)
+                y = tl.where(keep, y, 0.0)
+            dg = tl.zeros_like(g)
+            if k > 1:
+                dg = g - tl.load(g_ptr + offs, mask=mask, other=0.0)
+                dh = z - tl.load(prev_ptr + offs, mask=mask, other=0.0) + tl.load(numbers_ptr) * dg
+                tl.store(dg_ptr + row * M + slot * N + cols, dg, mask=mask)
+                tl.store(dh_ptr + row * M + slot * N + cols, dh, mask=mask)
+            tl.store(g_ptr + offs, g, mask=mask)
+            if (tl.load(flags + BEFORE * B) != 0) & (tl.load(flags + IMPROVED * B) == 0):
+                tl.store(best_ptr + offs, tl.load(next_ptr + offs, mask=mask), mask=mask)
+            part = part_ptr + pid.to(tl.int64) * WIDTH
+            tl.store(part, tl.sum(g * g, 0))
+            tl.store(part + 1, tl.sum(y * y, 0))
+            for i in tl.static_range(M):
+                old = tl.load(dg_ptr + row * M + i * N + cols, mask=cols < tl.where(i == slot, 0, N), other=0.0)
+                old = tl.where(i == slot, dg, old)
+                tl.store(part + 2 + i, tl.sum(old * g, 0))
+                tl.store(part + 2 + M + i, tl.sum(old * dg, 0))
+            if last_to_arrive(flags, B, SPLITS):
+                gram = gram_ptr + b.to(tl.int64) * (M + 1) * M
+                for i in tl.static_range(M):
+                    tl.store(gram + M * M + i, part_sum(part_ptr, b, 2 + i, SPLITS, WIDTH, BLOCK_S))
+                    if k > 1:
+                        new = part_sum(part_ptr, b, 2 + M + i, SPLITS, WIDTH, BLOCK_S)
+                        tl.store(gram + slot * M + i, new)
+                        tl.store(gram + i * M + slot, new)
+                rr = part_sum(part_ptr, b, 0, SPLITS, WIDTH, BLOCK_S)
+                ss = part_sum(part_ptr, b, 1, SPLITS, WIDTH, BLOCK_S)
+                judge(stats_ptr, flags_ptr, left_ptr, b, B, rr, ss, FLOOR)
+
+
+@triton.jit
+def _mix_kernel(
+    z_ptr,  # [B, N]: z_k
+    y_ptr,  # [B, N], any floating dtype
+    next_ptr,  # [B, N]: becomes z_(k+1)
+    dh_ptr,  # [B, M, N]
+    gram_ptr,  # [B, M + 1, M]
+    numbers_ptr,  # [2]: damping, ridge
+    stats_ptr,  # [8, B]
+    flags_ptr,  # [5, B]
+    B,
+    N,
+    M: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    b = pid // SPLITS
+    phase = tl.load(flags_ptr + PHASE * B + b)
+    if phase != DONE:
+        cols = (pid % SPLITS) * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = cols < N
+        row = b.to(tl.int64) * N
+        z = tl.load(z_ptr + row + cols, mask=mask, other=0.0)
+        if phase == ACTIVE:
+            damping = tl.load(numbers_ptr)
+            y = tl.load(y_ptr + row + cols, mask=mask, other=0.0).to(z.dtype)
+            h = tl.where(damping == 1.0, y, z + damping * (y - z))
+            one = tl.arange(0, 1)  # the helpers want vectors
+            gram_ptrs = gram_ptr + b.to(tl.int64) * (M + 1) * M + one
+            gram = ()
+            dots = ()
+            for i in tl.static_range(M):
+                dots = dots + (tl.load(gram_ptrs + M * M + i),)
+                for j in tl.static_range(i + 1):
+                    gram = gram + (tl.load(gram_ptrs + i * M + j),)
+            rel = tl.load(stats_ptr + REL * B + b + one)
+            safe = rel <= SAFE * tl.load(stats_ptr + BEST * B + b + one)
+            gamma = anderson_weights(gram, dots, ~safe, tl.load(numbers_ptr + 1), M)
+            for i in tl.static_range(M):
+                h -= gamma[i] * tl.load(dh_ptr + row * M + i * N + cols, mask=mask, other=0.0)
+            z = h
+        tl.store(next_ptr + row + cols, z, mask=mask)
+
+
+class AndersonSteps(Steps):
+    def __init__(self, z: Tensor, keep: Tensor | None, tol: float, *, memory: int, damping: float, ridge: float):
+        super().__init__(
+            "anderson", z, keep, tol, numbers=(damping, max(ridge, 4 * torch.finfo(z.dtype).eps)), parts=2 + 2 * memory
+        )
+        batch, width = z.shape
+        self.g = self.next.new_empty(batch, width)
+        self.dg, self.dh = z.new_zeros(batch, memory, width), z.new_zeros(batch, memory, width)
+        self.gram = z.new_zeros(batch, memory + 1, memory)
+        self.memory = memory
+
+    def take(self, y: Tensor) -> None:
+        y, config = y.contiguous(), self.config | {"M": self.memory, "enable_fp_fusion": True}
+        tensors = (self.z, y, self.prev, self.next, self.best, self.keep, self.g, self.dg, self.dh, self.gram)
+        tensors += (self.numbers, self.stats, self.flags, self.part, self.count)
+        with launch.on(y.device):
+            _measure_kernel[self.grid](*tensors, *self.z.shape, **config)
+            for name in ("HAS_KEEP", "BLOCK_S", "FLOOR"):
+                config.pop(name)
+            tensors = (self.z, y, self.next, self.dh, self.gram, self.numbers, self.stats, self.flags)
+            _mix_kernel[self.grid](*tensors, *self.z.shape, **config)
+
+
+def refuses(*, memory: int, **problem) -> str | None:
+    """Why torch must take these steps, or None."""
+    if memory > MEMORY:
+        return f"Anderson memory {memory}, and the registers hold a system of {MEMORY}"
+    return steps.refuses(memory=memory, **problem)
+
+
+anderson = register("anderson", StepsOp(AndersonSteps, refuses, "two launches a step"))

@@ -1,0 +1,94 @@
+"""A Picard step of any cell in one launch: z+ = z + damping (y - z), y = f(z), and all that is decided about it.
+
+The launch after evaluation k takes z_k and y = f(z_k), each [B, N], makes z_(k+1) and the squared norms of y - z_k and y,
+and applies `rules.py` to every sample: residual, best, window, freeze, count. Samples wider than BLOCK_N are split over
+several programs; the last of them sums the parts in a fixed order and judges, so bits do not depend on timing.
+
+The best iterate is not copied while residuals fall: z_(k-2), whose buffer is overwritten, is saved first if it was the
+best and z_(k-1) is not. A split sample learns that it has stopped after the launch: f sees z_(k+1) once, then where it
+stopped.
+
+Bytes of a launch: 3 B N of the state's dtype (z and y read, z+ written); none for samples that are done.
+The reference is the loop with `tritondeq.solvers.Picard`, step by step.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .dispatch import StepsOp, register
+from .steps import Steps, refuses
+from .tl_steps import BEFORE, DONE, IMPROVED, PHASE, STOPPED, judge, last_to_arrive, part_sum, settle
+
+
+@triton.jit
+def _step_kernel(
+    z_ptr,  # [B, N]: z_k
+    y_ptr,  # [B, N], any floating dtype
+    prev_ptr,  # [B, N]: z_(k-1)
+    next_ptr,  # [B, N]: z_(k-2), then z_(k+1)
+    best_ptr,  # [B, N]
+    keep_ptr,  # [B, N] uint8, if HAS_KEEP
+    numbers_ptr,  # [1]: damping
+    stats_ptr,  # [8, B]
+    flags_ptr,  # [5, B]
+    part_ptr,  # [B, SPLITS, 2]
+    left_ptr,  # []
+    B,
+    N,
+    HAS_KEEP: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FLOOR: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    b = pid // SPLITS
+    flags = flags_ptr + b
+    phase = tl.load(flags + PHASE * B)
+    if phase != DONE:
+        cols = (pid % SPLITS) * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = cols < N
+        offs = b.to(tl.int64) * N + cols
+        if phase == STOPPED:
+            settle(z_ptr, prev_ptr, next_ptr, best_ptr, flags, B, offs, mask, SPLITS)
+        else:
+            z = tl.load(z_ptr + offs, mask=mask, other=0.0)
+            y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(z.dtype)
+            damping = tl.load(numbers_ptr)
+            g = y - z
+            onward = tl.where(damping == 1.0, y, z + damping * g)
+            if HAS_KEEP:
+                keep = tl.load(keep_ptr + offs, mask=mask, other=0) != 0
+                g = tl.where(keep, g, 0.0)
+                y = tl.where(keep, y, 0.0)
+            rr = tl.sum(g * g, 0)
+            ss = tl.sum(y * y, 0)
+            if (tl.load(flags + BEFORE * B) != 0) & (tl.load(flags + IMPROVED * B) == 0):
+                tl.store(best_ptr + offs, tl.load(next_ptr + offs, mask=mask), mask=mask)
+            if SPLITS == 1:
+                go = judge(stats_ptr, flags_ptr, left_ptr, b, B, rr, ss, FLOOR)
+                tl.store(next_ptr + offs, tl.where(go, onward, z), mask=mask)
+            else:
+                tl.store(next_ptr + offs, onward, mask=mask)
+                tl.store(part_ptr + pid * 2, rr)
+                tl.store(part_ptr + pid * 2 + 1, ss)
+                if last_to_arrive(flags, B, SPLITS):
+                    rr = part_sum(part_ptr, b, 0, SPLITS, 2, BLOCK_S)
+                    ss = part_sum(part_ptr, b, 1, SPLITS, 2, BLOCK_S)
+                    judge(stats_ptr, flags_ptr, left_ptr, b, B, rr, ss, FLOOR)
+
+
+class PicardSteps(Steps):
+    def __init__(self, z: Tensor, keep: Tensor | None, tol: float, *, memory: int = 0, damping: float = 1.0):
+        super().__init__("picard", z, keep, tol, numbers=(damping,), parts=2)
+
+    def take(self, y: Tensor) -> None:
+        tensors = (self.z, y.contiguous(), self.prev, self.next, self.best, self.keep)
+        tensors += (self.numbers, self.stats, self.flags, self.part, self.count)
+        with launch.on(y.device):
+            _step_kernel[self.grid](*tensors, *self.z.shape, enable_fp_fusion=True, **self.config)
+
+
+picard = register("picard", StepsOp(PicardSteps, refuses, "one launch a step"))

@@ -1,0 +1,80 @@
+"""What the fused steps of every solver keep on the device: iterates, statistics and flags of each sample."""
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from . import launch
+from .rules import FLOOR, FLOOR_FP64, Rules
+from .tl_steps import ACTIVE, BAR, BEST, MARK, PHASE, REL, STEPS, finish_kernel
+
+
+class Steps:
+    """The steps of one solve.
+
+    `take` launches what follows an evaluation and `onward` hands out the next iterate. Three buffers rotate: what
+    `onward` returned is overwritten two evaluations later.
+
+    Args:
+        z: Start, [B, N] in float32 or float64; only read.
+        keep: Elements that count in norms and inner products, [B, N] bool, or None.
+        tol: Relative residual at which a sample has converged.
+        numbers: What the kernels want of the solver's options, in the dtype of the state.
+        parts: Sums that the programs of a sample hand over.
+    """
+
+    def __init__(self, op: str, z: Tensor, keep: Tensor | None, tol: float, numbers: tuple[float, ...], parts: int):
+        batch, width = z.shape
+        self.z, self.prev, self.next, self.best = z.clone(), torch.empty_like(z), torch.empty_like(z), z.clone()
+        self.keep = self.z if keep is None else keep.to(torch.uint8)
+        self.stats = z.new_zeros(8, batch)
+        self.stats[BEST.value].fill_(math.inf)
+        self.stats[MARK.value].fill_(math.inf)
+        self.stats[BAR.value].fill_(tol)
+        self.flags = torch.zeros(5, batch, dtype=torch.int32, device=z.device)
+        self.flags[PHASE.value].fill_(ACTIVE.value)
+        self.count = torch.full((), batch, dtype=torch.int32, device=z.device)
+        self.numbers = z.new_empty(max(1, len(numbers)))
+        for i, number in enumerate(numbers):
+            self.numbers[i].fill_(number)
+        config = launch.parameters(op, width=width, itemsize=z.element_size())
+        self.grid = (batch * config["SPLITS"],)
+        self.config = config | {
+            "HAS_KEEP": keep is not None,
+            "BLOCK_S": triton.next_power_of_2(config["SPLITS"]),
+            "FLOOR": FLOOR_FP64 if z.dtype == torch.float64 else FLOOR,
+        }
+        self.part = z.new_empty(batch, config["SPLITS"], parts)
+        self.rules = Rules(batch, z.dtype, z.device, tol)
+        names = ("best", "bar", "first", "peak", "mark", "r", "s", "rel")  # as tl_steps.py numbers them
+        for name, row in zip(names, self.stats, strict=True):
+            setattr(self.rules, name, row)
+        self.rel = self.stats[REL.value]
+
+    def take(self, y: Tensor) -> None:
+        """Launches the step after y = f(z)."""
+        raise NotImplementedError
+
+    def left(self) -> Tensor:
+        """Samples that go on, a scalar tensor of the caller's own."""
+        return self.count.clone()
+
+    def onward(self, left: int | None = None) -> Tensor:
+        """The next iterate, [B, N]."""
+        self.z, self.prev, self.next = self.next, self.z, self.prev
+        return self.z
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(best iterate [B, N], status, steps, residual, each [B]) after the last `take`."""
+        config = {"SPLITS": self.config["SPLITS"], "BLOCK_N": self.config["BLOCK_N"]}
+        config["num_warps"] = self.config["num_warps"]
+        with launch.on(self.best.device):
+            finish_kernel[self.grid](self.z, self.prev, self.best, self.flags, *self.best.shape, **config)
+        return self.best, self.rules.status(), self.flags[STEPS.value], self.stats[BEST.value]
+
+
+def refuses(*, width: int, dtype: torch.dtype, memory: int = 0) -> str | None:
+    """Why torch must take these steps, or None."""
+    return None if width else "an empty state"

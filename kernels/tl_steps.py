@@ -1,0 +1,107 @@
+"""Jitted helpers of the fused solver steps: the rules of one sample, and its bookkeeping between launches."""
+
+import triton
+import triton.language as tl
+
+from .tl_common import rules_update
+
+# Rows of `stats` [8, B], in the dtype of the state.
+BEST, BAR, FIRST, PEAK, MARK, R, S, REL = (tl.constexpr(i) for i in range(8))
+# Rows of `flags` [5, B], int32. IMPROVED, BEFORE: whether the last evaluation, and the one before, became the best.
+PHASE, STEPS, IMPROVED, BEFORE, ARRIVED = (tl.constexpr(i) for i in range(5))
+DONE, ACTIVE, STOPPED = (tl.constexpr(i) for i in range(3))  # PHASE; STOPPED: by the last evaluation
+
+
+@triton.jit
+def judge(stats_ptr, flags_ptr, left_ptr, b, B, rr, ss, FLOOR: tl.constexpr):
+    """Applies the rules to the squared norms of one sample's evaluation; returns whether it goes on."""
+    stats = stats_ptr + b
+    flags = flags_ptr + b
+    k = tl.load(flags + STEPS * B) + 1
+    before = tl.load(flags + IMPROVED * B)
+    best = tl.load(stats + BEST * B)
+    bar = tl.load(stats + BAR * B)
+    first = tl.load(stats + FIRST * B)
+    peak = tl.load(stats + PEAK * B)
+    mark = tl.load(stats + MARK * B)
+    tl.debug_barrier()  # every warp has read what one thread is about to overwrite
+    r = tl.sqrt(rr)
+    s = tl.sqrt(ss)
+    rel, improved, state = rules_update((best, bar, first, peak, mark), k, r, s, s == s, FLOOR)
+    best, bar, first, peak, mark = state
+    go = best > bar
+    tl.store(stats + BEST * B, best)
+    tl.store(stats + BAR * B, bar)
+    tl.store(stats + FIRST * B, first)
+    tl.store(stats + PEAK * B, peak)
+    tl.store(stats + MARK * B, mark)
+    tl.store(stats + R * B, r)
+    tl.store(stats + S * B, s)
+    tl.store(stats + REL * B, rel)
+    tl.store(flags + STEPS * B, k)
+    tl.store(flags + BEFORE * B, before)
+    tl.store(flags + IMPROVED * B, improved.to(tl.int32))
+    if not go:
+        tl.store(flags + PHASE * B, STOPPED)
+        tl.atomic_add(left_ptr, -1)
+    return go
+
+
+@triton.jit
+def last_to_arrive(flags, B, SPLITS: tl.constexpr):
+    """Whether every other program of this sample has come here before; all have read its flags then."""
+    tl.debug_barrier()
+    last = True
+    if SPLITS > 1:
+        last = tl.atomic_add(flags + ARRIVED * B, 1, sem="acq_rel") == SPLITS - 1
+        if last:
+            tl.store(flags + ARRIVED * B, 0)
+    return last
+
+
+@triton.jit
+def keep_best(z_ptr, prev_ptr, best_ptr, flags, B, offs, mask):
+    """Saves the best iterate if it is z_k or, next, z_(k-1); else it has been saved."""
+    if tl.load(flags + IMPROVED * B) != 0:
+        tl.store(best_ptr + offs, tl.load(z_ptr + offs, mask=mask), mask=mask)
+    elif tl.load(flags + BEFORE * B) != 0:
+        tl.store(best_ptr + offs, tl.load(prev_ptr + offs, mask=mask), mask=mask)
+
+
+@triton.jit
+def settle(z_ptr, prev_ptr, next_ptr, best_ptr, flags, B, offs, mask, SPLITS: tl.constexpr):
+    """For a sample that stopped at z_(k-1): keeps its best iterate, and leaves all buffers where it stopped."""
+    keep_best(prev_ptr, next_ptr, best_ptr, flags, B, offs, mask)
+    at = tl.load(prev_ptr + offs, mask=mask)
+    tl.store(z_ptr + offs, at, mask=mask)
+    tl.store(next_ptr + offs, at, mask=mask)
+    if last_to_arrive(flags, B, SPLITS):
+        tl.store(flags + PHASE * B, DONE)
+
+
+@triton.jit
+def part_sum(part_ptr, b, i: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Sum i of a sample over the programs that share it, always in the same order."""
+    offs = tl.arange(0, BLOCK_S)
+    parts = tl.load(part_ptr + (b * SPLITS + offs) * WIDTH + i, mask=offs < SPLITS, other=0.0)
+    return tl.sum(parts, 0)
+
+
+@triton.jit
+def finish_kernel(
+    z_ptr,  # [B, N]: z_k, the last iterate that was evaluated
+    prev_ptr,  # [B, N]: z_(k-1)
+    best_ptr,  # [B, N]
+    flags_ptr,  # [5, B]
+    B,
+    N,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Leaves in `best` every sample's best iterate."""
+    pid = tl.program_id(0)
+    b = pid // SPLITS
+    flags = flags_ptr + b
+    if tl.load(flags + PHASE * B) != DONE:
+        cols = (pid % SPLITS) * BLOCK_N + tl.arange(0, BLOCK_N)
+        keep_best(z_ptr, prev_ptr, best_ptr, flags, B, b.to(tl.int64) * N + cols, cols < N)

@@ -1,0 +1,304 @@
+"""The fused steps against the same steps in torch: iterates, values, steps, status, and what they launch."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import tanh_problem
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tritondeq as tdeq
+from tritondeq import Anderson, Picard, Status
+from tritondeq.kernels import anderson, launch, picard, tl_steps
+
+SOLVERS = [Picard(), Picard(damping=0.7), Anderson(memory=1), Anderson(memory=3, damping=0.8), Anderson(memory=8)]
+FUSED = [Picard(), Anderson(memory=3)]
+DTYPES = [torch.float32, torch.float64]
+SPLIT = 2 * 8192 + 1  # three programs a sample in float32, five in float64
+nonfinite = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, under the interpreter, about NaN
+
+
+def elementwise(rows, width, dtype, device, least=-0.9, most=0.8):
+    """f(z) = a sin z + c, each element by itself, so that torch's result does not depend on the batch."""
+    a = torch.linspace(least, most, width, dtype=dtype, device=device)
+    c = torch.randn(rows, width, dtype=torch.float64).to(device, dtype)
+    return lambda z: torch.addcmul(c[: z.shape[0]], a, torch.sin(z))
+
+
+def both(f, z0, **options):
+    """(torch's solution, the kernels' solution)."""
+    solutions = []
+    for name in ("torch", "triton"):
+        with tdeq.backend(name):
+            solutions.append(tdeq.fixed_point(f, z0, **options))
+    assert solutions[0].path.startswith("loop: ") and "launch" in solutions[1].path
+    return solutions
+
+
+def assert_same(eager, fused, rtol=None):
+    rtol = rtol or (2e-5 if eager.residual.dtype == torch.float32 and eager.value.dtype != torch.float64 else 1e-11)
+    assert fused.status.tolist() == eager.status.tolist() and fused.steps.tolist() == eager.steps.tolist()
+    torch.testing.assert_close(fused.value, eager.value, rtol=rtol, atol=rtol)
+    torch.testing.assert_close(fused.residual, eager.residual, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [1, 7, 128, 129, 1000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+def test_same_values_steps_and_status(solver, dtype, width, device):
+    f = elementwise(3, width, dtype, device)
+    tol = 1e-4 if dtype == torch.float32 else 1e-9
+    eager, fused = both(f, torch.zeros(3, width, dtype=dtype, device=device), solver=solver, tol=tol, max_steps=60)
+    assert_same(eager, fused)
+    assert (eager.status == Status.CONVERGED).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("solver", FUSED, ids=str)
+def test_samples_that_several_programs_share(solver, dtype, device):
+    f = elementwise(2, SPLIT, dtype, device)
+    config = launch.parameters(solver.fused_steps, width=SPLIT, itemsize=dtype.itemsize)
+    assert config["SPLITS"] >= 3
+    mask = torch.rand(2, SPLIT, device=device) > 0.2
+    z0 = torch.zeros(2, SPLIT, dtype=dtype, device=device)
+    for keep in (None, mask):
+        assert_same(*both(f, z0, solver=solver, tol=1e-3, max_steps=25, mask=keep))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("solver", FUSED, ids=str)
+def test_iterates_and_trace(solver, dtype, device):
+    """f is shown the same iterates, and a frozen sample where it stopped."""
+    f = elementwise(3, 40, dtype, device, least=-0.97)
+    z0 = torch.zeros(3, 40, dtype=dtype, device=device)
+    z0[1] = tdeq.fixed_point(f, z0, tol=1e-12, max_steps=500, solver=Anderson()).value[1]  # stops at once
+    seen = []
+
+    def watched(z):
+        seen.append(z.clone())
+        return f(z)
+
+    eager, fused = both(watched, z0, solver=solver, tol=1e-4, max_steps=60, trace=True)
+    half = len(seen) // 2
+    assert len(seen) == 2 * half == 2 * int(eager.steps.max()) and eager.steps[1] == 1
+    tight = 1e-4 if dtype == torch.float32 else 1e-9
+    torch.testing.assert_close(torch.stack(seen[half:]), torch.stack(seen[:half]), rtol=tight, atol=tight)
+    assert all(torch.equal(z[1], z0[1]) for z in seen)
+    torch.testing.assert_close(fused.trace[:8], eager.trace[:8], rtol=1e-2, atol=1e-6)
+    assert fused.trace.shape == eager.trace.shape
+
+
+@pytest.mark.parametrize("width", [16, SPLIT])
+@pytest.mark.parametrize("solver", FUSED, ids=str)
+def test_the_best_iterate_is_returned_whenever_it_was_seen(solver, width, device):
+    """Residuals from a list: every position of the least, among ever so many evaluations."""
+    for best in range(6):
+        residuals = [1e-2 * (1 + (k - best) ** 2) for k in range(6)]
+        shown = []
+
+        def f(z, residuals=residuals, shown=shown):
+            shown.append(z.clone())
+            step = residuals[len(shown) - 1]
+            y = torch.ones_like(z)
+            return y if len(shown) > 6 else z + step * y / math.sqrt(z.shape[1])
+
+        with tdeq.backend("triton"):
+            z0 = torch.ones(1, width, device=device)
+            solution = tdeq.fixed_point(f, z0, solver=solver, tol=1e-12, max_steps=6)
+        assert torch.equal(solution.value, shown[best]), best
+
+
+@nonfinite
+@pytest.mark.parametrize("width", [8, SPLIT])
+@pytest.mark.parametrize("solver", FUSED, ids=str)
+def test_each_sample_ends_as_it_must(solver, width, device):
+    """Converged at once, converged, at the precision's floor, growing, NaN from the third evaluation, NaN at once."""
+    gain = torch.tensor([0.0, 0.5, 0.9, 1.0, 0.5, 0.5], device=device)[:, None]
+    calls = []
+
+    def f(z):
+        calls.append(None)
+        y = gain * z + 1 - gain
+        y[2] += 1e-3 * (-1) ** len(calls)
+        y[3] = 2 * z[3] + 1
+        if len(calls) % 40 >= 3:
+            y[4] = math.nan
+        y[5, 0] = math.nan
+        return y
+
+    solutions = []
+    for name in ("torch", "triton"):
+        calls.clear()
+        with tdeq.backend(name):
+            z0 = torch.zeros(6, width, device=device)
+            solutions.append(tdeq.fixed_point(f, z0, solver=solver, tol=1e-5, max_steps=39))
+    eager, fused = solutions
+    assert fused.status.tolist() == eager.status.tolist() and fused.steps.tolist() == eager.steps.tolist()
+    assert fused.status[0] == Status.CONVERGED and (fused.status[4:] == Status.NONFINITE).all()
+    if isinstance(solver, Picard):
+        assert fused.status.tolist() == [0, 0, int(Status.PLATEAU), int(Status.GROWING), 4, 4]
+    torch.testing.assert_close(fused.value, eager.value, rtol=1e-4, atol=1e-5)
+    assert torch.isfinite(fused.value).all()
+
+
+@pytest.mark.parametrize("solver", [Picard(damping=0.9), Anderson(memory=4)], ids=str)
+@pytest.mark.parametrize("width", [100, SPLIT])
+def test_batch_mates_change_no_bit(solver, width, device):
+    f = elementwise(3, width, torch.float32, device)
+    c = f(torch.zeros(3, width, device=device))
+    a = torch.linspace(-0.9, 0.8, width, device=device)
+    with tdeq.backend("triton"):
+        options = {"solver": solver, "tol": 1e-4, "max_steps": 25}
+        together = tdeq.fixed_point(f, torch.zeros(3, width, device=device), **options)
+        for i in range(3):
+            alone = tdeq.fixed_point(
+                lambda z, i=i: torch.addcmul(c[i : i + 1], a, torch.sin(z)),
+                torch.zeros(1, width, device=device),
+                **options,
+            )
+            assert torch.equal(alone.value[0], together.value[i])
+            assert alone.steps[0] == together.steps[i] and alone.residual[0] == together.residual[i]
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+@pytest.mark.parametrize("solver", FUSED, ids=str)
+def test_the_path_does_not_change_with_the_scale(solver, scale, device):
+    with tdeq.backend("triton"):
+        counts = []
+        for s in (1.0, scale):
+            f, _, u = tanh_problem(4, 16, 0.45, scale=s)
+            counts.append(tdeq.fixed_point(f, torch.zeros_like(u), solver=solver, tol=1e-4).steps)
+    assert (counts[0] - counts[1]).abs().max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("solver", FUSED, ids=str)
+def test_halves(solver, dtype, device):
+    """A cell in half precision: state, norms and history are float32."""
+    f = elementwise(2, 33, torch.float32, device)
+    z0 = torch.zeros(2, 33, dtype=dtype, device=device)
+    eager, fused = both(lambda z: f(z.float()).to(dtype), z0, solver=solver, tol=1e-2)
+    assert fused.value.dtype == dtype and fused.residual.dtype == torch.float32
+    assert_same(eager, fused, rtol=2e-2)
+
+
+@settings(max_examples=15)
+@given(data=st.data())
+def test_any_state(data):
+    """Random structures, dtypes, batch dims, masks and solvers."""
+    torch.manual_seed(data.draw(st.integers(0, 1 << 30)))
+    batch = data.draw(st.sampled_from([(2,), (1,), (2, 2), ()]))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    leaf = st.lists(st.integers(1, 5), max_size=2)
+    shapes = data.draw(st.recursive(leaf.map(tuple), lambda s: st.dictionaries(st.sampled_from("abc"), s, min_size=1)))
+
+    def make(s):
+        return {k: make(v) for k, v in s.items()} if isinstance(s, dict) else torch.randn(*batch, *s).to(dtype)
+
+    def f(z, c):
+        return {k: f(z[k], c[k]) for k in z} if isinstance(z, dict) else 0.5 * torch.cos(z) + c
+
+    c, z0 = make(shapes), make(shapes)
+    solver = data.draw(st.sampled_from(SOLVERS))
+    eager, fused = both(lambda z: f(z, c), z0, solver=solver, tol=1e-4, batch_dims=len(batch))
+    assert fused.steps.shape == batch and torch.equal(fused.steps, eager.steps)
+    assert torch.equal(fused.status, eager.status)
+    flat = [torch.utils._pytree.tree_leaves(s.value) for s in (eager, fused)]
+    for a, b in zip(*flat, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", FUSED, ids=str)
+def test_gradients(solver, device):
+    """The adjoint's steps are fused as well; second derivatives too."""
+    grads = []
+    for name in ("torch", "triton"):
+        _, w, u = tanh_problem(3, 12, 0.4, dtype=torch.float64)
+        w, u = w.to(device).requires_grad_(), u.to(device).requires_grad_()
+        with tdeq.backend(name):
+            solution = tdeq.fixed_point(
+                lambda z, w=w, u=u: torch.tanh(z @ w.T + u), torch.zeros_like(u), solver=solver, tol=1e-10
+            )
+            first = torch.autograd.grad(solution.value.square().sum(), (w, u), create_graph=True)
+            second = torch.autograd.grad(first[0].square().sum(), (w, u))
+        if name == "triton":
+            assert "launch" in solution.adjoint.path
+        grads.append((*first, *second))
+    for eager, fused in zip(*grads, strict=True):
+        torch.testing.assert_close(fused, eager, rtol=1e-7, atol=1e-8)
+
+
+class Counting:
+    """Stands in for a kernel and counts its launches."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, 0
+
+    def __getitem__(self, grid):
+        self.launches += 1
+        return self.kernel[grid]
+
+
+class Ops(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the count is read every few steps only")
+@pytest.mark.parametrize("solver, kernels", [(Picard(damping=0.5), 1), (Anderson(memory=3), 2)], ids=str)
+def test_launches_of_a_step(solver, kernels, monkeypatch):
+    """Beside the cell: one launch for Picard, two for Anderson, and, on a CPU, the read of how many samples go on."""
+    counters = []
+    for module in (picard, anderson):
+        for name in ("_step_kernel", "_measure_kernel", "_mix_kernel"):
+            if hasattr(module, name):
+                counters.append(Counting(getattr(module, name)))
+                monkeypatch.setattr(module, name, counters[-1])
+    totals, launches = [], []
+    monkeypatch.setattr(Counting, "__getitem__", lambda self, grid: _count(self, grid))
+    for steps in (5, 9):
+        for c in counters:
+            c.launches = 0
+        with tdeq.backend("triton"), Ops() as ops:
+            tdeq.fixed_point(lambda z: 0.5 * z + 1.0, torch.zeros(2, 8), solver=solver, tol=1e-12, max_steps=steps)
+        totals.append([n for n in ops.names if not n.startswith(("view", "alias", "detach"))])
+        launches.append(sum(c.launches for c in counters))
+    assert launches == [5 * kernels, 9 * kernels]
+    beside = len(totals[1]) - len(totals[0]) - 4 * 2  # the cell is mul, add
+    assert beside == 4 * 2, totals[1]  # clone and _local_scalar_dense of the count
+
+
+def _count(counter, grid):
+    """Launches for real, out of sight of the mode: the interpreter copies tensors."""
+    counter.launches += 1
+
+    def run(*args, **kwargs):
+        with torch.utils._python_dispatch._disable_current_modes():
+            return counter.kernel[grid](*args, **kwargs)
+
+    return run
+
+
+def test_what_is_refused():
+    assert "empty" in picard.refuses(width=0, dtype=torch.float32)
+    assert picard.refuses(width=1 << 24, dtype=torch.float64) is None
+    assert "memory 9" in anderson.refuses(width=4, dtype=torch.float32, memory=9)
+    with tdeq.backend("triton"):
+        for z0 in (torch.zeros(2, 0), torch.zeros(0, 3)):
+            solution = tdeq.fixed_point(lambda z: z, z0)
+            assert solution.value.shape == z0.shape and solution.path.startswith("loop: ")
+
+
+def test_a_sample_is_shared_by_its_width_alone():
+    for width in (1, 127, 4097, 8192, 8193, 1 << 20):
+        for itemsize in (4, 8):
+            config = launch.parameters("picard", width=width, itemsize=itemsize)
+            assert config["BLOCK_N"] * (config["SPLITS"] - 1) < width <= config["BLOCK_N"] * config["SPLITS"]
+    assert tl_steps.DONE.value == 0

@@ -1,9 +1,9 @@
 """An Anderson step of any cell in two launches; `tritondeq.solvers.Anderson` has the equation and is the reference.
 
-`_measure_kernel`, after evaluation k: g = y - z_k, and into the rings dG = g_k - g_(k-1), dH = z_k - z_(k-1) + damping dG;
-one new row of the Gram matrix, <dG_i, dG>, and <dG_i, g>; the rules, as in picard.py. `_mix_kernel`: the small system of
-each sample in registers, and z_(k+1) = z_k + damping g - sum_i gamma_i dH_i. Samples wider than BLOCK_N are split over
-several programs, whose parts are summed in one order always.
+`_measure_kernel`, after evaluation k: g = y - z_k, and into the rings dG = g_k - g_(k-1) and
+dH = z_k - z_(k-1) + damping dG; one new row of the Gram matrix, <dG_i, dG>, and <dG_i, g>; the rules, as in picard.py.
+`_mix_kernel`: the small system of each sample in registers, and z_(k+1) = z_k + damping g - sum_i gamma_i dH_i. Samples
+wider than BLOCK_N are split over several programs, whose parts are summed in one order always.
 
 Bytes of a step, in states B N of the dtype, memory m: (m + 4) read and 3 written, then (m + 2) read and 1 written.
 """

@@ -1,8 +1,8 @@
 """A Picard step of any cell in one launch: z+ = z + damping (y - z), y = f(z), and all that is decided about it.
 
 The launch after evaluation k takes z_k and y = f(z_k), each [B, N], makes z_(k+1) and the squared norms of y - z_k and
-y, and applies `rules.py` to every sample: residual, best, window, freeze, count. Samples wider than BLOCK_N are split over
-several programs; the last of them sums the parts in a fixed order and judges, so bits do not depend on timing.
+y, and applies `rules.py` to every sample: residual, best, window, freeze, count. Samples wider than BLOCK_N are split
+over several programs; the last of them sums the parts in a fixed order and judges, so bits do not depend on timing.
 
 The best iterate is not copied while residuals fall: z_(k-2), whose buffer is overwritten, is saved first if it was the
 best and z_(k-1) is not. A split sample learns that it has stopped after the launch: f sees z_(k+1) once, then where it

@@ -1,11 +1,12 @@
 """An Anderson step of any cell in two launches; `tritondeq.solvers.Anderson` has the equation and is the reference.
 
 `_measure_kernel`, after evaluation k: g = y - z_k, and into the rings dG = g_k - g_(k-1) and
-dH = z_k - z_(k-1) + damping dG; one new row of the Gram matrix, <dG_i, dG>, and <dG_i, g>; the rules, as in picard.py.
-`_mix_kernel`: the small system of each sample in registers, and z_(k+1) = z_k + damping g - sum_i gamma_i dH_i. Samples
-wider than BLOCK_N are split over several programs, whose parts are summed in one order always.
+dH = z_k - z_(k-1) + damping dG; one new row of the Gram matrix, <dG_i, dG>, and <dG_i, g>; the rules, as in picard.py;
+and each sample's small system, in registers. `_mix_kernel`: z_(k+1) = z_k + damping g - sum_i gamma_i dH_i. Samples
+wider than BLOCK_N are split over several programs; the last of them sums the parts, in one order always, and does what
+is done once a sample.
 
-Bytes of a step, in states B N of the dtype, memory m: (m + 4) read and 3 written, then (m + 2) read and 1 written.
+Bytes of a step, in states B N of the dtype, memory m: (m + 3) read and 3 written, then (m + 2) read and 1 written.
 """
 
 import torch
@@ -21,13 +22,12 @@ from .tl_anderson import anderson_weights
 from .tl_steps import (
     ACTIVE,
     BEFORE,
-    BEST,
     DONE,
     IMPROVED,
     PHASE,
-    REL,
     STEPS,
     STOPPED,
+    dot2,
     judge,
     last_to_arrive,
     part_sum,
@@ -49,11 +49,12 @@ def _measure_kernel(
     g_ptr,  # [B, N]: g_(k-1), then g_k
     dg_ptr,  # [B, M, N]
     dh_ptr,  # [B, M, N]
-    gram_ptr,  # [B, M + 1, M]: <dG_i, dG_j>, and in the last row <dG_j, g>
+    gram_ptr,  # [B, M, M]: <dG_i, dG_j>
+    gamma_ptr,  # [B, M]: mixing weights
     numbers_ptr,  # [2]: damping, ridge
     stats_ptr,  # [8, B]
     flags_ptr,  # [5, B]
-    part_ptr,  # [B, SPLITS, 2 + 2 M]
+    part_ptr,  # [B, 2 + 2 M, SPLITS]
     left_ptr,  # []
     B,
     N,
@@ -63,6 +64,7 @@ def _measure_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
     FLOOR: tl.constexpr,
+    INTERP: tl.constexpr,
 ):
     WIDTH: tl.constexpr = 2 + 2 * M
     pid = tl.program_id(0)
@@ -95,25 +97,57 @@ def _measure_kernel(
             tl.store(g_ptr + offs, g, mask=mask)
             if (tl.load(flags + BEFORE * B) != 0) & (tl.load(flags + IMPROVED * B) == 0):
                 tl.store(best_ptr + offs, tl.load(next_ptr + offs, mask=mask), mask=mask)
-            part = part_ptr + pid.to(tl.int64) * WIDTH
-            tl.store(part, tl.sum(g * g, 0))
-            tl.store(part + 1, tl.sum(y * y, 0))
-            for i in tl.static_range(M):
+            part = part_ptr + b.to(tl.int64) * WIDTH * SPLITS + pid % SPLITS
+            rr, ss = dot2(g, g, y, y, INTERP)
+            tl.store(part, rr)
+            tl.store(part + SPLITS, ss)
+            for i in range(M):
                 old = tl.load(dg_ptr + row * M + i * N + cols, mask=cols < tl.where(i == slot, 0, N), other=0.0)
                 old = tl.where(i == slot, dg, old)
-                tl.store(part + 2 + i, tl.sum(old * g, 0))
-                tl.store(part + 2 + M + i, tl.sum(old * dg, 0))
+                with_g, with_dg = dot2(old, g, old, dg, INTERP)
+                tl.store(part + (2 + i) * SPLITS, with_g)
+                tl.store(part + (2 + M + i) * SPLITS, with_dg)
             if last_to_arrive(flags, B, SPLITS):
-                gram = gram_ptr + b.to(tl.int64) * (M + 1) * M
-                for i in tl.static_range(M):
-                    tl.store(gram + M * M + i, part_sum(part_ptr, b, 2 + i, SPLITS, WIDTH, BLOCK_S))
-                    if k > 1:
-                        new = part_sum(part_ptr, b, 2 + M + i, SPLITS, WIDTH, BLOCK_S)
-                        tl.store(gram + slot * M + i, new)
-                        tl.store(gram + i * M + slot, new)
                 rr = part_sum(part_ptr, b, 0, SPLITS, WIDTH, BLOCK_S)
                 ss = part_sum(part_ptr, b, 1, SPLITS, WIDTH, BLOCK_S)
-                judge(stats_ptr, flags_ptr, left_ptr, b, B, rr, ss, FLOOR)
+                go, rel, best = judge(stats_ptr, flags_ptr, left_ptr, b, B, rr, ss, FLOOR)
+                if go:
+                    _weigh(part_ptr, gram_ptr, gamma_ptr, numbers_ptr, b, slot, rel, best, SPLITS, M, BLOCK_S)
+
+
+@triton.jit
+def _weigh(
+    part_ptr,
+    gram_ptr,
+    gamma_ptr,
+    numbers_ptr,
+    b,
+    slot,
+    rel,
+    best,
+    SPLITS: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """The new row of a sample's Gram matrix, and its mixing weights."""
+    one = tl.arange(0, 1)  # the helpers want vectors
+    gram_ptr += b.to(tl.int64) * M * M + one
+    dots = ()
+    new = ()
+    for i in tl.static_range(M):
+        dots = dots + (part_sum(part_ptr, b, 2 + i, SPLITS, 2 + 2 * M, BLOCK_S) + one * 0.0,)
+        new = new + (part_sum(part_ptr, b, 2 + M + i, SPLITS, 2 + 2 * M, BLOCK_S) + one * 0.0,)
+    gram = ()
+    for i in tl.static_range(M):
+        for j in tl.static_range(i + 1):
+            old = tl.load(gram_ptr + i * M + j)
+            gram = gram + (tl.where(slot == i, new[j], tl.where(slot == j, new[i], old)),)
+    for i in tl.static_range(M):  # of the lower triangle: nobody reads the other
+        tl.store(gram_ptr + tl.where(slot > i, slot * M + i, i * M + slot), new[i])
+    plain = ~(rel + one * 0.0 <= SAFE * best)
+    gamma = anderson_weights(gram, dots, plain, tl.load(numbers_ptr + 1), M)
+    for i in tl.static_range(M):
+        tl.store(gamma_ptr + b * M + i + one, gamma[i])
 
 
 @triton.jit
@@ -122,9 +156,8 @@ def _mix_kernel(
     y_ptr,  # [B, N], any floating dtype
     next_ptr,  # [B, N]: becomes z_(k+1)
     dh_ptr,  # [B, M, N]
-    gram_ptr,  # [B, M + 1, M]
+    gamma_ptr,  # [B, M]
     numbers_ptr,  # [2]: damping, ridge
-    stats_ptr,  # [8, B]
     flags_ptr,  # [5, B]
     B,
     N,
@@ -143,21 +176,10 @@ def _mix_kernel(
         if phase == ACTIVE:
             damping = tl.load(numbers_ptr)
             y = tl.load(y_ptr + row + cols, mask=mask, other=0.0).to(z.dtype)
-            h = tl.where(damping == 1.0, y, z + damping * (y - z))
-            one = tl.arange(0, 1)  # the helpers want vectors
-            gram_ptrs = gram_ptr + b.to(tl.int64) * (M + 1) * M + one
-            gram = ()
-            dots = ()
-            for i in tl.static_range(M):
-                dots = dots + (tl.load(gram_ptrs + M * M + i),)
-                for j in tl.static_range(i + 1):
-                    gram = gram + (tl.load(gram_ptrs + i * M + j),)
-            rel = tl.load(stats_ptr + REL * B + b + one)
-            safe = rel <= SAFE * tl.load(stats_ptr + BEST * B + b + one)
-            gamma = anderson_weights(gram, dots, ~safe, tl.load(numbers_ptr + 1), M)
-            for i in tl.static_range(M):
-                h -= gamma[i] * tl.load(dh_ptr + row * M + i * N + cols, mask=mask, other=0.0)
-            z = h
+            z = tl.where(damping == 1.0, y, z + damping * (y - z))
+            for i in range(M):
+                gamma = tl.load(gamma_ptr + b * M + i)
+                z -= gamma * tl.load(dh_ptr + row * M + i * N + cols, mask=mask, other=0.0)
         tl.store(next_ptr + row + cols, z, mask=mask)
 
 
@@ -169,19 +191,18 @@ class AndersonSteps(Steps):
         batch, width = z.shape
         self.g = self.next.new_empty(batch, width)
         self.dg, self.dh = z.new_zeros(batch, memory, width), z.new_zeros(batch, memory, width)
-        self.gram = z.new_zeros(batch, memory + 1, memory)
+        self.gram, self.gamma = z.new_zeros(batch, memory, memory), z.new_zeros(batch, memory)
         self.memory = memory
 
     def take(self, y: Tensor) -> None:
-        y, config = y.contiguous(), self.config | {"M": self.memory, "enable_fp_fusion": True}
-        tensors = (self.z, y, self.prev, self.next, self.best, self.keep, self.g, self.dg, self.dh, self.gram)
-        tensors += (self.numbers, self.stats, self.flags, self.part, self.count)
+        y, shape, m = y.contiguous(), self.z.shape, self.memory
+        measured = (self.z, y, self.prev, self.next, self.best, self.keep, self.g, self.dg, self.dh, self.gram)
+        measured += (self.gamma, self.numbers, self.stats, self.flags, self.part, self.count)
+        mixed = (self.z, y, self.next, self.dh, self.gamma, self.numbers, self.flags)
+        mixing = {name: self.config[name] for name in ("SPLITS", "BLOCK_N", "num_warps")}
         with launch.on(y.device):
-            _measure_kernel[self.grid](*tensors, *self.z.shape, **config)
-            for name in ("HAS_KEEP", "BLOCK_S", "FLOOR"):
-                config.pop(name)
-            tensors = (self.z, y, self.next, self.dh, self.gram, self.numbers, self.stats, self.flags)
-            _mix_kernel[self.grid](*tensors, *self.z.shape, **config)
+            _measure_kernel[self.grid](*measured, *shape, M=m, enable_fp_fusion=True, **self.config)
+            _mix_kernel[self.grid](*mixed, *shape, M=m, enable_fp_fusion=True, **mixing)
 
 
 def refuses(*, memory: int, **problem) -> str | None:

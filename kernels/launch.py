@@ -53,7 +53,7 @@ def affine(*, batch: int, features: int, terms: int, memory: int, shared: int = 
 def steps(*, width: int, itemsize: int) -> dict:
     """Of a fused solver step: SPLITS programs share a sample, a function of its width alone, so that a sample's bits do
     not depend on its batch."""
-    most = 16384 // itemsize
+    most = 8192 // itemsize
     block = min(most, max(128, 1 << (width - 1).bit_length()))
     splits = -(-width // block)
     return {"BLOCK_N": block, "SPLITS": splits, "num_warps": max(1, block * itemsize // 1024)}

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import launch
 from .dispatch import StepsOp, register
 from .steps import Steps, refuses
-from .tl_steps import BEFORE, DONE, IMPROVED, PHASE, STOPPED, judge, last_to_arrive, part_sum, settle
+from .tl_steps import BEFORE, DONE, IMPROVED, PHASE, STOPPED, dot2, judge, last_to_arrive, part_sum, settle
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def _step_kernel(
     numbers_ptr,  # [1]: damping
     stats_ptr,  # [8, B]
     flags_ptr,  # [5, B]
-    part_ptr,  # [B, SPLITS, 2]
+    part_ptr,  # [B, 2, SPLITS]
     left_ptr,  # []
     B,
     N,
@@ -42,6 +42,7 @@ def _step_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
     FLOOR: tl.constexpr,
+    INTERP: tl.constexpr,
 ):
     pid = tl.program_id(0)
     b = pid // SPLITS
@@ -63,17 +64,17 @@ def _step_kernel(
                 keep = tl.load(keep_ptr + offs, mask=mask, other=0) != 0
                 g = tl.where(keep, g, 0.0)
                 y = tl.where(keep, y, 0.0)
-            rr = tl.sum(g * g, 0)
-            ss = tl.sum(y * y, 0)
+            rr, ss = dot2(g, g, y, y, INTERP)
             if (tl.load(flags + BEFORE * B) != 0) & (tl.load(flags + IMPROVED * B) == 0):
                 tl.store(best_ptr + offs, tl.load(next_ptr + offs, mask=mask), mask=mask)
             if SPLITS == 1:
-                go = judge(stats_ptr, flags_ptr, left_ptr, b, B, rr, ss, FLOOR)
+                go, rel, best = judge(stats_ptr, flags_ptr, left_ptr, b, B, rr, ss, FLOOR)
                 tl.store(next_ptr + offs, tl.where(go, onward, z), mask=mask)
             else:
                 tl.store(next_ptr + offs, onward, mask=mask)
-                tl.store(part_ptr + pid * 2, rr)
-                tl.store(part_ptr + pid * 2 + 1, ss)
+                part = part_ptr + b.to(tl.int64) * 2 * SPLITS + pid % SPLITS
+                tl.store(part, rr)
+                tl.store(part + SPLITS, ss)
                 if last_to_arrive(flags, B, SPLITS):
                     rr = part_sum(part_ptr, b, 0, SPLITS, 2, BLOCK_S)
                     ss = part_sum(part_ptr, b, 1, SPLITS, 2, BLOCK_S)

@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from . import launch
+from .dispatch import interpreting
 from .rules import FLOOR, FLOOR_FP64, Rules
 from .tl_steps import ACTIVE, BAR, BEST, MARK, PHASE, REL, STEPS, finish_kernel
 
@@ -43,10 +44,11 @@ class Steps:
         self.grid = (batch * config["SPLITS"],)
         self.config = config | {
             "HAS_KEEP": keep is not None,
+            "INTERP": interpreting(),
             "BLOCK_S": triton.next_power_of_2(config["SPLITS"]),
             "FLOOR": FLOOR_FP64 if z.dtype == torch.float64 else FLOOR,
         }
-        self.part = z.new_empty(batch, config["SPLITS"], parts)
+        self.part = z.new_empty(batch, parts, config["SPLITS"])
         self.rules = Rules(batch, z.dtype, z.device, tol)
         names = ("best", "bar", "first", "peak", "mark", "r", "s", "rel")  # as tl_steps.py numbers them
         for name, row in zip(names, self.stats, strict=True):

@@ -112,7 +112,7 @@ def act_slope(x, ACT: tl.constexpr, INTERP: tl.constexpr):
 
 
 @triton.jit
-def _add2(a0, a1, b0, b1):
+def add2(a0, a1, b0, b1):
     return a0 + b0, a1 + b1
 
 
@@ -145,7 +145,7 @@ def row_sums(tiles, N: tl.constexpr, INTERP: tl.constexpr):
             sums = sums + (tl.sum(tiles[i], 1),)
         return sums
     elif N == 2:
-        return tl.reduce(tiles, 1, _add2)
+        return tl.reduce(tiles, 1, add2)
     elif N == 4:
         return tl.reduce(tiles, 1, _add4)
     elif N == 6:

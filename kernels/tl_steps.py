@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tl_common import rules_update
+from .tl_common import add2, rules_update
 
 # Rows of `stats` [8, B], in the dtype of the state.
 BEST, BAR, FIRST, PEAK, MARK, R, S, REL = (tl.constexpr(i) for i in range(8))
@@ -14,7 +14,7 @@ DONE, ACTIVE, STOPPED = (tl.constexpr(i) for i in range(3))  # PHASE; STOPPED: b
 
 @triton.jit
 def judge(stats_ptr, flags_ptr, left_ptr, b, B, rr, ss, FLOOR: tl.constexpr):
-    """Applies the rules to the squared norms of one sample's evaluation; returns whether it goes on."""
+    """Applies the rules to the squared norms of one sample's evaluation; returns (whether it goes on, rel, best)."""
     stats = stats_ptr + b
     flags = flags_ptr + b
     k = tl.load(flags + STEPS * B) + 1
@@ -44,7 +44,7 @@ def judge(stats_ptr, flags_ptr, left_ptr, b, B, rr, ss, FLOOR: tl.constexpr):
     if not go:
         tl.store(flags + PHASE * B, STOPPED)
         tl.atomic_add(left_ptr, -1)
-    return go
+    return go, rel, best
 
 
 @triton.jit
@@ -81,10 +81,19 @@ def settle(z_ptr, prev_ptr, next_ptr, best_ptr, flags, B, offs, mask, SPLITS: tl
 
 @triton.jit
 def part_sum(part_ptr, b, i: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Sum i of a sample over the programs that share it, always in the same order."""
+    """Sum i of a sample over the programs that share it, always in the same order; parts are [B, WIDTH, SPLITS]."""
     offs = tl.arange(0, BLOCK_S)
-    parts = tl.load(part_ptr + (b * SPLITS + offs) * WIDTH + i, mask=offs < SPLITS, other=0.0)
-    return tl.sum(parts, 0)
+    row = part_ptr + (b.to(tl.int64) * WIDTH + i) * SPLITS
+    return tl.sum(tl.load(row + offs, mask=offs < SPLITS, other=0.0), 0)
+
+
+@triton.jit
+def dot2(a, b, c, d, INTERP: tl.constexpr):
+    """(<a, b>, <c, d>) in one reduction."""
+    if INTERP:
+        return tl.sum(a * b, 0), tl.sum(c * d, 0)
+    else:
+        return tl.reduce((a * b, c * d), 0, add2)
 
 
 @triton.jit

@@ -21,16 +21,16 @@ from .steps import Steps
 from .tl_anderson import anderson_weights
 from .tl_steps import (
     ACTIVE,
-    BEFORE,
     DONE,
-    IMPROVED,
     PHASE,
     STEPS,
     STOPPED,
     dot2,
+    evaluation,
     judge,
     last_to_arrive,
     part_sum,
+    save_best,
     settle,
 )
 
@@ -81,13 +81,7 @@ def _measure_kernel(
         else:
             k = tl.load(flags + STEPS * B) + 1
             slot = (k + M - 2) % M
-            z = tl.load(z_ptr + offs, mask=mask, other=0.0)
-            y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(z.dtype)
-            g = y - z
-            if HAS_KEEP:
-                keep = tl.load(keep_ptr + offs, mask=mask, other=0) != 0
-                g = tl.where(keep, g, 0.0)
-                y = tl.where(keep, y, 0.0)
+            z, y, g, seen = evaluation(z_ptr, y_ptr, keep_ptr, offs, mask, HAS_KEEP)
             dg = tl.zeros_like(g)
             if k > 1:
                 dg = g - tl.load(g_ptr + offs, mask=mask, other=0.0)
@@ -95,10 +89,9 @@ def _measure_kernel(
                 tl.store(dg_ptr + row * M + slot * N + cols, dg, mask=mask)
                 tl.store(dh_ptr + row * M + slot * N + cols, dh, mask=mask)
             tl.store(g_ptr + offs, g, mask=mask)
-            if (tl.load(flags + BEFORE * B) != 0) & (tl.load(flags + IMPROVED * B) == 0):
-                tl.store(best_ptr + offs, tl.load(next_ptr + offs, mask=mask), mask=mask)
+            save_best(next_ptr, best_ptr, flags, B, offs, mask)
             part = part_ptr + b.to(tl.int64) * WIDTH * SPLITS + pid % SPLITS
-            rr, ss = dot2(g, g, y, y, INTERP)
+            rr, ss = dot2(g, g, seen, seen, INTERP)
             tl.store(part, rr)
             tl.store(part + SPLITS, ss)
             for i in range(M):

@@ -59,7 +59,7 @@ def steps(*, width: int, itemsize: int) -> dict:
     return {"BLOCK_N": block, "SPLITS": splits, "num_warps": max(1, block * itemsize // 1024)}
 
 
-SHAPES: dict[str, Callable[..., dict | None]] = {"affine": affine, "picard": steps, "anderson": steps}
+SHAPES: dict[str, Callable[..., dict | None]] = {"affine": affine, "picard": steps, "anderson": steps, "broyden": steps}
 
 
 def parameters(op: str, **shape) -> dict | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import launch
 from .dispatch import StepsOp, register
 from .steps import Steps, refuses
-from .tl_steps import BEFORE, DONE, IMPROVED, PHASE, STOPPED, dot2, judge, last_to_arrive, part_sum, settle
+from .tl_steps import DONE, PHASE, STOPPED, dot2, evaluation, judge, last_to_arrive, part_sum, save_best, settle
 
 
 @triton.jit
@@ -55,18 +55,11 @@ def _step_kernel(
         if phase == STOPPED:
             settle(z_ptr, prev_ptr, next_ptr, best_ptr, flags, B, offs, mask, SPLITS)
         else:
-            z = tl.load(z_ptr + offs, mask=mask, other=0.0)
-            y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(z.dtype)
+            z, y, g, seen = evaluation(z_ptr, y_ptr, keep_ptr, offs, mask, HAS_KEEP)
+            rr, ss = dot2(g, g, seen, seen, INTERP)
             damping = tl.load(numbers_ptr)
-            g = y - z
-            onward = tl.where(damping == 1.0, y, z + damping * g)
-            if HAS_KEEP:
-                keep = tl.load(keep_ptr + offs, mask=mask, other=0) != 0
-                g = tl.where(keep, g, 0.0)
-                y = tl.where(keep, y, 0.0)
-            rr, ss = dot2(g, g, y, y, INTERP)
-            if (tl.load(flags + BEFORE * B) != 0) & (tl.load(flags + IMPROVED * B) == 0):
-                tl.store(best_ptr + offs, tl.load(next_ptr + offs, mask=mask), mask=mask)
+            onward = tl.where(damping == 1.0, y, z + damping * (y - z))
+            save_best(next_ptr, best_ptr, flags, B, offs, mask)
             if SPLITS == 1:
                 go, rel, best = judge(stats_ptr, flags_ptr, left_ptr, b, B, rr, ss, FLOOR)
                 tl.store(next_ptr + offs, tl.where(go, onward, z), mask=mask)
@@ -82,7 +75,7 @@ def _step_kernel(
 
 
 class PicardSteps(Steps):
-    def __init__(self, z: Tensor, keep: Tensor | None, tol: float, *, memory: int = 0, damping: float = 1.0):
+    def __init__(self, z: Tensor, keep: Tensor | None, tol: float, *, damping: float):
         super().__init__("picard", z, keep, tol, numbers=(damping,), parts=2)
 
     def take(self, y: Tensor) -> None:

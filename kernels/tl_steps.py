@@ -13,6 +13,20 @@ DONE, ACTIVE, STOPPED = (tl.constexpr(i) for i in range(3))  # PHASE; STOPPED: b
 
 
 @triton.jit
+def evaluation(z_ptr, y_ptr, keep_ptr, offs, mask, HAS_KEEP: tl.constexpr):
+    """(z, y, y - z where it counts, y where it counts) of y = f(z)."""
+    z = tl.load(z_ptr + offs, mask=mask, other=0.0)
+    y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(z.dtype)
+    g = y - z
+    seen = y
+    if HAS_KEEP:
+        keep = tl.load(keep_ptr + offs, mask=mask, other=0) != 0
+        g = tl.where(keep, g, 0.0)
+        seen = tl.where(keep, y, 0.0)
+    return z, y, g, seen
+
+
+@triton.jit
 def judge(stats_ptr, flags_ptr, left_ptr, b, B, rr, ss, FLOOR: tl.constexpr):
     """Applies the rules to the squared norms of one sample's evaluation; returns (whether it goes on, rel, best)."""
     stats = stats_ptr + b
@@ -60,6 +74,13 @@ def last_to_arrive(flags, B, SPLITS: tl.constexpr):
 
 
 @triton.jit
+def save_best(next_ptr, best_ptr, flags, B, offs, mask):
+    """Saves z_(k-2), which is about to be overwritten, if it is the best: z_(k-1) was no better."""
+    if (tl.load(flags + BEFORE * B) != 0) & (tl.load(flags + IMPROVED * B) == 0):
+        tl.store(best_ptr + offs, tl.load(next_ptr + offs, mask=mask), mask=mask)
+
+
+@triton.jit
 def keep_best(z_ptr, prev_ptr, best_ptr, flags, B, offs, mask):
     """Saves the best iterate if it is z_k or, next, z_(k-1); else it has been saved."""
     if tl.load(flags + IMPROVED * B) != 0:
@@ -80,7 +101,7 @@ def settle(z_ptr, prev_ptr, next_ptr, best_ptr, flags, B, offs, mask, SPLITS: tl
 
 
 @triton.jit
-def part_sum(part_ptr, b, i: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr):
+def part_sum(part_ptr, b, i, SPLITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr):
     """Sum i of a sample over the programs that share it, always in the same order; parts are [B, WIDTH, SPLITS]."""
     offs = tl.arange(0, BLOCK_S)
     row = part_ptr + (b.to(tl.int64) * WIDTH + i) * SPLITS

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -55,8 +55,8 @@ def _start(z: Tensor, settings: Settings) -> tuple[Any, str]:
     """(the steps of a solve, how they are taken)."""
     solver = settings.solver
     if solver.fused_steps and z.shape[0]:
-        options = solver.fused()
-        problem = {"width": z.shape[1], "dtype": z.dtype, "memory": options["memory"]}
+        options = asdict(solver)
+        problem = {"width": z.shape[1], "dtype": z.dtype, "memory": options.get("memory", 0)}
         op, how = dispatch.pick(solver.fused_steps, z.device, **problem)
         if op:
             return op.start(z, settings.keep, settings.tol, **options), f"loop, {how}"

@@ -12,6 +12,8 @@ POINTERS = {
     "picard:_step_kernel": "z y prev next best numbers stats part",
     "anderson:_measure_kernel": "z y prev next best g dg dh gram gamma numbers stats part",
     "anderson:_mix_kernel": "z y next dh gamma numbers",
+    "broyden:_measure_kernel": "z y prev next best g u v coef numbers stats part",
+    "broyden:_mix_kernel": "z y next u v coef",
     "tl_steps:finish_kernel": "z prev best",
 }
 TAKES = {
@@ -19,6 +21,10 @@ TAKES = {
     "anderson:_measure_kernel": ("M", "HAS_KEEP", "SPLITS", "BLOCK_S", "BLOCK_N", "FLOOR", "INTERP"),
     "anderson:_mix_kernel": ("M", "SPLITS", "BLOCK_N"),
     "tl_steps:finish_kernel": ("SPLITS", "BLOCK_N"),
+}
+TAKES |= {
+    "broyden:_measure_kernel": TAKES["anderson:_measure_kernel"],
+    "broyden:_mix_kernel": TAKES["anderson:_mix_kernel"],
 }
 
 

@@ -13,7 +13,7 @@ class Solver(ABC):
     """Proposes iterates for a batch of independent samples, each a row of a [B, N] matrix.
 
     Attributes:
-        fused_steps: Name of the op whose kernels take the same steps, or None if there is none.
+        fused_steps: Name of the op whose kernels take the same steps, told the fields; None if there is none.
     """
 
     fused_steps: ClassVar[str | None] = None
@@ -36,7 +36,7 @@ class Solver(ABC):
         """
 
     def fused(self) -> dict[str, float] | None:
-        """The kernels' arguments for this solver, or None if no kernel has it."""
+        """The whole-solve kernels' arguments for this solver, or None if no kernel has it."""
         return None
 
 

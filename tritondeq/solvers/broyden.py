@@ -38,6 +38,8 @@ class Broyden(Solver):
 
     memory: int = 10
 
+    fused_steps = "broyden"
+
     def __post_init__(self):
         count("memory", self.memory)
 
@@ -62,14 +64,14 @@ class Broyden(Solver):
         slot = memory.taken % self.memory
         memory.taken += 1
         u[:, slot] = 0  # the oldest update leaves H before the newest is made from it
-        left = _mix(_dots(u, dz), v) - dz
-        right = _mix(_dots(v, dg), u) - dg
-        den = torch.linalg.vecdot(left, dg)
-        floor = torch.finfo(dz.dtype).eps * torch.linalg.vector_norm(left, dim=1) * torch.linalg.vector_norm(dg, dim=1)
-        fine = den.abs() > floor  # false for a frozen sample too: its dz and dg are zero
-        new = (dz - right) / torch.where(fine, den, 1.0).unsqueeze(1)
-        fine = fine & torch.isfinite(new).all(dim=1)
-        u[:, slot] = torch.where(fine.unsqueeze(1), new, 0.0)
+        along_u, along_v = _dots(u, dz), _dots(v, dg)
+        left, right = _mix(along_u, v) - dz, _mix(along_v, u) - dg
+        products = along_u * along_v
+        den = products.sum(1) - torch.linalg.vecdot(dz, dg)  # <left, dg>
+        size = products.abs().sum(1) + torch.linalg.vector_norm(dz, dim=1) * torch.linalg.vector_norm(dg, dim=1)
+        # false for a frozen sample too: its dz and dg are zero
+        fine = (den.abs() > torch.finfo(dz.dtype).eps * size) & den.isfinite()
+        u[:, slot] = torch.where(fine.unsqueeze(1), (dz - right) / den.unsqueeze(1), 0.0)
         v[:, slot] = torch.where(fine.unsqueeze(1), left, 0.0)
 
 

@@ -1,0 +1,225 @@
+"""A Broyden step of any cell in two launches; `tritondeq.solvers.Broyden` has the equations and is the reference.
+
+The inverse Jacobian of g is H = -I + sum_i u_i v_i'. After evaluation k, with dz and dg the changes of z and g,
+
+    left = H' dz = sum_i a_i v_i - dz       a_i = <u_i, dz>      den = <left, dg> = sum_i a_i b_i - <dz, dg>
+    right = H dg = sum_i b_i u_i - dg       b_i = <v_i, dg>      new = <left, g>  = sum_i a_i c_i - <dz, g>
+    u, v <- (dz - right) / den, left        c_i = <v_i, g>       z+  = y - sum_i c_i u_i - new u
+
+`_measure_kernel` takes all inner products, which only need the old rings, applies the rules as in picard.py, and leaves
+dz and dg in the ring slots of the oldest update. `_mix_kernel` makes the new update there, and z+.
+
+Bytes of a step, in states B N of the dtype, memory m: (2m + 3) read and 3 written, then (2m + 2) read and 3 written.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .dispatch import StepsOp, register
+from .rules import SAFEGUARD
+from .steps import Steps, refuses
+from .tl_steps import (
+    ACTIVE,
+    DONE,
+    PHASE,
+    STEPS,
+    STOPPED,
+    dot2,
+    evaluation,
+    judge,
+    last_to_arrive,
+    part_sum,
+    save_best,
+    settle,
+)
+
+SAFE = tl.constexpr(SAFEGUARD)
+PARTS = tl.constexpr(6)  # sums that are not made for each update
+COEFS = tl.constexpr(2)  # coefficients that are not: 1 / den and <left, g>
+
+
+@triton.jit
+def _measure_kernel(
+    z_ptr,  # [B, N]: z_k
+    y_ptr,  # [B, N], any floating dtype
+    prev_ptr,  # [B, N]: z_(k-1)
+    next_ptr,  # [B, N]: z_(k-2)
+    best_ptr,  # [B, N]
+    keep_ptr,  # [B, N] uint8, if HAS_KEEP
+    g_ptr,  # [B, N]: g_(k-1), then g_k
+    u_ptr,  # [B, M, N]
+    v_ptr,  # [B, M, N]
+    coef_ptr,  # [B, 2 + 3 M]
+    numbers_ptr,  # [1]: the rounding error of an inner product, relative to the norms
+    stats_ptr,  # [8, B]
+    flags_ptr,  # [5, B]
+    part_ptr,  # [B, 6 + 3 M, SPLITS]
+    left_ptr,  # []
+    B,
+    N,
+    M: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FLOOR: tl.constexpr,
+    INTERP: tl.constexpr,
+):
+    WIDTH: tl.constexpr = PARTS + 3 * M
+    pid = tl.program_id(0)
+    b = pid // SPLITS
+    flags = flags_ptr + b
+    phase = tl.load(flags + PHASE * B)
+    if phase != DONE:
+        cols = (pid % SPLITS) * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = cols < N
+        row = b.to(tl.int64) * N
+        offs = row + cols
+        if phase == STOPPED:
+            settle(z_ptr, prev_ptr, next_ptr, best_ptr, flags, B, offs, mask, SPLITS)
+        else:
+            k = tl.load(flags + STEPS * B) + 1
+            slot = (k + M - 2) % M
+            z, y, g, seen = evaluation(z_ptr, y_ptr, keep_ptr, offs, mask, HAS_KEEP)
+            dz = tl.zeros_like(g)
+            dg = tl.zeros_like(g)
+            if k > 1:
+                dz = z - tl.load(prev_ptr + offs, mask=mask, other=0.0)
+                if HAS_KEEP:
+                    dz = tl.where(tl.load(keep_ptr + offs, mask=mask, other=0) != 0, dz, 0.0)
+                dg = g - tl.load(g_ptr + offs, mask=mask, other=0.0)
+            tl.store(g_ptr + offs, g, mask=mask)
+            save_best(next_ptr, best_ptr, flags, B, offs, mask)
+            part = part_ptr + b.to(tl.int64) * WIDTH * SPLITS + pid % SPLITS
+            rr, ss = dot2(g, g, seen, seen, INTERP)
+            zg, zz = dot2(dz, g, dz, dz, INTERP)
+            zd, dd = dot2(dz, dg, dg, dg, INTERP)
+            tl.store(part, rr)
+            tl.store(part + SPLITS, ss)
+            tl.store(part + 2 * SPLITS, zg)
+            tl.store(part + 3 * SPLITS, zz)
+            tl.store(part + 4 * SPLITS, zd)
+            tl.store(part + 5 * SPLITS, dd)
+            for i in range(M):
+                known = cols < tl.where(i == slot, 0, N)  # the oldest update leaves H first
+                u = tl.load(u_ptr + row * M + i * N + cols, mask=known, other=0.0)
+                v = tl.load(v_ptr + row * M + i * N + cols, mask=known, other=0.0)
+                with_dg, with_g = dot2(v, dg, v, g, INTERP)
+                tl.store(part + (PARTS + i) * SPLITS, tl.sum(u * dz, 0))
+                tl.store(part + (PARTS + M + i) * SPLITS, with_dg)
+                tl.store(part + (PARTS + 2 * M + i) * SPLITS, with_g)
+            tl.store(u_ptr + row * M + slot * N + cols, dz, mask=mask)
+            tl.store(v_ptr + row * M + slot * N + cols, dg, mask=mask)
+            if last_to_arrive(flags, B, SPLITS):
+                rr = part_sum(part_ptr, b, 0, SPLITS, WIDTH, BLOCK_S)
+                ss = part_sum(part_ptr, b, 1, SPLITS, WIDTH, BLOCK_S)
+                go, rel, best = judge(stats_ptr, flags_ptr, left_ptr, b, B, rr, ss, FLOOR)
+                if go:
+                    _weigh(part_ptr, coef_ptr, numbers_ptr, b, rel <= SAFE * best, SPLITS, WIDTH, M, BLOCK_S)
+
+
+@triton.jit
+def _weigh(
+    part_ptr,
+    coef_ptr,
+    numbers_ptr,
+    b,
+    safe,
+    SPLITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Coefficients of a sample's update and of its step; 1 / den is zero where there is no update to make."""
+    new = -part_sum(part_ptr, b, 2, SPLITS, WIDTH, BLOCK_S)
+    zz = part_sum(part_ptr, b, 3, SPLITS, WIDTH, BLOCK_S)
+    den = -part_sum(part_ptr, b, 4, SPLITS, WIDTH, BLOCK_S)
+    dd = part_sum(part_ptr, b, 5, SPLITS, WIDTH, BLOCK_S)
+    size = tl.sqrt(zz) * tl.sqrt(dd)
+    coef = coef_ptr + b * (COEFS + 3 * M)
+    for i in range(M):
+        along_u = part_sum(part_ptr, b, PARTS + i, SPLITS, WIDTH, BLOCK_S)
+        along_v = part_sum(part_ptr, b, PARTS + M + i, SPLITS, WIDTH, BLOCK_S)
+        weight = part_sum(part_ptr, b, PARTS + 2 * M + i, SPLITS, WIDTH, BLOCK_S)
+        den += along_u * along_v
+        new += along_u * weight
+        size += tl.abs(along_u * along_v)
+        tl.store(coef + COEFS + i, along_u)
+        tl.store(coef + COEFS + M + i, along_v)
+        tl.store(coef + COEFS + 2 * M + i, tl.where(safe, weight, 0.0))
+    fine = (tl.abs(den) > tl.load(numbers_ptr) * size) & (tl.abs(den) < float("inf"))
+    tl.store(coef, tl.where(fine, 1.0 / tl.where(fine, den, 1.0), 0.0))
+    tl.store(coef + 1, tl.where(safe & fine, new, 0.0))
+
+
+@triton.jit
+def _mix_kernel(
+    z_ptr,  # [B, N]: z_k
+    y_ptr,  # [B, N], any floating dtype
+    next_ptr,  # [B, N]: becomes z_(k+1)
+    u_ptr,  # [B, M, N]
+    v_ptr,  # [B, M, N]
+    coef_ptr,  # [B, 2 + 3 M]
+    flags_ptr,  # [5, B]
+    B,
+    N,
+    M: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    b = pid // SPLITS
+    phase = tl.load(flags_ptr + PHASE * B + b)
+    if phase != DONE:
+        cols = (pid % SPLITS) * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = cols < N
+        row = b.to(tl.int64) * N
+        z = tl.load(z_ptr + row + cols, mask=mask, other=0.0)
+        if phase == ACTIVE:
+            slot = (tl.load(flags_ptr + STEPS * B + b) + M - 2) % M
+            coef = coef_ptr + b * (COEFS + 3 * M)
+            us = u_ptr + row * M + cols
+            vs = v_ptr + row * M + cols
+            z = tl.load(y_ptr + row + cols, mask=mask, other=0.0).to(z.dtype)
+            dz = tl.load(us + slot * N, mask=mask, other=0.0)
+            right = -tl.load(vs + slot * N, mask=mask, other=0.0)
+            left = -dz
+            for i in range(M):
+                known = cols < tl.where(i == slot, 0, N)
+                u = tl.load(us + i * N, mask=known, other=0.0)
+                left += tl.load(coef + COEFS + i) * tl.load(vs + i * N, mask=known, other=0.0)
+                right += tl.load(coef + COEFS + M + i) * u
+                z -= tl.load(coef + COEFS + 2 * M + i) * u
+            over = tl.load(coef)
+            new = (dz - right) * over
+            tl.store(us + slot * N, new, mask=mask)
+            tl.store(vs + slot * N, tl.where(over != 0.0, left, 0.0), mask=mask)
+            z -= tl.load(coef + 1) * new
+        tl.store(next_ptr + row + cols, z, mask=mask)
+
+
+class BroydenSteps(Steps):
+    def __init__(self, z: Tensor, keep: Tensor | None, tol: float, *, memory: int):
+        parts = PARTS.value + 3 * memory
+        super().__init__("broyden", z, keep, tol, numbers=(torch.finfo(z.dtype).eps,), parts=parts)
+        batch, width = z.shape
+        self.g = self.next.new_empty(batch, width)
+        self.u, self.v = (z.new_zeros(batch, memory, width) for _ in range(2))
+        self.coef = z.new_zeros(batch, COEFS.value + 3 * memory)
+        self.memory = memory
+
+    def take(self, y: Tensor) -> None:
+        y, shape, m = y.contiguous(), self.z.shape, self.memory
+        measured = (self.z, y, self.prev, self.next, self.best, self.keep, self.g, self.u, self.v, self.coef)
+        measured += (self.numbers, self.stats, self.flags, self.part, self.count)
+        mixed = (self.z, y, self.next, self.u, self.v, self.coef, self.flags)
+        mixing = {name: self.config[name] for name in ("SPLITS", "BLOCK_N", "num_warps")}
+        with launch.on(y.device):
+            _measure_kernel[self.grid](*measured, *shape, M=m, enable_fp_fusion=True, **self.config)
+            _mix_kernel[self.grid](*mixed, *shape, M=m, enable_fp_fusion=True, **mixing)
+
+
+broyden = register("broyden", StepsOp(BroydenSteps, refuses, "two launches a step"))

@@ -72,7 +72,10 @@ def test_gpu_is_described(gpu):
 def test_solves_are_what_the_dispatcher_answers(gpu):
     text = section("Solves")
     assert "cpu: the loop: tensors are on cpu, and Triton is for CUDA, for every problem asked" in text
+    assert "a step of the loop, any cell: Picard in torch, Anderson in torch, Broyden in torch" in text
     _, _, on_gpu = text.partition("cuda:0\n")
+    on_gpu, _, steps = on_gpu.partition("    a step of the loop, any cell: ")
+    assert steps == "Picard one launch a step, Anderson two launches a step, Broyden two launches a step"
     answers, answer = {}, None
     for line in on_gpu.splitlines():
         if line.startswith(" " * 6):

@@ -11,7 +11,8 @@ import torch
 
 from .cells import Affine
 from .kernels import dispatch
-from .solvers import Anderson, Picard
+from .loop import plan_steps
+from .solvers import Anderson, Broyden, Picard
 
 EXTRAS = {"matplotlib": "matplotlib", "scikit-learn": "sklearn", "tqdm": "tqdm", "torchdeq": "torchdeq"}
 WIDTHS = (64, 256, 512)
@@ -98,11 +99,21 @@ def _solves() -> Iterator[str]:
         answers = _answers(device)
         if len(answers) == 1:
             yield f"{label}: {next(iter(answers))}, for every problem asked"
-            continue
-        yield label
-        for answer, problems in answers.items():
-            yield f"  {answer}"
-            yield from (f"    {problem} by {', '.join(solvers)}" for problem, solvers in problems.items())
+        else:
+            yield label
+            for answer, problems in answers.items():
+                yield f"  {answer}"
+                yield from (f"    {problem} by {', '.join(solvers)}" for problem, solvers in problems.items())
+        yield f"  a step of the loop, any cell: {', '.join(_steps(device))}"
+
+
+def _steps(device: torch.device) -> Iterator[str]:
+    for solver in (Picard(), Anderson(), Broyden()):
+        try:
+            op, how = plan_steps(solver, device, width=WIDTHS[0], dtype=torch.float32)
+        except (ImportError, RuntimeError) as error:
+            op, how = None, f"an error: {error}"
+        yield f"{type(solver).__name__} {how if op else 'in torch'}"
 
 
 def _answers(device: torch.device) -> dict[str, dict[str, list[str]]]:

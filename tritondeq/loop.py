@@ -51,16 +51,20 @@ def iterate(
     return best, solution
 
 
+def plan_steps(solver: Solver, device: torch.device, width: int, dtype: torch.dtype) -> tuple[Any, str]:
+    """(the op that takes this solver's steps or None, how they are taken or why it does not)."""
+    if solver.fused_steps is None:
+        return None, f"no kernel has {type(solver).__name__}"
+    memory = getattr(solver, "memory", 0)
+    return dispatch.pick(solver.fused_steps, device, width=width, dtype=dtype, memory=memory)
+
+
 def _start(z: Tensor, settings: Settings) -> tuple[Any, str]:
     """(the steps of a solve, how they are taken)."""
-    solver = settings.solver
-    if solver.fused_steps and z.shape[0]:
-        options = asdict(solver)
-        problem = {"width": z.shape[1], "dtype": z.dtype, "memory": options.get("memory", 0)}
-        op, how = dispatch.pick(solver.fused_steps, z.device, **problem)
-        if op:
-            return op.start(z, settings.keep, settings.tol, **options), f"loop, {how}"
-    return _Steps(z, settings), "loop"
+    op, how = plan_steps(settings.solver, z.device, z.shape[1], z.dtype) if z.shape[0] else (None, "")
+    if op is None:
+        return _Steps(z, settings), "loop"
+    return op.start(z, settings.keep, settings.tol, **asdict(settings.solver)), f"loop, {how}"
 
 
 class _Steps:

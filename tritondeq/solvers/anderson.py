@@ -26,7 +26,7 @@ class Anderson(Solver):
     """z+ = h - sum_j gamma_j dh_j,  gamma = argmin |g - sum_j gamma_j dg_j|^2,  h = z + damping g,  g = f(z) - z.
 
     dh_j and dg_j are the last `memory` differences between successive h and g of the same sample (type II; Walker and
-    Ni 2011, eq. 2.4; Anderson 1965). Worth its 2 memory + 3 states of memory where plain iteration needs more than
+    Ni 2011, eq. 2.4; Anderson 1965). Worth its 2 memory + 5 states of memory where plain iteration needs more than
     about 15 steps (spectral radius above 0.9), or where the cell is dear.
 
     The ridge is relative to each diagonal element of the normal equations, so that the path does not change when the

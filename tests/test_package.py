@@ -19,11 +19,23 @@ ROOT = Path(__file__).parent.parent
 HOUSE = sorted([*ROOT.glob("tritondeq/**/*.py"), *ROOT.glob("kernels/**/*.py")])
 PUBLIC = {
     *("DEQ", "fixed_point", "Solution", "Status", "cells", "backend", "set_backend"),
-    *("Picard", "Anderson", "Broyden"),
+    *("Picard", "Anderson", "Broyden", "FixedDropout"),
     *("Implicit", "Neumann", "Phantom", "OneStep", "Unrolled"),
 }
 # A module imports what stands before it or in its own folder; one not named here stands last and imports any.
-ORDER = ["kernels", "layout", "solution", "capture", "solvers", "adjoints", "cells", "loop", "fixed_point", "deq"]
+ORDER = [
+    "kernels",
+    "layout",
+    "solution",
+    "capture",
+    "solvers",
+    "adjoints",
+    "cells",
+    "loop",
+    "fixed_point",
+    "dropout",
+    "deq",
+]
 HIDE_TRITON = "import sys; sys.modules['triton'] = None\n"
 
 

@@ -7,6 +7,7 @@ from .adjoints import OneStep as OneStep
 from .adjoints import Phantom as Phantom
 from .adjoints import Unrolled as Unrolled
 from .deq import DEQ as DEQ
+from .dropout import FixedDropout as FixedDropout
 from .fixed_point import fixed_point as fixed_point
 from .kernels.dispatch import backend as backend
 from .kernels.dispatch import set_backend as set_backend
@@ -21,6 +22,7 @@ __all__ = [
     "DEQ",
     "Anderson",
     "Broyden",
+    "FixedDropout",
     "Implicit",
     "Neumann",
     "OneStep",

@@ -5,6 +5,7 @@ stand-in. The autograd graph that results ends at the state and the stand-ins, s
 again without touching, or being freed by, the graph around it.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,7 @@ class _StandIns(TorchFunctionMode):
         self._own: set[int] = set()
         self._oldest = min(tensor.grad_fn._sequence_nr() for tensor in state)
 
-    def _swap(self, tensor: Tensor) -> Tensor:
+    def swap(self, tensor: Tensor) -> Tensor:
         if not tensor.requires_grad or id(tensor) in self._own:
             return tensor
         if tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= self._oldest:
@@ -41,7 +42,7 @@ class _StandIns(TorchFunctionMode):
         return self.pairs[id(tensor)][1]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        args, kwargs = pytree.tree_map_only(Tensor, self._swap, (args, kwargs or {}))
+        args, kwargs = pytree.tree_map_only(Tensor, self.swap, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
@@ -59,7 +60,9 @@ class Linearised:
             self.z = z.detach().requires_grad_()
             state = layout.unpack(self.z)
             mode = _StandIns(pytree.tree_leaves(state))
-            with mode:
+            args = pytree.tree_map_only(Tensor, mode.swap, args)
+            # a compiler traces the mode away, or stumbles over it: what it compiled is not seen through anyway
+            with contextlib.nullcontext() if getattr(f, "opaque", False) else mode:
                 out = layout.pack(f(state, *args))
                 self.out = out.view(out.shape)  # seen by the mode even where f hands back what it captured
         if torch.is_autocast_enabled(z.device.type):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .adjoints import Adjoint, Implicit
 from .cells import Cell
+from .dropout import Masks
 from .fixed_point import check, fixed_point
 from .layout import describe
 from .solution import Solution
@@ -29,6 +30,8 @@ class DEQ(nn.Module):
         max_steps: Evaluations of the cell at most.
         trace: Keep the residual of every evaluation, in `last.trace`.
         group: A torch.distributed group whose ranks stop together, for a cell that communicates.
+        compile: Whether the loop calls the cell through torch.compile; a dict gives its options, such as
+            {"dynamic": True}. Second derivatives then raise. Whole-solve kernels are taken all the same.
 
     Attributes:
         last: The `Solution` of the last call without its value (None before it): status, steps, residual per sample.
@@ -47,18 +50,32 @@ class DEQ(nn.Module):
         max_steps: int = 50,
         trace: bool = False,
         group: Any = None,
+        compile: bool | dict[str, Any] = False,
     ):
         super().__init__()
         if not isinstance(cell, nn.Module):
             raise TypeError(f"cell must be an nn.Module, got {describe(cell)}; for a function there is fixed_point")
         check(solver, adjoint, tol, max_steps)
         self.cell, self.solver, self.adjoint = cell, solver, adjoint
+        if not isinstance(compile, bool | dict):
+            raise TypeError(f"compile must be a bool or a dict of torch.compile's options, got {compile!r}")
         self.tol, self.max_steps, self.trace, self.group = tol, max_steps, trace, group
+        self.compile_cell = compile
+        self._compiled: Any = None  # as a tuple, or its parameters would be registered twice
         self.last: Solution | None = None
 
     def forward(self, x: Any, z0: Any = None, mask: Any = None) -> Any:
         """The fixed point: `solve(x, z0, mask).value`."""
         return self.solve(x, z0, mask).value
+
+    def _evaluate(self) -> Callable:
+        """The cell as the loop calls it."""
+        if self.compile_cell is False:
+            return self.cell
+        if self._compiled is None:
+            options = {} if self.compile_cell is True else self.compile_cell
+            self._compiled = (torch.compile(self.cell, **options),)
+        return self._compiled[0]
 
     def solve(self, x: Any, z0: Any = None, mask: Any = None) -> Solution:
         """The fixed point and, per sample, what became of it.
@@ -70,6 +87,7 @@ class DEQ(nn.Module):
 
         Raises:
             TypeError, ValueError: x, z0, mask or what the cell returned does not fit; the message names it.
+            RuntimeError: the cell draws dropout masks of its own: see `FixedDropout`.
         """
         cell = self.cell
         own = isinstance(cell, Cell)
@@ -78,8 +96,9 @@ class DEQ(nn.Module):
             z0 = cell.initial(x, injection) if own else _zeros(x)
         tol = self.tol if self.tol is not None or not own else cell.default_tol()
         solution = fixed_point(
-            _Map(cell, injection),
+            _Map(self._evaluate(), cell, injection),
             z0,
+            (injection,),
             solver=self.solver,
             adjoint=self.adjoint,
             tol=tol,
@@ -97,17 +116,28 @@ class DEQ(nn.Module):
         return f"solver={self.solver}, adjoint={self.adjoint}, tol={tol}, max_steps={self.max_steps}"
 
     def __getstate__(self):
-        return {**self.__dict__, "last": None}
+        return {**self.__dict__, "last": None, "_compiled": None}
 
 
 class _Map:
-    """z -> cell(z, injection)."""
+    """cell(z, injection), with the same dropout masks at every call.
 
-    def __init__(self, cell: Callable, injection: Any):
-        self.cell, self.injection = cell, injection
+    Args:
+        evaluate: The cell, or what it was compiled to.
+        injection: That of this solve, for the whole-solve kernel.
+    """
 
-    def __call__(self, z: Any) -> Any:
-        return self.cell(z, self.injection)
+    def __init__(self, evaluate: Callable, cell: nn.Module, injection: Any):
+        self.evaluate, self.cell, self.injection = evaluate, cell, injection
+        self.opaque = evaluate is not cell
+        self.masks = Masks(cell)
+
+    def __call__(self, z: Any, injection: Any) -> Any:
+        if not self.masks.masks:
+            return self.evaluate(z, injection)
+        drawn = self.masks.drawn
+        with self.masks.held():  # a compiled cell finds the masks and has no branch that draws them
+            return (self.evaluate if drawn else self.cell)(z, injection)
 
     @property
     def whole_solve(self):

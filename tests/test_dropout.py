@@ -1,0 +1,128 @@
+"""Dropout in cells: one mask a solve, whoever evaluates the cell, or an error."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from tritondeq import DEQ, Anderson, FixedDropout, Implicit, Unrolled
+
+
+class Block(nn.Module):
+    def __init__(self, dropout: nn.Module, width: int = 8):
+        super().__init__()
+        self.linear, self.dropout = nn.Linear(width, width), dropout
+        nn.init.normal_(self.linear.weight, std=0.1)
+
+    def forward(self, z, x):
+        return torch.tanh(self.dropout(self.linear(z)) + x)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(5, 8, dtype=torch.float64)
+
+
+def layer(adjoint=Implicit(), **options) -> DEQ:  # noqa: B008  frozen
+    torch.manual_seed(0)
+    return DEQ(Block(FixedDropout(0.4)).double(), adjoint=adjoint, tol=1e-11, max_steps=100, **options)
+
+
+def seeded(deq: DEQ, *inputs: torch.Tensor, call=lambda deq, x: deq(x)) -> list[torch.Tensor]:
+    """Values, with the masks that seed 7 gives, and the parameters' gradients of the sum of their sines."""
+    torch.manual_seed(7)
+    values = [call(deq, x) for x in inputs]
+    loss = sum(z.sin().sum() for z in values)
+    return [*values, *torch.autograd.grad(loss, list(deq.parameters()))]
+
+
+def assert_close(got, want):
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+def test_one_mask_a_solve(x):
+    deq, seen = layer(solver=Anderson()), []
+    deq.cell.dropout.register_forward_hook(lambda module, args, out: seen.append((module.mask, out == 0)))
+    z = deq(x)
+    assert deq.last.converged.all() and len(seen) > 5
+    assert len({id(mask) for mask, _ in seen}) == 1
+    assert all(torch.equal(zero, seen[0][1]) for _, zero in seen) and 0.2 < seen[0][1].double().mean() < 0.6
+    mask = seen[0][0]
+    assert set(mask.unique().tolist()) == {0.0, 1 / 0.6}
+    assert torch.allclose(torch.tanh(deq.cell.linear(z) * mask + x), z, atol=1e-9)
+    first = len(seen)
+    other = deq(x)
+    assert seen[first][0] is not mask and not torch.equal(z, other)
+    assert deq.cell.dropout.mask is None and not deq.cell.dropout.held
+
+
+def test_gradient_is_that_of_the_same_masks(x):
+    assert_close(seeded(layer(), x, 2 * x), seeded(layer(Unrolled(100)), x, 2 * x))
+
+
+def test_recomputation_sees_the_same_mask(x):
+    plain = seeded(layer(Unrolled(12)), x)
+    assert_close(seeded(layer(Unrolled(12, checkpoint=True)), x), plain)
+    whole = seeded(layer(Unrolled(12)), x, call=lambda deq, x: checkpoint(deq, x, use_reentrant=False))
+    assert_close(whole, plain)
+
+
+def test_no_mask_in_eval(x):
+    deq = layer().eval()
+    assert torch.equal(deq(x), deq(x))
+    assert torch.equal(FixedDropout(0.9).eval()(x), x) and torch.equal(FixedDropout(0.0)(x), x)
+
+
+def test_outside_a_solve_each_call_draws():
+    dropout, ones = FixedDropout(0.25), torch.ones(100, 100)
+    a, b = dropout(ones), dropout(ones)
+    assert not torch.equal(a, b) and set(a.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert abs(a.mean() - 1) < 0.05
+
+
+def test_a_cell_that_fails_leaves_nothing_held(x):
+    deq = layer()
+    with pytest.raises(RuntimeError):
+        deq(x[:, :3])
+    assert not deq.cell.dropout.held and deq.cell.dropout.mask is None
+    copy.deepcopy(deq)(x)
+
+
+@pytest.mark.parametrize(
+    "make, name",
+    [
+        (lambda: Block(nn.Dropout(0.1)), "Dropout 'dropout'"),
+        (lambda: Block(nn.AlphaDropout(0.1)), "AlphaDropout 'dropout'"),
+        (lambda: nn.MultiheadAttention(8, 2, dropout=0.1), "MultiheadAttention ''"),
+    ],
+)
+def test_a_mask_a_step_is_refused(make, name):
+    deq = DEQ(make())
+    with pytest.raises(RuntimeError, match=f"{name}.*tritondeq.FixedDropout"):
+        deq(torch.zeros(2, 8))
+
+
+def test_what_draws_nothing_is_taken(x):
+    for dropout in (nn.Dropout(0.0), nn.Dropout(0.5).eval()):
+        deq = DEQ(Block(nn.Identity()).double())
+        deq.cell.dropout = dropout
+        assert deq(x).isfinite().all()
+    assert DEQ(Block(nn.Dropout(0.5)).double()).eval()(x).isfinite().all()
+
+
+def test_bad_options():
+    for p in (-0.1, 1.0, 2):
+        with pytest.raises(ValueError, match=f"p must be at least 0 and below 1, got {p}"):
+            FixedDropout(p)
+
+
+def test_one_place_each():
+    class Twice(Block):
+        def forward(self, z, x):
+            return torch.tanh(self.dropout(self.linear(z)) + x) + 0 * self.dropout(z[:1])
+
+    with pytest.raises(ValueError, match="FixedDropout of its own"):
+        DEQ(Twice(FixedDropout(0.5)))(torch.zeros(3, 8))

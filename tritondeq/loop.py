@@ -61,10 +61,17 @@ def plan_steps(solver: Solver, device: torch.device, width: int, dtype: torch.dt
 
 def _start(z: Tensor, settings: Settings) -> tuple[Any, str]:
     """(the steps of a solve, how they are taken)."""
-    op, how = plan_steps(settings.solver, z.device, z.shape[1], z.dtype) if z.shape[0] else (None, "")
-    if op is None:
-        return _Steps(z, settings), "loop"
-    return op.start(z, settings.keep, settings.tol, **asdict(settings.solver)), f"loop, {how}"
+    solver = settings.solver
+    op, how = plan_steps(solver, z.device, z.shape[1], z.dtype) if z.shape[0] else (None, "")
+    try:
+        if op is None:
+            return _Steps(z, settings), "loop"
+        return op.start(z, settings.keep, settings.tol, **asdict(solver)), f"loop, {how}"
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(
+            f"{solver} keeps several states of {z.numel() * z.element_size() / 2**20:.0f} MiB, and there is no room: "
+            f"lower its memory, take Picard(), or split the batch. {error}"
+        ) from error
 
 
 class _Steps:
@@ -104,17 +111,18 @@ class _Steps:
 
 class _Look:
     """How many samples are active, or None where that is not known. On a GPU the answer is only ever None or 0, and
-    READ_EVERY steps old, so that nobody waits for it."""
+    READ_EVERY steps old, so that nobody waits for it; while a CUDA graph is being captured there is none."""
 
     def __init__(self, device: torch.device, group: Any):
         self.group, self.cuda, self.steps = group, device.type == "cuda", 0
-        if self.cuda:
+        self.blind = self.cuda and torch.cuda.is_current_stream_capturing()
+        if self.cuda and not self.blind:
             self.flag = torch.ones((), dtype=torch.int64, pin_memory=True)
             self.copied: torch.cuda.Event | None = None
 
     def __call__(self, count: Callable[[], Tensor]) -> int | None:
         self.steps += 1
-        if self.cuda and self.steps % READ_EVERY:
+        if self.blind or (self.cuda and self.steps % READ_EVERY):
             return None
         left = count()
         if self.group is not None:

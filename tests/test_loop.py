@@ -1,0 +1,83 @@
+"""What the loop does around the steps: how it asks for the end, and what it says where there is no room."""
+
+import pytest
+import torch
+
+import tritondeq as tdeq
+from tritondeq import Anderson, Picard, loop
+from tritondeq.kernels import anderson
+
+
+class Stream:
+    """Stands in for torch.cuda: copies arrive when they are waited for, and what was waited for is counted."""
+
+    def __init__(self):
+        self.waits = 0
+        self.pending = []
+
+    def install(self, monkeypatch, capturing=False):
+        stream = self
+
+        class Flag(torch.Tensor):
+            def copy_(self, source, non_blocking=False):
+                assert non_blocking
+                stream.pending.append((self, source.clone()))
+                return self
+
+        class Event:
+            def record(self):
+                self.mine = list(stream.pending)
+
+            def synchronize(self):
+                stream.waits += 1
+                for flag, source in self.mine:
+                    torch.Tensor.copy_(flag, source)
+
+        def ones(*args, pin_memory=False, **options):
+            assert pin_memory and not capturing
+            return torch.full((), 1, dtype=torch.int64).as_subclass(Flag)
+
+        monkeypatch.setattr(loop.torch, "ones", ones)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+
+
+def test_on_a_gpu_the_host_waits_for_what_is_long_done(monkeypatch):
+    """It asks every READ_EVERY steps, for the count of READ_EVERY steps ago."""
+    stream = Stream()
+    stream.install(monkeypatch)
+    look, asked, ended = loop._Look(torch.device("cuda"), None), [], None
+    for k in range(1, 40):
+
+        def count(k=k):
+            asked.append(k)
+            return torch.tensor(max(0, 10 - k))  # nobody is left from the tenth on
+
+        if look(count) == 0:
+            ended = k
+            break
+    every = loop.READ_EVERY
+    assert asked == list(range(every, ended + 1, every))
+    first = -(-10 // every) * every  # the first count that says so
+    assert ended == first + every and stream.waits == len(asked) - 1
+
+
+def test_under_capture_nobody_asks(monkeypatch):
+    Stream().install(monkeypatch, capturing=True)
+    look = loop._Look(torch.device("cuda"), None)
+    assert [look(lambda: pytest.fail("a count was asked for")) for _ in range(20)] == [None] * 20
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_no_room_is_said_with_what_to_do(name, monkeypatch):
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    z0 = torch.zeros(2, 1 << 18)
+    with monkeypatch.context() as patch, tdeq.backend(name):
+        patch.setattr(Anderson, "init", full)
+        patch.setattr(anderson.AndersonSteps, "__init__", full)
+        with pytest.raises(torch.OutOfMemoryError, match=r"Anderson\(memory=5.*of 2 MiB.*lower its memory.*20.00 GiB"):
+            tdeq.fixed_point(lambda z: 0.5 * z + 1, z0, solver=Anderson())
+    assert tdeq.fixed_point(lambda z: 0.5 * z + 1, z0, solver=Picard()).converged.all()
+    assert tdeq.fixed_point(lambda z: 0.5 * z + 1, z0, solver=Anderson()).converged.all()

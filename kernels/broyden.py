@@ -82,7 +82,8 @@ def _measure_kernel(
             settle(z_ptr, prev_ptr, next_ptr, best_ptr, flags, B, offs, mask, SPLITS)
         else:
             k = tl.load(flags + STEPS * B) + 1
-            slot = (k + M - 2) % M
+            slot = tl.where(k > 1, (k + M - 2) % M, M)  # none at first
+            made = cols < tl.where(slot < M, N, 0)
             z, y, g, seen = evaluation(z_ptr, y_ptr, keep_ptr, offs, mask, HAS_KEEP)
             dz = tl.zeros_like(g)
             dg = tl.zeros_like(g)
@@ -111,8 +112,8 @@ def _measure_kernel(
                 tl.store(part + (PARTS + i) * SPLITS, tl.sum(u * dz, 0))
                 tl.store(part + (PARTS + M + i) * SPLITS, with_dg)
                 tl.store(part + (PARTS + 2 * M + i) * SPLITS, with_g)
-            tl.store(u_ptr + row * M + slot * N + cols, dz, mask=mask)
-            tl.store(v_ptr + row * M + slot * N + cols, dg, mask=mask)
+            tl.store(u_ptr + row * M + slot * N + cols, dz, mask=made)
+            tl.store(v_ptr + row * M + slot * N + cols, dg, mask=made)
             if last_to_arrive(flags, B, SPLITS):
                 rr = part_sum(part_ptr, b, 0, SPLITS, WIDTH, BLOCK_S)
                 ss = part_sum(part_ptr, b, 1, SPLITS, WIDTH, BLOCK_S)
@@ -178,14 +179,18 @@ def _mix_kernel(
         mask = cols < N
         row = b.to(tl.int64) * N
         z = tl.load(z_ptr + row + cols, mask=mask, other=0.0)
+        k = tl.load(flags_ptr + STEPS * B + b)
+        slot = tl.where(k > 1, (k + M - 2) % M, M)
+        new = tl.zeros_like(z)
+        left = tl.zeros_like(z)
+        made = cols < tl.where(slot < M, N, 0)
         if phase == ACTIVE:
-            slot = (tl.load(flags_ptr + STEPS * B + b) + M - 2) % M
             coef = coef_ptr + b * (COEFS + 3 * M)
             us = u_ptr + row * M + cols
             vs = v_ptr + row * M + cols
             z = tl.load(y_ptr + row + cols, mask=mask, other=0.0).to(z.dtype)
-            dz = tl.load(us + slot * N, mask=mask, other=0.0)
-            right = -tl.load(vs + slot * N, mask=mask, other=0.0)
+            dz = tl.load(us + slot * N, mask=made, other=0.0)
+            right = -tl.load(vs + slot * N, mask=made, other=0.0)
             left = -dz
             for i in range(M):
                 known = cols < tl.where(i == slot, 0, N)
@@ -195,9 +200,11 @@ def _mix_kernel(
                 z -= tl.load(coef + COEFS + 2 * M + i) * u
             over = tl.load(coef)
             new = (dz - right) * over
-            tl.store(us + slot * N, new, mask=mask)
-            tl.store(vs + slot * N, tl.where(over != 0.0, left, 0.0), mask=mask)
+            left = tl.where(over != 0.0, left, 0.0)
             z -= tl.load(coef + 1) * new
+        # nothing where the sample has just stopped, so that its rings stay what H is made of
+        tl.store(u_ptr + row * M + slot * N + cols, new, mask=made)
+        tl.store(v_ptr + row * M + slot * N + cols, left, mask=made)
         tl.store(next_ptr + row + cols, z, mask=mask)
 
 
@@ -210,6 +217,14 @@ class BroydenSteps(Steps):
         self.u, self.v = (z.new_zeros(batch, memory, width) for _ in range(2))
         self.coef = z.new_zeros(batch, COEFS.value + 3 * memory)
         self.memory = memory
+
+    def estimate(self) -> tuple[Tensor, Tensor]:
+        return self.u, self.v
+
+    def resume(self, estimate: tuple[Tensor, Tensor]) -> None:
+        u, v = estimate
+        self.u.copy_(v)
+        self.v.copy_(u)
 
     def take(self, y: Tensor) -> None:
         y, shape, m = y.contiguous(), self.z.shape, self.memory

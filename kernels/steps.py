@@ -68,6 +68,14 @@ class Steps:
         self.z, self.prev, self.next = self.next, self.z, self.prev
         return self.z
 
+    def estimate(self) -> tuple[Tensor, Tensor] | None:
+        """As the solver's."""
+        return None
+
+    def resume(self, estimate: tuple[Tensor, Tensor]) -> None:
+        """As the solver's."""
+        raise NotImplementedError(f"{type(self).__name__} make no estimate")
+
     def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(best iterate [B, N], status, steps, residual, each [B]) after the last `take`."""
         config = {"SPLITS": self.config["SPLITS"], "BLOCK_N": self.config["BLOCK_N"]}

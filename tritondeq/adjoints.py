@@ -50,6 +50,9 @@ class Implicit(Adjoint):
         solver: Backward solver; None takes the forward one.
         tol: Relative residual of u; None takes the forward one's.
         max_steps: Vector-Jacobian products at most; None takes the forward one's.
+        reuse: Begin with the inverse Jacobian that the forward solve estimated, of which only `Broyden` makes one, and
+            solve by `Broyden` too (SHINE; Ramzi et al. 2022). Keeps 2 memory states from the forward pass to the
+            backward. Worth it where the spectral radius is above 1: see bench/NOTES.md.
 
     Raises:
         TypeError, ValueError: an option is of the wrong kind or out of range.
@@ -58,6 +61,7 @@ class Implicit(Adjoint):
     solver: Solver | None = None
     tol: float | None = None
     max_steps: int | None = None
+    reuse: bool = False
     exact = True
 
     def __post_init__(self):
@@ -67,6 +71,10 @@ class Implicit(Adjoint):
             number("tol", self.tol, 0)
         if self.max_steps is not None:
             count("max_steps", self.max_steps)
+        if not isinstance(self.reuse, bool):
+            raise TypeError(f"reuse must be a bool, got {self.reuse!r}")
+        if self.reuse and self.solver is not None:
+            raise ValueError(f"reuse=True takes the forward solver, so solver must be None, got {self.solver!r}")
 
     def pull(self, at: Linearised, g: Tensor, solve: BackwardSolves) -> Tensor:
         return solve.adjoint(at, g)

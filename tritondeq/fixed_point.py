@@ -13,9 +13,9 @@ from .capture import Linearised
 from .kernels.dispatch import WholeSolve
 from .kernels.rules import Rules
 from .layout import Layout
-from .loop import Settings, iterate
+from .loop import Estimate, Settings, iterate
 from .solution import Solution
-from .solvers import Picard, Solver
+from .solvers import Broyden, Picard, Solver
 from .solvers.base import count, number
 
 
@@ -77,7 +77,8 @@ def _fixed_point(f, z0, args, solver, adjoint, tol, max_steps, batch_dims, mask,
     if tol is None:
         tol = 1e-2 if _halves(layout) else 1e-3
     keep = layout.mask(mask)
-    settings = Settings(solver, float(tol), max_steps, keep, group)
+    reuse = isinstance(adjoint, Implicit) and adjoint.reuse and torch.is_grad_enabled()
+    settings = Settings(solver, float(tol), max_steps, keep, group, leaves=Estimate() if reuse else None)
     start = layout.pack(z0, "z0")
 
     def apply(flat: Tensor) -> Tensor:
@@ -115,6 +116,8 @@ def check(solver: Any, adjoint: Any, tol: Any, max_steps: Any) -> None:
         raise TypeError(f"adjoint must be an Adjoint such as Implicit(), got {adjoint!r}")
     if isinstance(adjoint, Unrolled) and not isinstance(solver, Picard):
         raise ValueError(f"adjoint Unrolled differentiates Picard steps only, got solver {solver!r}")
+    if isinstance(adjoint, Implicit) and adjoint.reuse and not isinstance(solver, Broyden):
+        raise ValueError(f"adjoint Implicit(reuse=True) needs the inverse estimate of Broyden, got solver {solver!r}")
     if tol is not None:
         number("tol", tol, 0)
     count("max_steps", max_steps)
@@ -130,6 +133,8 @@ class _Backward(BackwardSolves):
                 solver=adjoint.solver or settings.solver,
                 tol=adjoint.tol or settings.tol,
                 max_steps=adjoint.max_steps or settings.max_steps,
+                estimate=settings.leaves,
+                leaves=None,
             )
         self.settings, self.whole, self.layout, self.z, self.record = settings, whole, layout, z, record
 
@@ -150,7 +155,8 @@ class _Backward(BackwardSolves):
     def tangent(self, at: Linearised, w: Tensor) -> Tensor:
         with torch.no_grad():
             w, scale = _normalised(w)
-            return iterate(lambda v: at.jvp(v) + w, w, self.settings)[0] * scale
+            settings = replace(self.settings, estimate=None)  # that is of the transposed problem
+            return iterate(lambda v: at.jvp(v) + w, w, settings)[0] * scale
 
 
 def _normalised(g: Tensor) -> tuple[Tensor, Tensor]:

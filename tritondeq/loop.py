@@ -26,6 +26,14 @@ class Settings:
     max_steps: int
     keep: Tensor | None  # mask [B, N]
     group: Any
+    estimate: "Estimate | None" = None  # of the forward solve, to begin with
+    leaves: "Estimate | None" = None  # filled by this solve
+
+
+class Estimate:
+    """What a solve found out of the inverse Jacobian, as its solver's `estimate` gives it."""
+
+    rings: Any = None
 
 
 def iterate(
@@ -46,6 +54,8 @@ def iterate(
                 break
             z = steps.onward(left)
         best, status, count, residual = steps.finish()
+        if settings.leaves is not None:
+            settings.leaves.rings = steps.estimate()
     solution = Solution(None, status, count, residual, path=path)
     solution.trace = torch.stack(residuals) if trace else None
     return best, solution
@@ -65,8 +75,12 @@ def _start(z: Tensor, settings: Settings) -> tuple[Any, str]:
     op, how = plan_steps(solver, z.device, z.shape[1], z.dtype) if z.shape[0] else (None, "")
     try:
         if op is None:
-            return _Steps(z, settings), "loop"
-        return op.start(z, settings.keep, settings.tol, **asdict(solver)), f"loop, {how}"
+            steps = _Steps(z, settings)
+        else:
+            steps = op.start(z, settings.keep, settings.tol, **asdict(solver))
+        if settings.estimate is not None:
+            steps.resume(settings.estimate.rings)
+        return steps, f"loop, {how}" if op else "loop"
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(
             f"{solver} keeps several states of {z.numel() * z.element_size() / 2**20:.0f} MiB, and there is no room: "
@@ -104,6 +118,12 @@ class _Steps:
         else:
             self.z = torch.where(self.rules.active.unsqueeze(1), onward, z)
         return self.z
+
+    def estimate(self) -> Any:
+        return self.solver.estimate(self.memory)
+
+    def resume(self, estimate: Any) -> None:
+        self.solver.resume(self.memory, estimate)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.best, self.rules.status(), self.rules.steps, self.rules.best

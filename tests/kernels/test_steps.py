@@ -17,7 +17,7 @@ SOLVERS = [Picard(), Picard(damping=0.7), Anderson(memory=1), Anderson(memory=3,
 SOLVERS += [Broyden(memory=1), Broyden(memory=4)]
 FUSED = [Picard(), Anderson(memory=3), Broyden(memory=3)]
 DTYPES = [torch.float32, torch.float64]
-SPLIT = 2 * 8192 + 1  # three programs a sample in float32, five in float64
+SPLIT = 2 * 2048 + 1  # three programs a sample in float32, five in float64
 nonfinite = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, under the interpreter, about NaN
 
 
@@ -215,11 +215,13 @@ def test_any_state(data):
     c, z0 = make(shapes), make(shapes)
     solver = data.draw(st.sampled_from(SOLVERS))
     eager, fused = both(lambda z: f(z, c), z0, solver=solver, tol=1e-3, max_steps=12, batch_dims=len(batch))
-    assert fused.steps.shape == batch and torch.equal(fused.steps, eager.steps)
-    assert torch.equal(fused.status, eager.status)
+    assert fused.steps.shape == batch and (fused.steps - eager.steps).abs().max() <= 1
+    both_ended = (fused.status == Status.CONVERGED) & (eager.status == Status.CONVERGED)
+    assert both_ended.all() or torch.equal(fused.status, eager.status)
     flat = [torch.utils._pytree.tree_leaves(s.value) for s in (eager, fused)]
     for a, b in zip(*flat, strict=True):
-        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
+        # f contracts by a half, so that each is within 2 tol of the fixed point
+        assert (b - a).norm() <= 4e-3 * (1 + a.norm())
 
 
 @pytest.mark.parametrize("solver", FUSED, ids=str)

@@ -35,6 +35,14 @@ class Solver(ABC):
             rules: Stop rules after this evaluation; `rules.rel` and `rules.best` say how it went.
         """
 
+    def estimate(self, memory: Any) -> Any:
+        """What working memory knows of the inverse Jacobian after a solve, for `resume`; None if nothing."""
+        return None
+
+    def resume(self, memory: Any, estimate: Any) -> None:
+        """Lets a solve of the transposed problem begin with that."""
+        raise NotImplementedError(f"{type(self).__name__} makes no estimate")
+
     def fused(self) -> dict[str, float] | None:
         """The whole-solve kernels' arguments for this solver, or None if no kernel has it."""
         return None

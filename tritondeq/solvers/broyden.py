@@ -50,29 +50,38 @@ class Broyden(Solver):
     def step(self, memory: _Updates, z: Tensor, y: Tensor, g: Tensor, seen: Tensor, rules) -> Tensor:
         u, v = memory.u, memory.v
         if memory.g is not None:
-            self._update(memory, z - memory.z, seen - memory.g)
+            self._update(memory, z - memory.z, seen - memory.g, rules.active.unsqueeze(1))
         memory.z, memory.g = z, seen
         along = _dots(v, seen)
         if not rules.all_improved:
             along = torch.where(rules.safe().unsqueeze(1), along, 0.0)
         return y - _mix(along, u)
 
-    def _update(self, memory: _Updates, dz: Tensor, dg: Tensor) -> None:
+    def estimate(self, memory: _Updates) -> tuple[Tensor, Tensor]:
+        return memory.u, memory.v
+
+    def resume(self, memory: _Updates, estimate: tuple[Tensor, Tensor]) -> None:
+        u, v = estimate
+        memory.u.copy_(v)
+        memory.v.copy_(u)
+
+    def _update(self, memory: _Updates, dz: Tensor, dg: Tensor, active: Tensor) -> None:
         if memory.mask is not None:
             dz = torch.where(memory.mask, dz, 0.0)
         u, v = memory.u, memory.v
         slot = memory.taken % self.memory
         memory.taken += 1
+        old_u, old_v = u[:, slot].clone(), v[:, slot].clone()  # a frozen sample keeps them
         u[:, slot] = 0  # the oldest update leaves H before the newest is made from it
         along_u, along_v = _dots(u, dz), _dots(v, dg)
         left, right = _mix(along_u, v) - dz, _mix(along_v, u) - dg
         products = along_u * along_v
         den = products.sum(1) - torch.linalg.vecdot(dz, dg)  # <left, dg>
         size = products.abs().sum(1) + torch.linalg.vector_norm(dz, dim=1) * torch.linalg.vector_norm(dg, dim=1)
-        # false for a frozen sample too: its dz and dg are zero
         fine = (den.abs() > torch.finfo(dz.dtype).eps * size) & den.isfinite()
-        u[:, slot] = torch.where(fine.unsqueeze(1), (dz - right) / den.unsqueeze(1), 0.0)
-        v[:, slot] = torch.where(fine.unsqueeze(1), left, 0.0)
+        fine = fine.unsqueeze(1)
+        u[:, slot] = torch.where(active, torch.where(fine, (dz - right) / den.unsqueeze(1), 0.0), old_u)
+        v[:, slot] = torch.where(active, torch.where(fine, left, 0.0), old_v)
 
 
 def _dots(ring: Tensor, x: Tensor) -> Tensor:

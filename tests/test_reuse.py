@@ -1,0 +1,109 @@
+"""`Implicit(reuse=True)`: the adjoint begins with the forward solve's inverse Jacobian."""
+
+import pytest
+import torch
+from problems import tanh_problem
+
+import tritondeq as tdeq
+from tritondeq import DEQ, Anderson, Broyden, Implicit, Picard
+
+
+def gradients(reuse, gain=1.2, name="torch", solver=Broyden(memory=40), tol=1e-9, again=False, rows=3, width=24):  # noqa: B008
+    """(gradients of the weights and the injection, adjoint steps) of a problem whose spectral radius is about gain."""
+    torch.manual_seed(0)
+    w = (torch.randn(width, width, dtype=torch.float64) * gain / width**0.5).requires_grad_()
+    u = torch.randn(rows, width, dtype=torch.float64).requires_grad_()
+    adjoint = Implicit(reuse=reuse, max_steps=300)
+    with tdeq.backend(name):
+        solution = tdeq.fixed_point(
+            lambda z: torch.tanh(z @ w.T + u),
+            torch.zeros_like(u),
+            solver=solver,
+            adjoint=adjoint,
+            tol=tol,
+            max_steps=300,
+        )
+        assert solution.converged.all()
+        loss = solution.value.sin().sum()
+        grads = torch.autograd.grad(loss, (w, u), retain_graph=True)
+        steps = solution.adjoint.steps
+        if again:
+            return grads, steps, torch.autograd.grad(loss, (w, u)), solution.adjoint.steps
+    return grads, steps
+
+
+@pytest.mark.parametrize("name, memory", [("torch", 4), ("torch", 40), ("triton", 4)])
+def test_same_gradient(name, memory):
+    fresh, _ = gradients(False, solver=Broyden(memory=memory), gain=0.8)
+    reused, _ = gradients(True, solver=Broyden(memory=memory), gain=0.8, name=name)
+    for a, b in zip(reused, fresh, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_fewer_products_where_the_ring_holds_the_solve():
+    """On the average: stale updates cost a sample more than they save, now and then."""
+    (_, fresh), (_, reused) = (gradients(reuse, tol=1e-3, rows=24, width=64) for reuse in (False, True))
+    assert reused.sum() <= 0.9 * fresh.sum()
+
+
+def test_backends_agree():
+    options = {"tol": 1e-3, "solver": Broyden(memory=6)}
+    (_, eager), (_, fused) = (gradients(True, gain=0.9, name=name, **options) for name in ("torch", "triton"))
+    assert (eager - fused).abs().max() <= 1
+
+
+def test_retained_graphs_begin_with_the_same_estimate():
+    first, steps, second, again = gradients(True, again=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)) and torch.equal(steps, again)
+
+
+def test_frozen_samples_keep_their_estimate():
+    """Batch mates that go on for long change neither values nor steps of the adjoint."""
+    f, w, u = tanh_problem(1, 8, 0.3, dtype=torch.float64)
+    u = torch.cat([u, 0.1 * u]).requires_grad_()
+    slow = torch.tensor([[0.5], [3.3]], dtype=torch.float64)
+    alone = []
+    for rows in (slice(0, 1), slice(0, 2)):
+        solution = tdeq.fixed_point(
+            lambda z, rows=rows: torch.tanh(slow[rows] * (z @ w.T) + u[rows]),
+            torch.zeros_like(u[rows]),
+            solver=Broyden(memory=6),
+            adjoint=Implicit(reuse=True),
+            tol=1e-8,
+        )
+        (g,) = torch.autograd.grad(solution.value[0].sum(), u)
+        alone.append((g[0], solution.steps, solution.adjoint.steps[0]))
+    assert alone[1][1][1] > alone[1][1][0] + 3
+    torch.testing.assert_close(alone[0][0], alone[1][0], rtol=1e-12, atol=1e-12)
+    assert alone[0][2] == alone[1][2]
+
+
+def test_second_derivatives():
+    f, w, u = tanh_problem(2, 5, 0.4, dtype=torch.float64)
+    w = w.requires_grad_()
+
+    def layer(w):
+        options = {"solver": Broyden(), "adjoint": Implicit(reuse=True), "tol": 1e-12, "max_steps": 200}
+        return tdeq.fixed_point(lambda z: torch.tanh(z @ w.T + u), torch.zeros_like(u), **options).value
+
+    assert torch.autograd.gradgradcheck(layer, (w,), atol=1e-6)
+
+
+def test_nothing_is_kept_without_gradient():
+    deq = DEQ(torch.nn.Bilinear(4, 4, 4), solver=Broyden(), adjoint=Implicit(reuse=True))
+    with torch.no_grad():
+        assert deq(torch.zeros(2, 4)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "make, error, says",
+    [
+        (lambda: DEQ(torch.nn.Identity(), adjoint=Implicit(reuse=True)), ValueError, "Broyden, got solver Picard"),
+        (lambda: Implicit(solver=Anderson(), reuse=True), ValueError, "solver must be None"),
+        (lambda: Implicit(reuse=1), TypeError, "reuse must be a bool"),
+        (lambda: DEQ(torch.nn.Identity(), solver=Picard(), adjoint=Implicit(reuse=True)), ValueError, "Broyden"),
+    ],
+)
+def test_bad_options(make, error, says):
+    with pytest.raises(error, match=says):
+        make()

@@ -38,7 +38,7 @@ MEMORY = 8  # most differences: their small system lies in registers
 SAFE = tl.constexpr(SAFEGUARD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit"])
 def _measure_kernel(
     z_ptr,  # [B, N]: z_k
     y_ptr,  # [B, N], any floating dtype
@@ -58,6 +58,7 @@ def _measure_kernel(
     left_ptr,  # []
     B,
     N,
+    limit,
     M: tl.constexpr,
     HAS_KEEP: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -103,7 +104,7 @@ def _measure_kernel(
             if last_to_arrive(flags, B, SPLITS):
                 rr = part_sum(part_ptr, b, 0, SPLITS, WIDTH, BLOCK_S)
                 ss = part_sum(part_ptr, b, 1, SPLITS, WIDTH, BLOCK_S)
-                go, rel, best = judge(stats_ptr, flags_ptr, left_ptr, b, B, rr, ss, FLOOR)
+                go, rel, best = judge(stats_ptr, flags_ptr, left_ptr, b, B, limit, rr, ss, FLOOR)
                 if go:
                     _weigh(part_ptr, gram_ptr, gamma_ptr, numbers_ptr, b, slot, rel, best, SPLITS, M, BLOCK_S)
 
@@ -177,15 +178,20 @@ def _mix_kernel(
 
 
 class AndersonSteps(Steps):
-    def __init__(self, z: Tensor, keep: Tensor | None, tol: float, *, memory: int, damping: float, ridge: float):
-        super().__init__(
-            "anderson", z, keep, tol, numbers=(damping, max(ridge, 4 * torch.finfo(z.dtype).eps)), parts=2 + 2 * memory
-        )
+    def __init__(
+        self, z: Tensor, keep: Tensor | None, tol: float, limit: int, *, memory: int, damping: float, ridge: float
+    ):
+        numbers = damping, max(ridge, 4 * torch.finfo(z.dtype).eps)
         batch, width = z.shape
-        self.g = self.next.new_empty(batch, width)
-        self.dg, self.dh = z.new_zeros(batch, memory, width), z.new_zeros(batch, memory, width)
-        self.gram, self.gamma = z.new_zeros(batch, memory, memory), z.new_zeros(batch, memory)
-        self.memory = memory
+        self.memory, self.g = memory, z.new_empty(z.shape)
+        self.dg, self.dh = z.new_empty(batch, memory, width), z.new_empty(batch, memory, width)
+        self.gram, self.gamma = z.new_empty(batch, memory, memory), z.new_empty(batch, memory)
+        super().__init__("anderson", z, keep, tol, limit, numbers, parts=2 + 2 * memory)
+
+    def reset(self, z: Tensor) -> None:
+        super().reset(z)
+        for history in (self.dg, self.dh, self.gram, self.gamma):
+            history.zero_()
 
     def take(self, y: Tensor) -> None:
         y, shape, m = y.contiguous(), self.z.shape, self.memory
@@ -194,7 +200,7 @@ class AndersonSteps(Steps):
         mixed = (self.z, y, self.next, self.dh, self.gamma, self.numbers, self.flags)
         mixing = {name: self.config[name] for name in ("SPLITS", "BLOCK_N", "num_warps")}
         with launch.on(y.device):
-            _measure_kernel[self.grid](*measured, *shape, M=m, enable_fp_fusion=True, **self.config)
+            _measure_kernel[self.grid](*measured, *shape, self.limit, M=m, enable_fp_fusion=True, **self.config)
             _mix_kernel[self.grid](*mixed, *shape, M=m, enable_fp_fusion=True, **mixing)
 
 

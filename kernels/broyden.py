@@ -41,7 +41,7 @@ PARTS = tl.constexpr(6)  # sums that are not made for each update
 COEFS = tl.constexpr(2)  # coefficients that are not: 1 / den and <left, g>
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit"])
 def _measure_kernel(
     z_ptr,  # [B, N]: z_k
     y_ptr,  # [B, N], any floating dtype
@@ -60,6 +60,7 @@ def _measure_kernel(
     left_ptr,  # []
     B,
     N,
+    limit,
     M: tl.constexpr,
     HAS_KEEP: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -117,7 +118,7 @@ def _measure_kernel(
             if last_to_arrive(flags, B, SPLITS):
                 rr = part_sum(part_ptr, b, 0, SPLITS, WIDTH, BLOCK_S)
                 ss = part_sum(part_ptr, b, 1, SPLITS, WIDTH, BLOCK_S)
-                go, rel, best = judge(stats_ptr, flags_ptr, left_ptr, b, B, rr, ss, FLOOR)
+                go, rel, best = judge(stats_ptr, flags_ptr, left_ptr, b, B, limit, rr, ss, FLOOR)
                 if go:
                     _weigh(part_ptr, coef_ptr, numbers_ptr, b, rel <= SAFE * best, SPLITS, WIDTH, M, BLOCK_S)
 
@@ -209,14 +210,18 @@ def _mix_kernel(
 
 
 class BroydenSteps(Steps):
-    def __init__(self, z: Tensor, keep: Tensor | None, tol: float, *, memory: int):
-        parts = PARTS.value + 3 * memory
-        super().__init__("broyden", z, keep, tol, numbers=(torch.finfo(z.dtype).eps,), parts=parts)
+    def __init__(self, z: Tensor, keep: Tensor | None, tol: float, limit: int, *, memory: int):
+        numbers = (torch.finfo(z.dtype).eps,)
         batch, width = z.shape
-        self.g = self.next.new_empty(batch, width)
-        self.u, self.v = (z.new_zeros(batch, memory, width) for _ in range(2))
-        self.coef = z.new_zeros(batch, COEFS.value + 3 * memory)
-        self.memory = memory
+        self.memory, self.g = memory, z.new_empty(z.shape)
+        self.u, self.v = (z.new_empty(batch, memory, width) for _ in range(2))
+        self.coef = z.new_empty(batch, COEFS.value + 3 * memory)
+        super().__init__("broyden", z, keep, tol, limit, numbers, parts=PARTS.value + 3 * memory)
+
+    def reset(self, z: Tensor) -> None:
+        super().reset(z)
+        for history in (self.u, self.v, self.coef):
+            history.zero_()
 
     def estimate(self) -> tuple[Tensor, Tensor]:
         return self.u, self.v
@@ -233,7 +238,7 @@ class BroydenSteps(Steps):
         mixed = (self.z, y, self.next, self.u, self.v, self.coef, self.flags)
         mixing = {name: self.config[name] for name in ("SPLITS", "BLOCK_N", "num_warps")}
         with launch.on(y.device):
-            _measure_kernel[self.grid](*measured, *shape, M=m, enable_fp_fusion=True, **self.config)
+            _measure_kernel[self.grid](*measured, *shape, self.limit, M=m, enable_fp_fusion=True, **self.config)
             _mix_kernel[self.grid](*mixed, *shape, M=m, enable_fp_fusion=True, **mixing)
 
 

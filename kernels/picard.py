@@ -22,7 +22,7 @@ from .steps import Steps, refuses
 from .tl_steps import DONE, PHASE, STOPPED, dot2, evaluation, judge, last_to_arrive, part_sum, save_best, settle
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit"])
 def _step_kernel(
     z_ptr,  # [B, N]: z_k
     y_ptr,  # [B, N], any floating dtype
@@ -37,6 +37,7 @@ def _step_kernel(
     left_ptr,  # []
     B,
     N,
+    limit,
     HAS_KEEP: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -61,7 +62,7 @@ def _step_kernel(
             onward = tl.where(damping == 1.0, y, z + damping * (y - z))
             save_best(next_ptr, best_ptr, flags, B, offs, mask)
             if SPLITS == 1:
-                go, rel, best = judge(stats_ptr, flags_ptr, left_ptr, b, B, rr, ss, FLOOR)
+                go, rel, best = judge(stats_ptr, flags_ptr, left_ptr, b, B, limit, rr, ss, FLOOR)
                 tl.store(next_ptr + offs, tl.where(go, onward, z), mask=mask)
             else:
                 tl.store(next_ptr + offs, onward, mask=mask)
@@ -71,18 +72,18 @@ def _step_kernel(
                 if last_to_arrive(flags, B, SPLITS):
                     rr = part_sum(part_ptr, b, 0, SPLITS, 2, BLOCK_S)
                     ss = part_sum(part_ptr, b, 1, SPLITS, 2, BLOCK_S)
-                    judge(stats_ptr, flags_ptr, left_ptr, b, B, rr, ss, FLOOR)
+                    judge(stats_ptr, flags_ptr, left_ptr, b, B, limit, rr, ss, FLOOR)
 
 
 class PicardSteps(Steps):
-    def __init__(self, z: Tensor, keep: Tensor | None, tol: float, *, damping: float):
-        super().__init__("picard", z, keep, tol, numbers=(damping,), parts=2)
+    def __init__(self, z: Tensor, keep: Tensor | None, tol: float, limit: int, *, damping: float):
+        super().__init__("picard", z, keep, tol, limit, numbers=(damping,), parts=2)
 
     def take(self, y: Tensor) -> None:
         tensors = (self.z, y.contiguous(), self.prev, self.next, self.best, self.keep)
         tensors += (self.numbers, self.stats, self.flags, self.part, self.count)
         with launch.on(y.device):
-            _step_kernel[self.grid](*tensors, *self.z.shape, enable_fp_fusion=True, **self.config)
+            _step_kernel[self.grid](*tensors, *self.z.shape, self.limit, enable_fp_fusion=True, **self.config)
 
 
 picard = register("picard", StepsOp(PicardSteps, refuses, "one launch a step"))

@@ -22,22 +22,20 @@ class Steps:
         z: Start, [B, N] in float32 or float64; only read.
         keep: Elements that count in norms and inner products, [B, N] bool, or None.
         tol: Relative residual at which a sample has converged.
+        limit: Evaluations of a sample at most.
         numbers: What the kernels want of the solver's options, in the dtype of the state.
         parts: Sums that the programs of a sample hand over.
     """
 
-    def __init__(self, op: str, z: Tensor, keep: Tensor | None, tol: float, numbers: tuple[float, ...], parts: int):
+    def __init__(self, op: str, z: Tensor, keep: Tensor | None, tol: float, limit: int, numbers, parts: int):
         batch, width = z.shape
-        self.z, self.prev, self.next, self.best = z.clone(), torch.empty_like(z), torch.empty_like(z), z.clone()
+        self.tol, self.limit = tol, limit
+        self.z, self.prev, self.next, self.best = (z.new_empty(z.shape) for _ in range(4))
         self.keep = self.z if keep is None else keep.to(torch.uint8)
-        self.stats = z.new_zeros(8, batch)
-        self.stats[BEST.value].fill_(math.inf)
-        self.stats[MARK.value].fill_(math.inf)
-        self.stats[BAR.value].fill_(tol)
-        self.flags = torch.zeros(5, batch, dtype=torch.int32, device=z.device)
-        self.flags[PHASE.value].fill_(ACTIVE.value)
-        self.count = torch.full((), batch, dtype=torch.int32, device=z.device)
-        self.numbers = z.new_empty(max(1, len(numbers)))
+        self.stats = z.new_empty(8, batch)
+        self.flags = torch.empty(5, batch, dtype=torch.int32, device=z.device)
+        self.count = torch.empty((), dtype=torch.int32, device=z.device)
+        self.numbers = z.new_empty(len(numbers))
         for i, number in enumerate(numbers):
             self.numbers[i].fill_(number)
         config = launch.parameters(op, width=width, itemsize=z.element_size())
@@ -54,6 +52,19 @@ class Steps:
         for name, row in zip(names, self.stats, strict=True):
             setattr(self.rules, name, row)
         self.rel = self.stats[REL.value]
+        self.reset(z)
+
+    def reset(self, z: Tensor) -> None:
+        """Begins a solve at `z`, in the same memory."""
+        self.z.copy_(z)
+        self.best.copy_(z)
+        self.stats.zero_()
+        self.stats[BEST.value].fill_(math.inf)
+        self.stats[MARK.value].fill_(math.inf)
+        self.stats[BAR.value].fill_(self.tol)
+        self.flags.zero_()
+        self.flags[PHASE.value].fill_(ACTIVE.value)
+        self.count.fill_(z.shape[0])
 
     def take(self, y: Tensor) -> None:
         """Launches the step after y = f(z)."""

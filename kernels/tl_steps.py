@@ -27,8 +27,9 @@ def evaluation(z_ptr, y_ptr, keep_ptr, offs, mask, HAS_KEEP: tl.constexpr):
 
 
 @triton.jit
-def judge(stats_ptr, flags_ptr, left_ptr, b, B, rr, ss, FLOOR: tl.constexpr):
-    """Applies the rules to the squared norms of one sample's evaluation; returns (whether it goes on, rel, best)."""
+def judge(stats_ptr, flags_ptr, left_ptr, b, B, limit, rr, ss, FLOOR: tl.constexpr):
+    """Applies the rules to the squared norms of one sample's evaluation, the last one if it is number `limit`; returns
+    (whether it goes on, rel, best)."""
     stats = stats_ptr + b
     flags = flags_ptr + b
     k = tl.load(flags + STEPS * B) + 1
@@ -43,7 +44,7 @@ def judge(stats_ptr, flags_ptr, left_ptr, b, B, rr, ss, FLOOR: tl.constexpr):
     s = tl.sqrt(ss)
     rel, improved, state = rules_update((best, bar, first, peak, mark), k, r, s, s == s, FLOOR)
     best, bar, first, peak, mark = state
-    go = best > bar
+    go = (best > bar) & (k < limit)
     tl.store(stats + BEST * B, best)
     tl.store(stats + BAR * B, bar)
     tl.store(stats + FIRST * B, first)

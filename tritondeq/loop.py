@@ -77,7 +77,7 @@ def _start(z: Tensor, settings: Settings) -> tuple[Any, str]:
         if op is None:
             steps = _Steps(z, settings)
         else:
-            steps = op.start(z, settings.keep, settings.tol, **asdict(solver))
+            steps = op.start(z, settings.keep, settings.tol, settings.max_steps, **asdict(solver))
         if settings.estimate is not None:
             steps.resume(settings.estimate.rings)
         return steps, f"loop, {how}" if op else "loop"

@@ -7,7 +7,7 @@ import triton
 from tritondeq.kernels import launch
 
 FLOATS = {2: "bf16", 4: "fp32", 8: "fp64"}
-INTEGERS = {"keep_ptr": "*u8", "flags_ptr": "*i32", "left_ptr": "*i32", "B": "i32", "N": "i32"}
+INTEGERS = {"keep_ptr": "*u8", "flags_ptr": "*i32", "left_ptr": "*i32", "B": "i32", "N": "i32", "limit": "i32"}
 POINTERS = {
     "picard:_step_kernel": "z y prev next best numbers stats part",
     "anderson:_measure_kernel": "z y prev next best g dg dh gram gamma numbers stats part",

@@ -1,6 +1,7 @@
 """The fused steps against the same steps in torch: iterates, values, steps, status, and what they launch."""
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritondeq as tdeq
 from tritondeq import Anderson, Broyden, Picard, Status
-from tritondeq.kernels import anderson, broyden, launch, picard, tl_steps
+from tritondeq.kernels import anderson, broyden, dispatch, launch, picard, tl_steps
 
 SOLVERS = [Picard(), Picard(damping=0.7), Anderson(memory=1), Anderson(memory=3, damping=0.8), Anderson(memory=8)]
 SOLVERS += [Broyden(memory=1), Broyden(memory=4)]
@@ -320,3 +321,36 @@ def test_a_sample_is_shared_by_its_width_alone():
             config = launch.parameters("picard", width=width, itemsize=itemsize)
             assert config["BLOCK_N"] * (config["SPLITS"] - 1) < width <= config["BLOCK_N"] * config["SPLITS"]
     assert tl_steps.DONE.value == 0
+
+
+@pytest.mark.parametrize("solver", FUSED, ids=str)
+def test_strides_do_not_matter(solver, device):
+    f = elementwise(4, 6, torch.float32, device)
+    z0 = torch.randn(4, 6, device=device)
+    with tdeq.backend("triton"):
+        straight = tdeq.fixed_point(f, z0, solver=solver, tol=1e-4)
+        turned = tdeq.fixed_point(lambda z: f(z).T.contiguous().T, z0.T.contiguous().T, solver=solver, tol=1e-4)
+    assert torch.equal(straight.value, turned.value) and torch.equal(straight.steps, turned.steps)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("solver", FUSED, ids=str)
+def test_steps_after_the_last_change_nothing_and_memory_is_used_again(solver, device):
+    """As a captured chunk of steps does it."""
+    f, z0 = elementwise(3, 20, torch.float32, device), torch.randn(3, 20, device=device)
+    op = dispatch.load(solver.fused_steps)
+    ends = []
+    for extra in (0, 5):
+        steps = op.start(torch.full_like(z0, 7.0), None, 1e-4, 8, **asdict(solver))
+        for start in (z0 + 1, z0):
+            steps.reset(start)
+            z = steps.z
+            for _ in range(9 + extra):
+                steps.take(f(z))
+                z = steps.onward()
+        ends.append([x.clone() for x in steps.finish()])
+        assert int(steps.left()) == 0 and (steps.flags[1] <= 8).all()
+    with tdeq.backend("triton"):
+        solution = tdeq.fixed_point(f, z0, solver=solver, tol=1e-4, max_steps=8)
+    for a, b, c in zip(*ends, (solution.value, solution.status, solution.steps, solution.residual), strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)

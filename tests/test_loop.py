@@ -46,7 +46,7 @@ def test_on_a_gpu_the_host_waits_for_what_is_long_done(monkeypatch):
     """It asks every READ_EVERY steps, for the count of READ_EVERY steps ago."""
     stream = Stream()
     stream.install(monkeypatch)
-    look, asked, ended = loop._Look(torch.device("cuda"), None), [], None
+    look, asked, ended = loop.Look(torch.device("cuda"), None), [], None
     for k in range(1, 40):
 
         def count(k=k):
@@ -64,7 +64,7 @@ def test_on_a_gpu_the_host_waits_for_what_is_long_done(monkeypatch):
 
 def test_under_capture_nobody_asks(monkeypatch):
     Stream().install(monkeypatch, capturing=True)
-    look = loop._Look(torch.device("cuda"), None)
+    look = loop.Look(torch.device("cuda"), None)
     assert [look(lambda: pytest.fail("a count was asked for")) for _ in range(20)] == [None] * 20
 
 

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adjoints import Adjoint, Implicit
+from .adjoints import Adjoint, Implicit, Unrolled
 from .cells import Cell
 from .dropout import Masks
 from .fixed_point import check, fixed_point
+from .graphs import Graphs
 from .layout import describe
 from .solution import Solution
 from .solvers import Picard, Solver
@@ -32,6 +33,9 @@ class DEQ(nn.Module):
         group: A torch.distributed group whose ranks stop together, for a cell that communicates.
         compile: Whether the loop calls the cell through torch.compile; a dict gives its options, such as
             {"dynamic": True}. Second derivatives then raise. Whole-solve kernels are taken all the same.
+        graph: Whether solves on CUDA are captured as CUDA graphs and replayed, once for each shape of what goes in (the
+            last 8 are kept). The cell may use only its parameters, its buffers and x, and nothing may depend on values
+            that the host reads. Second derivatives then raise. Not yet run on a GPU: see README.
 
     Attributes:
         last: The `Solution` of the last call without its value (None before it): status, steps, residual per sample.
@@ -51,6 +55,7 @@ class DEQ(nn.Module):
         trace: bool = False,
         group: Any = None,
         compile: bool | dict[str, Any] = False,
+        graph: bool = False,
     ):
         super().__init__()
         if not isinstance(cell, nn.Module):
@@ -61,6 +66,13 @@ class DEQ(nn.Module):
             raise TypeError(f"compile must be a bool or a dict of torch.compile's options, got {compile!r}")
         self.tol, self.max_steps, self.trace, self.group = tol, max_steps, trace, group
         self.compile_cell = compile
+        if not isinstance(graph, bool):
+            raise TypeError(f"graph must be a bool, got {graph!r}")
+        why = _not_captured(adjoint, trace, group) if graph else None
+        if why:
+            raise ValueError(f"graph=True can't be combined with {why}")
+        self.graph = graph
+        self._graphs = Graphs() if graph else None
         self._compiled: Any = None  # as a tuple, or its parameters would be registered twice
         self.last: Solution | None = None
 
@@ -96,7 +108,7 @@ class DEQ(nn.Module):
             z0 = cell.initial(x, injection) if own else _zeros(x)
         tol = self.tol if self.tol is not None or not own else cell.default_tol()
         solution = fixed_point(
-            _Map(self._evaluate(), cell, injection),
+            _Map(self._evaluate(), cell, injection, self._graphs),
             z0,
             (injection,),
             solver=self.solver,
@@ -116,7 +128,8 @@ class DEQ(nn.Module):
         return f"solver={self.solver}, adjoint={self.adjoint}, tol={tol}, max_steps={self.max_steps}"
 
     def __getstate__(self):
-        return {**self.__dict__, "last": None, "_compiled": None}
+        own = {"last": None, "_compiled": None, "_graphs": Graphs() if self.graph else None}
+        return {**self.__dict__, **own}
 
 
 class _Map:
@@ -125,12 +138,19 @@ class _Map:
     Args:
         evaluate: The cell, or what it was compiled to.
         injection: That of this solve, for the whole-solve kernel.
+        graphs: The layer's captured solves, if it has any.
     """
 
-    def __init__(self, evaluate: Callable, cell: nn.Module, injection: Any):
-        self.evaluate, self.cell, self.injection = evaluate, cell, injection
+    def __init__(self, evaluate: Callable, cell: nn.Module, injection: Any, graphs: Graphs | None):
+        self.evaluate, self.cell, self.injection, self.graphs = evaluate, cell, injection, graphs
         self.opaque = evaluate is not cell
         self.masks = Masks(cell)
+
+    def twin(self) -> "_Map":
+        """The same map, with masks in memory of its own."""
+        twin = _Map(self.evaluate, self.cell, None, None)
+        twin.masks.masks = {module: mask.clone() for module, mask in self.masks.masks.items()}
+        return twin
 
     def __call__(self, z: Any, injection: Any) -> Any:
         if not self.masks.masks:
@@ -142,6 +162,17 @@ class _Map:
     @property
     def whole_solve(self):
         return self.cell.whole_solve(self.injection) if isinstance(self.cell, Cell) else None
+
+
+def _not_captured(adjoint: Adjoint, trace: bool, group: Any) -> str | None:
+    """What of these a captured solve has not."""
+    if isinstance(adjoint, Unrolled):
+        return "adjoint Unrolled, which autograd differentiates step by step"
+    if isinstance(adjoint, Implicit) and adjoint.reuse:
+        return "Implicit(reuse=True)"
+    if trace:
+        return "trace=True, which asks for every residual"
+    return "group, whose ranks would have to agree on every replay" if group is not None else None
 
 
 def _zeros(x: Any) -> Tensor:

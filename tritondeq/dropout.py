@@ -66,7 +66,8 @@ class Masks:
         if cell.training:
             for name, module in cell.named_modules():
                 if isinstance(module, FixedDropout):
-                    self.masks[module] = None
+                    if module.training and module.p > 0:
+                        self.masks[module] = None
                 elif _draws(module):
                     raise RuntimeError(_REFUSED.format(type(module).__name__, name))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .adjoints import Adjoint, BackwardSolves, Implicit, Unrolled, attach
 from .capture import Linearised
+from .graphs import Call, CapturedPoint
 from .kernels.dispatch import WholeSolve
 from .kernels.rules import Rules
 from .layout import Layout
@@ -89,17 +90,24 @@ def _fixed_point(f, z0, args, solver, adjoint, tol, max_steps, batch_dims, mask,
     else:
         whole = getattr(f, "whole_solve", None)
         op, path = _plan(whole, layout, settings, trace)
+        backward = _for_adjoint(settings, adjoint)
+        graphs, captured = getattr(f, "graphs", None), None
+        start = start.detach()
+        if op is None and graphs is not None:
+            call = Call(f, layout, start, args, settings, backward)
+            captured, path = graphs.find(call)
         with torch.no_grad():
-            start = start.detach()
-            if op is None:
+            if captured is not None:
+                flat, solution = captured.solve(call)
+            elif op is None:
                 flat, solution = iterate(apply, start, settings, trace)
             else:
                 flat, solution = _launch(op.solve, (*whole.operands, start), whole, settings)
         solution.path = path if op else f"{solution.path}: {path}"
         if torch.is_grad_enabled():
-            at = Linearised(f, layout, flat, args)
+            at = CapturedPoint(captured, call, flat) if captured else Linearised(f, layout, flat, args)
             if at.differentiable:
-                backward = _Backward(settings, adjoint, whole, layout, flat, solution._adjoints)
+                backward = _Backward(backward, whole, layout, flat, solution._adjoints)
                 flat = attach(adjoint, at, flat, backward)
     solution.value = layout.unpack(flat)
     _shape(solution, layout)
@@ -123,19 +131,24 @@ def check(solver: Any, adjoint: Any, tol: Any, max_steps: Any) -> None:
     count("max_steps", max_steps)
 
 
-class _Backward(BackwardSolves):
-    """Solves the linear systems of the exact adjoint as the forward one was solved, or as the adjoint says."""
+def _for_adjoint(settings: Settings, adjoint: Adjoint) -> Settings:
+    """How the linear systems of the exact adjoint are solved: as the forward one, or as the adjoint says."""
+    if not isinstance(adjoint, Implicit):
+        return settings
+    return replace(
+        settings,
+        solver=adjoint.solver or settings.solver,
+        tol=adjoint.tol or settings.tol,
+        max_steps=adjoint.max_steps or settings.max_steps,
+        estimate=settings.leaves,
+        leaves=None,
+    )
 
-    def __init__(self, settings, adjoint, whole, layout, z, record):
-        if isinstance(adjoint, Implicit):
-            settings = replace(
-                settings,
-                solver=adjoint.solver or settings.solver,
-                tol=adjoint.tol or settings.tol,
-                max_steps=adjoint.max_steps or settings.max_steps,
-                estimate=settings.leaves,
-                leaves=None,
-            )
+
+class _Backward(BackwardSolves):
+    """Solves the linear systems of the exact adjoint."""
+
+    def __init__(self, settings, whole, layout, z, record):
         self.settings, self.whole, self.layout, self.z, self.record = settings, whole, layout, z, record
 
     def adjoint(self, at: Linearised, g: Tensor) -> Tensor:
@@ -143,7 +156,9 @@ class _Backward(BackwardSolves):
         with torch.no_grad():
             g, scale = _normalised(g)
             op, path = _plan(whole, self.layout, settings, trace=False)
-            if op is None:
+            if isinstance(at, CapturedPoint):
+                op, (u, solution) = None, at.adjoint(g)
+            elif op is None:
                 u, solution = iterate(lambda u: at.vjp(u) + g, g, settings)
             else:
                 u, solution = _launch(op.adjoint, (*whole.at(self.z), g), whole, settings)

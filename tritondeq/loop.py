@@ -40,11 +40,11 @@ def iterate(
     f: Callable[[Tensor], Tensor], z: Tensor, settings: Settings, trace: bool = False
 ) -> tuple[Tensor, Solution]:
     """The loop. Returns the iterate [B, N] with the lowest residual, and a Solution without it."""
-    f, outside = _keep_autocast(f, z.device.type)
+    f, outside = keep_autocast(f, z.device.type)
     residuals = []
     with outside:
         steps, path = _start(z, settings)
-        look = _Look(z.device, settings.group)
+        look = Look(z.device, settings.group)
         for k in range(1, settings.max_steps + 1):
             steps.take(f(z))
             if trace:
@@ -129,12 +129,12 @@ class _Steps:
         return self.best, self.rules.status(), self.rules.steps, self.rules.best
 
 
-class _Look:
+class Look:
     """How many samples are active, or None where that is not known. On a GPU the answer is only ever None or 0, and
-    READ_EVERY steps old, so that nobody waits for it; while a CUDA graph is being captured there is none."""
+    `every` steps old, so that nobody waits for it; while a CUDA graph is being captured there is none."""
 
-    def __init__(self, device: torch.device, group: Any):
-        self.group, self.cuda, self.steps = group, device.type == "cuda", 0
+    def __init__(self, device: torch.device, group: Any, every: int = READ_EVERY):
+        self.group, self.cuda, self.every, self.steps = group, device.type == "cuda", every, 0
         self.blind = self.cuda and torch.cuda.is_current_stream_capturing()
         if self.cuda and not self.blind:
             self.flag = torch.ones((), dtype=torch.int64, pin_memory=True)
@@ -142,7 +142,7 @@ class _Look:
 
     def __call__(self, count: Callable[[], Tensor]) -> int | None:
         self.steps += 1
-        if self.blind or (self.cuda and self.steps % READ_EVERY):
+        if self.blind or (self.cuda and self.steps % self.every):
             return None
         left = count()
         if self.group is not None:
@@ -160,15 +160,15 @@ class _Look:
         return None
 
 
-def _keep_autocast(f, kind: str):
+def keep_autocast(f, kind: str, caches: bool = True):
     """(f under today's autocast, a context without it): autocast rules the cell, never the solver."""
     if not torch.is_autocast_enabled(kind):
         return f, contextlib.nullcontext()
-    dtype, caches = torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()
+    dtype, caches = torch.get_autocast_dtype(kind), caches and torch.is_autocast_cache_enabled()
 
-    def cell(z: Tensor) -> Tensor:
+    def cell(*args: Any) -> Any:
         with torch.autocast(kind, dtype=dtype, cache_enabled=caches):
-            return f(z)
+            return f(*args)
 
     return cell, _no_autocast(kind)
 

@@ -1,0 +1,285 @@
+"""Solves captured as CUDA graphs, `DEQ(..., graph=True)`: the host replays chunks of steps and launches nothing else.
+
+For each shape of everything that goes in, a solve is captured once, on memory of its own: `begin` (from the start,
+CHUNK evaluations), `more` (CHUNK evaluations) and `end` (best iterate, outcome); for gradients the cell at z* under
+autograd, the same three of the adjoint solve on it, and the pull to the inputs. A call copies its start, injection and
+dropout masks there and replays. Parameters are read where they lie, so an optimizer may update them in place.
+
+The captures share memory, so a forward replay may overwrite what the cell at z* has saved: whoever differentiates it
+replays it first, unless nothing came between (`Captured.holder`).
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .capture import Linearised
+from .layout import Layout
+from .loop import Look, Settings, keep_autocast, plan_steps
+from .solution import Solution
+
+CHUNK = 3  # evaluations; as many as buffers that rotate in kernels/steps.py, so that each chunk finds them in place
+CACHE = 8  # solves a layer keeps
+WARM_UP = 2
+
+Work = Callable[[], None]
+
+
+class Recorder:
+    """Turns work into a replay of it, on one CUDA device."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.pool = device, torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Work) -> Work:
+        with torch.cuda.device(self.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):  # lazy initialisations can't be captured
+                    work()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                work()
+            graph.replay()  # what it writes has been garbage so far
+        return graph.replay
+
+
+def can_record(device: torch.device) -> bool:
+    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+
+
+@dataclass
+class Call:
+    """What one call brings along, and a captured solve copies.
+
+    Args:
+        f: Its map: f(state, *args), with `cell`, `masks`, `twin` and `opaque` as deq.py has them.
+        start: [B, N].
+        args: Further arguments of f.
+        settings, backward: Of the two solves.
+    """
+
+    f: Any
+    layout: Layout
+    start: Tensor
+    args: tuple
+    settings: Settings
+    backward: Settings
+
+    def key(self) -> tuple:
+        """All that a captured solve depends on beside the numbers in its tensors."""
+        leaves, spec = pytree.tree_flatten(self.args)
+        kind = self.start.device.type
+        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        cell = self.f.cell
+        weights = tuple((t.data_ptr(), t.requires_grad) for t in (*cell.parameters(), *cell.buffers()))
+        plans = tuple((s.solver, s.tol, s.max_steps) for s in (self.settings, self.backward))
+        shape = self.layout.spec, tuple(self.layout.shapes), tuple(self.layout.dtypes), self.layout.batch
+        training = tuple(module.training for module in cell.modules())
+        return (
+            *(spec, tuple(map(_describe, leaves)), shape, self.start.device, self.settings.keep is not None),
+            *(plans, autocast, weights, training, torch.is_grad_enabled(), id(self.f.evaluate)),
+        )
+
+
+def _describe(leaf: Any) -> Any:
+    return (leaf.shape, leaf.dtype, leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+
+
+class Graphs:
+    """The captured solves of one layer, the CACHE used last."""
+
+    def __init__(self):
+        self.solves: OrderedDict[tuple, Captured] = OrderedDict()
+
+    def find(self, call: Call) -> "tuple[Captured | None, str]":
+        """(the solve captured for such calls, how it is done), or (None, why there is none).
+
+        Raises:
+            RuntimeError: the cell can't be captured, or uses tensors that are not its own and not its input.
+        """
+        device = call.start.device
+        if not can_record(device):
+            return None, f"graphs are for CUDA, outside of other graphs, and tensors are on {device.type}"
+        op, how = plan_steps(call.settings.solver, device, call.layout.width, call.layout.dtype)
+        if op is None or not call.layout.batch:
+            return None, f"no graph: {how}"
+        if not call.f.masks.drawn:
+            with torch.no_grad():
+                call.f(call.layout.unpack(call.start), *call.args)
+        key = call.key()
+        if key not in self.solves:
+            while len(self.solves) >= CACHE:
+                self.solves.popitem(last=False)
+            try:
+                self.solves[key] = Captured(call)
+            except Refused:
+                raise
+            except RuntimeError as error:
+                raise RuntimeError(
+                    "graph=True, and this cell can't be captured as a CUDA graph: it may neither wait for the GPU nor "
+                    f"branch on values; take graph=False. {type(error).__name__}: {error}"
+                ) from error
+        self.solves.move_to_end(key)
+        return self.solves[key], f"graphs of {CHUNK} steps, {how}"
+
+
+class Refused(RuntimeError):
+    pass
+
+
+class Captured:
+    """One captured solve, forward and, where gradients are wanted, backward."""
+
+    def __init__(self, call: Call):
+        record = Recorder(call.start.device)
+        self.layout, self.map = call.layout, call.f.twin()
+        self.start = call.start.detach().clone(memory_format=torch.contiguous_format)
+        self.args = pytree.tree_map_only(Tensor, _static, call.args)
+        self.holder: Any = None
+        at_home, outside = keep_autocast(self.map, self.start.device.type, caches=False)
+
+        def apply(flat: Tensor) -> Tensor:
+            return self.layout.pack(at_home(self.layout.unpack(flat), *self.args))
+
+        with outside:
+            with torch.no_grad():
+                self.forward = _Chunks(record, apply, self.start, call.settings)
+            self.differentiable = False
+            if torch.is_grad_enabled():
+                at_home.opaque = self.map.opaque
+                self._backward(record, at_home, call)
+
+    def _backward(self, record: Recorder, f: Callable, call: Call) -> None:
+        self.z, self.u, self.g = (torch.zeros_like(self.start) for _ in range(3))
+
+        def point() -> None:
+            self.at = Linearised(f, self.layout, self.z, self.args)
+
+        def pull() -> None:
+            self.grads = self.at.pull(self.u)
+
+        self.point = record(point)
+        self.differentiable = self.at.differentiable
+        if not self.differentiable:
+            return
+        own = {id(leaf): i for i, leaf in enumerate(pytree.tree_leaves(self.args))}
+        weights = {id(t) for t in (*call.f.cell.parameters(), *call.f.cell.buffers())}
+        self.sources = [own.get(id(tensor), tensor) for tensor in self.at.inputs]  # a place in args, or a weight
+        strange = [s for s in self.sources if isinstance(s, Tensor) and id(s) not in weights]
+        if strange:
+            raise Refused(
+                f"graph=True, and the cell uses a tensor of shape {tuple(strange[0].shape)} that requires grad and is "
+                "neither its parameter nor its input: a replay would not see it change. Hand it in with x, or take "
+                "graph=False"
+            )
+        with torch.no_grad():
+            self.adjoint = _Chunks(record, lambda u: self.at.vjp(u) + self.g, self.g, call.backward)
+            self.pull = record(pull)
+
+    def hold(self, owner: Any, args: tuple, masks: Any) -> None:
+        """Copies in what a call brought along."""
+        if self.holder is owner:
+            return
+        pairs = zip(pytree.tree_leaves(self.args), pytree.tree_leaves(args), strict=True)
+        with torch.no_grad():
+            for mine, theirs in pairs:
+                if isinstance(mine, Tensor):
+                    mine.detach().copy_(theirs)
+            for module, mask in self.map.masks.masks.items():
+                mask.copy_(masks[module])
+        self.holder = owner
+
+    def solve(self, call: Call) -> tuple[Tensor, Solution]:
+        self.hold(call, call.args, call.f.masks.masks)
+        self.start.copy_(call.start)
+        return self.forward(call.settings.keep)
+
+
+class _Chunks:
+    """A captured solve of z = f(z), from the static `start` on."""
+
+    def __init__(self, record: Recorder, f: Callable[[Tensor], Tensor], start: Tensor, settings: Settings):
+        op, self.how = plan_steps(settings.solver, start.device, start.shape[1], start.dtype)
+        if op is None:
+            raise Refused(f"graph=True needs a solver whose steps are fused: {self.how}")
+        options = asdict(settings.solver)
+        steps = self.steps = op.start(start, settings.keep, settings.tol, settings.max_steps, **options)
+        self.most = -(-settings.max_steps // CHUNK)
+
+        def begin() -> None:
+            steps.reset(start)
+            steps.take(f(steps.z))
+            evaluate(CHUNK - 1)
+
+        def evaluate(times: int = CHUNK) -> None:
+            for _ in range(times):
+                steps.take(f(steps.onward()))
+
+        def end() -> None:
+            self.outcome = steps.finish()
+
+        self.begin, self.more, self.end = record(begin), record(evaluate), record(end)
+
+    def __call__(self, keep: Tensor | None) -> tuple[Tensor, Solution]:
+        if keep is not None:
+            self.steps.keep.copy_(keep)
+        self.begin()
+        look = Look(self.steps.z.device, None, every=1)
+        for _ in range(self.most - 1):
+            if look(self.steps.left) == 0:
+                break
+            self.more()
+        self.end()
+        value, status, count, residual = (x.clone() for x in self.outcome)
+        return value, Solution(None, status, count, residual)
+
+
+class CapturedPoint:
+    """The cell at the solution of one call: what `Linearised` is where nothing is captured."""
+
+    seen_through = False
+
+    def __init__(self, captured: Captured, call: Call, z: Tensor):
+        self.captured, self.z, self.keep = captured, z, call.settings.keep
+        self.masks, leaves = dict(call.f.masks.masks), pytree.tree_leaves(call.args)
+        self.args = pytree.tree_map_only(Tensor, Tensor.detach, call.args)
+        sources = captured.sources if captured.differentiable else []
+        self.inputs = tuple(leaves[s] if isinstance(s, int) else s for s in sources)
+        self.differentiable = captured.differentiable
+
+    def _hold(self) -> Captured:
+        captured = self.captured
+        if captured.holder is not self:
+            captured.hold(self, self.args, self.masks)
+            captured.z.copy_(self.z)
+            captured.point()
+        return captured
+
+    def vjp(self, u: Tensor) -> Tensor:
+        return self._hold().at.vjp(u)
+
+    def adjoint(self, g: Tensor) -> tuple[Tensor, Solution]:
+        captured = self._hold()
+        captured.g.copy_(g)
+        return captured.adjoint(self.keep)
+
+    def pull(self, u: Tensor) -> tuple[Tensor, ...]:
+        captured = self._hold()
+        captured.u.copy_(u)
+        captured.pull()
+        return tuple(grad.clone() for grad in captured.grads)
+
+    def require_seen_through(self) -> None:
+        raise RuntimeError("second derivatives need graph=False")
+
+
+def _static(leaf: Tensor) -> Tensor:
+    return leaf.detach().clone().requires_grad_(leaf.requires_grad)

@@ -50,10 +50,24 @@ def contestants(rows: int, width: int, device: torch.device) -> dict[str, Callab
     calls = {"bare cell": bare}
     for name, solver in OURS.items():
         calls[name] = lambda s=solver: tdeq.fixed_point(f, z0, solver=s, tol=1e-12, max_steps=EVALUATIONS)
+    if device.type == "cuda":
+        for name, solver in OURS.items():
+            calls[f"{name}, graph"] = captured(f, z0, solver)
     if rivals.has_torchdeq():
         calls["torchdeq Picard"] = lambda: rivals.torchdeq_picard(f, z0, 0.0, EVALUATIONS)
         calls["torchdeq Anderson(6)"] = lambda: rivals.torchdeq_anderson(f, z0, 0.0, EVALUATIONS)
     return calls
+
+
+def captured(f: Callable[[Tensor], Tensor], z0: Tensor, solver: Any) -> Callable[[], Any]:
+    """The same evaluations, replayed as CUDA graphs; on a CPU, where there are none, the loop."""
+
+    class Cell(torch.nn.Module):
+        def forward(self, z, x):
+            return f(z)
+
+    layer = tdeq.DEQ(Cell(), solver=solver, tol=1e-12, max_steps=EVALUATIONS, graph=True)
+    return lambda: layer(z0)
 
 
 def run(device: torch.device, suite: str, seconds: float) -> Iterator[Record]:

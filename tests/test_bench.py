@@ -39,6 +39,15 @@ def test_no_step_has_more_operations_than_promised(name, solver, gain, tol):
     assert max(reads for _, reads in seen) <= 2
 
 
+@torch.no_grad()
+def test_captured_steps_are_the_steps():
+    """On a CPU through the loop: that the contestant of the GPU round does the same work."""
+    f, z0 = steps.problem(8, 16, 1.2, CPU)
+    for solver in steps.OURS.values():
+        loop = tdeq.fixed_point(f, z0, solver=solver, tol=1e-12, max_steps=steps.EVALUATIONS)
+        assert torch.equal(steps.captured(f, z0, solver)(), loop.value)
+
+
 def test_the_counter_counts():
     with measure.AtenOps() as ops:
         x = torch.ones(3)  # one fill

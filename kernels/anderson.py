@@ -15,10 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, steps
-from .dispatch import StepsOp, register
+from .dispatch import StepsOp, interpreting, register
 from .rules import SAFEGUARD
 from .steps import Steps
 from .tl_anderson import anderson_weights
+from .tl_common import bf16_pair
 from .tl_steps import (
     ACTIVE,
     DONE,
@@ -47,7 +48,7 @@ def _measure_kernel(
     best_ptr,  # [B, N]
     keep_ptr,  # [B, N] uint8, if HAS_KEEP
     g_ptr,  # [B, N]: g_(k-1), then g_k
-    dg_ptr,  # [B, M, N]
+    dg_ptr,  # [B, M, N], or bf16 if HALF
     dh_ptr,  # [B, M, N]
     gram_ptr,  # [B, M, M]: <dG_i, dG_j>
     gamma_ptr,  # [B, M]: mixing weights
@@ -60,6 +61,7 @@ def _measure_kernel(
     N,
     limit,
     M: tl.constexpr,
+    HALF: tl.constexpr,
     HAS_KEEP: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -87,8 +89,13 @@ def _measure_kernel(
             if k > 1:
                 dg = g - tl.load(g_ptr + offs, mask=mask, other=0.0)
                 dh = z - tl.load(prev_ptr + offs, mask=mask, other=0.0) + tl.load(numbers_ptr) * dg
-                tl.store(dg_ptr + row * M + slot * N + cols, dg, mask=mask)
                 tl.store(dh_ptr + row * M + slot * N + cols, dh, mask=mask)
+                if HALF:
+                    dg_half, near = bf16_pair(dg.to(tl.float32), INTERP)
+                    tl.store(dg_ptr + row * M + slot * N + cols, dg_half, mask=mask)
+                    dg = near.to(g.dtype)
+                else:
+                    tl.store(dg_ptr + row * M + slot * N + cols, dg, mask=mask)
             tl.store(g_ptr + offs, g, mask=mask)
             save_best(next_ptr, best_ptr, flags, B, offs, mask)
             part = part_ptr + b.to(tl.int64) * WIDTH * SPLITS + pid % SPLITS
@@ -97,7 +104,7 @@ def _measure_kernel(
             tl.store(part + SPLITS, ss)
             for i in range(M):
                 old = tl.load(dg_ptr + row * M + i * N + cols, mask=cols < tl.where(i == slot, 0, N), other=0.0)
-                old = tl.where(i == slot, dg, old)
+                old = tl.where(i == slot, dg, old.to(g.dtype))
                 with_g, with_dg = dot2(old, g, old, dg, INTERP)
                 tl.store(part + (2 + i) * SPLITS, with_g)
                 tl.store(part + (2 + M + i) * SPLITS, with_dg)
@@ -179,12 +186,14 @@ def _mix_kernel(
 
 class AndersonSteps(Steps):
     def __init__(
-        self, z: Tensor, keep: Tensor | None, tol: float, limit: int, *, memory: int, damping: float, ridge: float
+        self, z: Tensor, keep: Tensor | None, tol: float, limit: int, *, memory: int, damping: float, ridge, half: bool
     ):
         numbers = damping, max(ridge, 4 * torch.finfo(z.dtype).eps)
         batch, width = z.shape
-        self.memory, self.g = memory, z.new_empty(z.shape)
-        self.dg, self.dh = z.new_empty(batch, memory, width), z.new_empty(batch, memory, width)
+        self.memory, self.half, self.g = memory, half, z.new_empty(z.shape)
+        self.dh = z.new_empty(batch, memory, width)
+        # the interpreter has no bf16: there a rounded value is held in the dtype of the state
+        self.dg = self.dh.new_empty(self.dh.shape, dtype=torch.bfloat16 if half and not interpreting() else z.dtype)
         self.gram, self.gamma = z.new_empty(batch, memory, memory), z.new_empty(batch, memory)
         super().__init__("anderson", z, keep, tol, limit, numbers, parts=2 + 2 * memory)
 
@@ -200,7 +209,9 @@ class AndersonSteps(Steps):
         mixed = (self.z, y, self.next, self.dh, self.gamma, self.numbers, self.flags)
         mixing = {name: self.config[name] for name in ("SPLITS", "BLOCK_N", "num_warps")}
         with launch.on(y.device):
-            _measure_kernel[self.grid](*measured, *shape, self.limit, M=m, enable_fp_fusion=True, **self.config)
+            _measure_kernel[self.grid](
+                *measured, *shape, self.limit, M=m, HALF=self.half, enable_fp_fusion=True, **self.config
+            )
             _mix_kernel[self.grid](*mixed, *shape, M=m, enable_fp_fusion=True, **mixing)
 
 

@@ -18,12 +18,12 @@ POINTERS = {
 }
 TAKES = {
     "picard:_step_kernel": ("HAS_KEEP", "SPLITS", "BLOCK_S", "BLOCK_N", "FLOOR", "INTERP"),
-    "anderson:_measure_kernel": ("M", "HAS_KEEP", "SPLITS", "BLOCK_S", "BLOCK_N", "FLOOR", "INTERP"),
+    "anderson:_measure_kernel": ("M", "HALF", "HAS_KEEP", "SPLITS", "BLOCK_S", "BLOCK_N", "FLOOR", "INTERP"),
     "anderson:_mix_kernel": ("M", "SPLITS", "BLOCK_N"),
     "tl_steps:finish_kernel": ("SPLITS", "BLOCK_N"),
 }
 TAKES |= {
-    "broyden:_measure_kernel": TAKES["anderson:_measure_kernel"],
+    "broyden:_measure_kernel": ("M", *TAKES["picard:_step_kernel"]),
     "broyden:_mix_kernel": TAKES["anderson:_mix_kernel"],
 }
 
@@ -37,9 +37,11 @@ def step_jobs():
     for kernel in TAKES:
         for chip, width, itemsize, cell, memory in cases:
             config = launch.parameters("picard", width=width, itemsize=itemsize)
-            known = config | {"M": memory, "HAS_KEEP": True, "FLOOR": 1e-2, "INTERP": False}
+            known = config | {"M": memory, "HALF": memory == 8, "HAS_KEEP": True, "FLOOR": 1e-2, "INTERP": False}
             known["BLOCK_S"] = triton.next_power_of_2(config["SPLITS"])
             types = {f"{name}_ptr": f"*{FLOATS[itemsize]}" for name in POINTERS[kernel].split()}
+            if known["HALF"]:
+                types |= {"dg_ptr": "*bf16"}
             types |= INTEGERS | ({"y_ptr": f"*{FLOATS[cell]}"} if "y_ptr" in types else {})
             jobs[f"sm{chip} {kernel} N{width} {FLOATS[itemsize]} cell {FLOATS[cell]} memory{memory}"] = {
                 "kernel": f"tritondeq.kernels.{kernel}",

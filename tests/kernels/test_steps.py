@@ -15,7 +15,7 @@ from tritondeq import Anderson, Broyden, Picard, Status
 from tritondeq.kernels import anderson, broyden, dispatch, launch, picard, tl_steps
 
 SOLVERS = [Picard(), Picard(damping=0.7), Anderson(memory=1), Anderson(memory=3, damping=0.8), Anderson(memory=8)]
-SOLVERS += [Broyden(memory=1), Broyden(memory=4)]
+SOLVERS += [Broyden(memory=1), Broyden(memory=4), Anderson(memory=3, half=True)]
 FUSED = [Picard(), Anderson(memory=3), Broyden(memory=3)]
 DTYPES = [torch.float32, torch.float64]
 SPLIT = 2 * 2048 + 1  # three programs a sample in float32, five in float64

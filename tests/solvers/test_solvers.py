@@ -8,6 +8,7 @@ from tritondeq import Anderson, Broyden, Picard, Status, fixed_point
 from tritondeq.kernels.rules import SAFEGUARD
 
 SOLVERS = [Picard(), Picard(damping=0.7), Anderson(), Anderson(memory=2, damping=0.8), Broyden(), Broyden(memory=3)]
+SOLVERS += [Anderson(half=True)]
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
@@ -51,6 +52,16 @@ def test_anderson_needs_no_more_evaluations_than_picard(gain, dtype, tol):
     assert picard.converged.all() and anderson.converged.all()
     assert (anderson.steps <= picard.steps).all()
     assert anderson.steps.max() < picard.steps.max()
+
+
+@pytest.mark.parametrize("gain", [0.5, 0.9, 1.2])
+def test_rounding_half_of_the_history_costs_no_evaluations(gain):
+    f, _, _ = tanh_problem(64, 64, gain, torch.float32)
+    whole, half = (
+        fixed_point(f, torch.zeros(64, 64), solver=Anderson(half=h), tol=1e-5, max_steps=300) for h in (False, True)
+    )
+    assert half.converged.all() and not torch.equal(half.value, whole.value)
+    assert half.steps.float().mean() <= 1.02 * whole.steps.float().mean()
 
 
 @pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden()], ids=repr)
@@ -158,6 +169,7 @@ def test_anderson_helps_where_plain_iteration_crawls():
         (lambda: Anderson(memory=2.5), TypeError, "memory.*integer.*2.5"),
         (lambda: Anderson(ridge=-1e-9), ValueError, "ridge"),
         (lambda: Anderson(lam=1e-4), TypeError, "lam"),
+        (lambda: Anderson(half=1), TypeError, "half must be a bool, got 1"),
         (lambda: Broyden(memory=0), ValueError, "memory"),
         (lambda: Broyden(memory=True), TypeError, "memory"),
     ],

@@ -28,6 +28,7 @@ from .tl_steps import (
     STOPPED,
     dot2,
     evaluation,
+    image,
     judge,
     last_to_arrive,
     part_sum,
@@ -42,7 +43,7 @@ SAFE = tl.constexpr(SAFEGUARD)
 @triton.jit(do_not_specialize=["limit"])
 def _measure_kernel(
     z_ptr,  # [B, N]: z_k
-    y_ptr,  # [B, N], any floating dtype
+    y_ptr,  # [B, N], any floating dtype; before the activation TAIL
     prev_ptr,  # [B, N]: z_(k-1)
     next_ptr,  # [B, N]: z_(k-2)
     best_ptr,  # [B, N]
@@ -67,6 +68,7 @@ def _measure_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
     FLOOR: tl.constexpr,
+    TAIL: tl.constexpr,
     INTERP: tl.constexpr,
 ):
     WIDTH: tl.constexpr = 2 + 2 * M
@@ -84,7 +86,7 @@ def _measure_kernel(
         else:
             k = tl.load(flags + STEPS * B) + 1
             slot = (k + M - 2) % M
-            z, y, g, seen = evaluation(z_ptr, y_ptr, keep_ptr, offs, mask, HAS_KEEP)
+            z, y, g, seen = evaluation(z_ptr, y_ptr, keep_ptr, offs, mask, HAS_KEEP, TAIL, INTERP)
             dg = tl.zeros_like(g)
             if k > 1:
                 dg = g - tl.load(g_ptr + offs, mask=mask, other=0.0)
@@ -154,7 +156,7 @@ def _weigh(
 @triton.jit
 def _mix_kernel(
     z_ptr,  # [B, N]: z_k
-    y_ptr,  # [B, N], any floating dtype
+    y_ptr,  # [B, N], any floating dtype; before the activation TAIL
     next_ptr,  # [B, N]: becomes z_(k+1)
     dh_ptr,  # [B, M, N]
     gamma_ptr,  # [B, M]
@@ -165,6 +167,8 @@ def _mix_kernel(
     M: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    TAIL: tl.constexpr,
+    INTERP: tl.constexpr,
 ):
     pid = tl.program_id(0)
     b = pid // SPLITS
@@ -176,7 +180,7 @@ def _mix_kernel(
         z = tl.load(z_ptr + row + cols, mask=mask, other=0.0)
         if phase == ACTIVE:
             damping = tl.load(numbers_ptr)
-            y = tl.load(y_ptr + row + cols, mask=mask, other=0.0).to(z.dtype)
+            y = image(y_ptr, row + cols, mask, z, TAIL, INTERP)
             z = tl.where(damping == 1.0, y, z + damping * (y - z))
             for i in range(M):
                 gamma = tl.load(gamma_ptr + b * M + i)
@@ -186,7 +190,7 @@ def _mix_kernel(
 
 class AndersonSteps(Steps):
     def __init__(
-        self, z: Tensor, keep: Tensor | None, tol: float, limit: int, *, memory: int, damping: float, ridge, half: bool
+        self, z: Tensor, keep: Tensor | None, tol: float, limit: int, tail: str, *, memory, damping, ridge, half
     ):
         numbers = damping, max(ridge, 4 * torch.finfo(z.dtype).eps)
         batch, width = z.shape
@@ -195,7 +199,7 @@ class AndersonSteps(Steps):
         # the interpreter has no bf16: there a rounded value is held in the dtype of the state
         self.dg = self.dh.new_empty(self.dh.shape, dtype=torch.bfloat16 if half and not interpreting() else z.dtype)
         self.gram, self.gamma = z.new_empty(batch, memory, memory), z.new_empty(batch, memory)
-        super().__init__("anderson", z, keep, tol, limit, numbers, parts=2 + 2 * memory)
+        super().__init__("anderson", z, keep, tol, limit, tail, numbers, parts=2 + 2 * memory)
 
     def reset(self, z: Tensor) -> None:
         super().reset(z)
@@ -207,7 +211,7 @@ class AndersonSteps(Steps):
         measured = (self.z, y, self.prev, self.next, self.best, self.keep, self.g, self.dg, self.dh, self.gram)
         measured += (self.gamma, self.numbers, self.stats, self.flags, self.part, self.count)
         mixed = (self.z, y, self.next, self.dh, self.gamma, self.numbers, self.flags)
-        mixing = {name: self.config[name] for name in ("SPLITS", "BLOCK_N", "num_warps")}
+        mixing = {name: self.config[name] for name in ("SPLITS", "BLOCK_N", "TAIL", "INTERP", "num_warps")}
         with launch.on(y.device):
             _measure_kernel[self.grid](
                 *measured, *shape, self.limit, M=m, HALF=self.half, enable_fp_fusion=True, **self.config

@@ -29,6 +29,7 @@ from .tl_steps import (
     STOPPED,
     dot2,
     evaluation,
+    image,
     judge,
     last_to_arrive,
     part_sum,
@@ -44,7 +45,7 @@ COEFS = tl.constexpr(2)  # coefficients that are not: 1 / den and <left, g>
 @triton.jit(do_not_specialize=["limit"])
 def _measure_kernel(
     z_ptr,  # [B, N]: z_k
-    y_ptr,  # [B, N], any floating dtype
+    y_ptr,  # [B, N], any floating dtype; before the activation TAIL
     prev_ptr,  # [B, N]: z_(k-1)
     next_ptr,  # [B, N]: z_(k-2)
     best_ptr,  # [B, N]
@@ -67,6 +68,7 @@ def _measure_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
     FLOOR: tl.constexpr,
+    TAIL: tl.constexpr,
     INTERP: tl.constexpr,
 ):
     WIDTH: tl.constexpr = PARTS + 3 * M
@@ -85,7 +87,7 @@ def _measure_kernel(
             k = tl.load(flags + STEPS * B) + 1
             slot = tl.where(k > 1, (k + M - 2) % M, M)  # none at first
             made = cols < tl.where(slot < M, N, 0)
-            z, y, g, seen = evaluation(z_ptr, y_ptr, keep_ptr, offs, mask, HAS_KEEP)
+            z, y, g, seen = evaluation(z_ptr, y_ptr, keep_ptr, offs, mask, HAS_KEEP, TAIL, INTERP)
             dz = tl.zeros_like(g)
             dg = tl.zeros_like(g)
             if k > 1:
@@ -160,7 +162,7 @@ def _weigh(
 @triton.jit
 def _mix_kernel(
     z_ptr,  # [B, N]: z_k
-    y_ptr,  # [B, N], any floating dtype
+    y_ptr,  # [B, N], any floating dtype; before the activation TAIL
     next_ptr,  # [B, N]: becomes z_(k+1)
     u_ptr,  # [B, M, N]
     v_ptr,  # [B, M, N]
@@ -171,6 +173,8 @@ def _mix_kernel(
     M: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    TAIL: tl.constexpr,
+    INTERP: tl.constexpr,
 ):
     pid = tl.program_id(0)
     b = pid // SPLITS
@@ -189,7 +193,7 @@ def _mix_kernel(
             coef = coef_ptr + b * (COEFS + 3 * M)
             us = u_ptr + row * M + cols
             vs = v_ptr + row * M + cols
-            z = tl.load(y_ptr + row + cols, mask=mask, other=0.0).to(z.dtype)
+            z = image(y_ptr, row + cols, mask, z, TAIL, INTERP)
             dz = tl.load(us + slot * N, mask=made, other=0.0)
             right = -tl.load(vs + slot * N, mask=made, other=0.0)
             left = -dz
@@ -210,13 +214,13 @@ def _mix_kernel(
 
 
 class BroydenSteps(Steps):
-    def __init__(self, z: Tensor, keep: Tensor | None, tol: float, limit: int, *, memory: int):
+    def __init__(self, z: Tensor, keep: Tensor | None, tol: float, limit: int, tail: str, *, memory: int):
         numbers = (torch.finfo(z.dtype).eps,)
         batch, width = z.shape
         self.memory, self.g = memory, z.new_empty(z.shape)
         self.u, self.v = (z.new_empty(batch, memory, width) for _ in range(2))
         self.coef = z.new_empty(batch, COEFS.value + 3 * memory)
-        super().__init__("broyden", z, keep, tol, limit, numbers, parts=PARTS.value + 3 * memory)
+        super().__init__("broyden", z, keep, tol, limit, tail, numbers, parts=PARTS.value + 3 * memory)
 
     def reset(self, z: Tensor) -> None:
         super().reset(z)
@@ -236,7 +240,7 @@ class BroydenSteps(Steps):
         measured = (self.z, y, self.prev, self.next, self.best, self.keep, self.g, self.u, self.v, self.coef)
         measured += (self.numbers, self.stats, self.flags, self.part, self.count)
         mixed = (self.z, y, self.next, self.u, self.v, self.coef, self.flags)
-        mixing = {name: self.config[name] for name in ("SPLITS", "BLOCK_N", "num_warps")}
+        mixing = {name: self.config[name] for name in ("SPLITS", "BLOCK_N", "TAIL", "INTERP", "num_warps")}
         with launch.on(y.device):
             _measure_kernel[self.grid](*measured, *shape, self.limit, M=m, enable_fp_fusion=True, **self.config)
             _mix_kernel[self.grid](*mixed, *shape, M=m, enable_fp_fusion=True, **mixing)

@@ -25,7 +25,7 @@ from .tl_steps import DONE, PHASE, STOPPED, dot2, evaluation, judge, last_to_arr
 @triton.jit(do_not_specialize=["limit"])
 def _step_kernel(
     z_ptr,  # [B, N]: z_k
-    y_ptr,  # [B, N], any floating dtype
+    y_ptr,  # [B, N], any floating dtype; before the activation TAIL
     prev_ptr,  # [B, N]: z_(k-1)
     next_ptr,  # [B, N]: z_(k-2), then z_(k+1)
     best_ptr,  # [B, N]
@@ -43,6 +43,7 @@ def _step_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
     FLOOR: tl.constexpr,
+    TAIL: tl.constexpr,
     INTERP: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -56,7 +57,7 @@ def _step_kernel(
         if phase == STOPPED:
             settle(z_ptr, prev_ptr, next_ptr, best_ptr, flags, B, offs, mask, SPLITS)
         else:
-            z, y, g, seen = evaluation(z_ptr, y_ptr, keep_ptr, offs, mask, HAS_KEEP)
+            z, y, g, seen = evaluation(z_ptr, y_ptr, keep_ptr, offs, mask, HAS_KEEP, TAIL, INTERP)
             rr, ss = dot2(g, g, seen, seen, INTERP)
             damping = tl.load(numbers_ptr)
             onward = tl.where(damping == 1.0, y, z + damping * (y - z))
@@ -76,8 +77,8 @@ def _step_kernel(
 
 
 class PicardSteps(Steps):
-    def __init__(self, z: Tensor, keep: Tensor | None, tol: float, limit: int, *, damping: float):
-        super().__init__("picard", z, keep, tol, limit, numbers=(damping,), parts=2)
+    def __init__(self, z: Tensor, keep: Tensor | None, tol: float, limit: int, tail: str, *, damping: float):
+        super().__init__("picard", z, keep, tol, limit, tail, numbers=(damping,), parts=2)
 
     def take(self, y: Tensor) -> None:
         tensors = (self.z, y.contiguous(), self.prev, self.next, self.best, self.keep)

@@ -23,11 +23,12 @@ class Steps:
         keep: Elements that count in norms and inner products, [B, N] bool, or None.
         tol: Relative residual at which a sample has converged.
         limit: Evaluations of a sample at most.
+        tail: Activation that f leaves to these kernels, "identity" if none; float32 only.
         numbers: What the kernels want of the solver's options, in the dtype of the state.
         parts: Sums that the programs of a sample hand over.
     """
 
-    def __init__(self, op: str, z: Tensor, keep: Tensor | None, tol: float, limit: int, numbers, parts: int):
+    def __init__(self, op: str, z: Tensor, keep: Tensor | None, tol: float, limit: int, tail: str, numbers, parts):
         batch, width = z.shape
         self.tol, self.limit = tol, limit
         self.z, self.prev, self.next, self.best = (z.new_empty(z.shape) for _ in range(4))
@@ -42,6 +43,7 @@ class Steps:
         self.grid = (batch * config["SPLITS"],)
         self.config = config | {
             "HAS_KEEP": keep is not None,
+            "TAIL": tail,
             "INTERP": interpreting(),
             "BLOCK_S": triton.next_power_of_2(config["SPLITS"]),
             "FLOOR": FLOOR_FP64 if z.dtype == torch.float64 else FLOOR,

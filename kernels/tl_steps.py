@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tl_common import add2, rules_update
+from .tl_common import act, add2, rules_update
 
 # Rows of `stats` [8, B], in the dtype of the state.
 BEST, BAR, FIRST, PEAK, MARK, R, S, REL = (tl.constexpr(i) for i in range(8))
@@ -13,10 +13,19 @@ DONE, ACTIVE, STOPPED = (tl.constexpr(i) for i in range(3))  # PHASE; STOPPED: b
 
 
 @triton.jit
-def evaluation(z_ptr, y_ptr, keep_ptr, offs, mask, HAS_KEEP: tl.constexpr):
+def image(y_ptr, offs, mask, z, TAIL: tl.constexpr, INTERP: tl.constexpr):
+    """y = f(z), from what f gave, in the dtype of z."""
+    y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(z.dtype)
+    if TAIL != "identity":
+        y = act(y, TAIL, INTERP)
+    return y
+
+
+@triton.jit
+def evaluation(z_ptr, y_ptr, keep_ptr, offs, mask, HAS_KEEP: tl.constexpr, TAIL: tl.constexpr, INTERP: tl.constexpr):
     """(z, y, y - z where it counts, y where it counts) of y = f(z)."""
     z = tl.load(z_ptr + offs, mask=mask, other=0.0)
-    y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(z.dtype)
+    y = image(y_ptr, offs, mask, z, TAIL, INTERP)
     g = y - z
     seen = y
     if HAS_KEEP:

@@ -161,7 +161,19 @@ class _Map:
 
     @property
     def whole_solve(self):
-        return self.cell.whole_solve(self.injection) if isinstance(self.cell, Cell) else None
+        return self.cell.whole_solve(self.injection) if _tells(self.cell, "whole_solve") else None
+
+    @property
+    def tail(self):
+        return self.cell.tail() if _tells(self.cell, "tail") and not self.opaque else None
+
+
+def _tells(cell: nn.Module, what: str) -> bool:
+    """Whether `cell` is a Cell whose `what` speaks of its own forward, not of one that a subclass has replaced."""
+    if not isinstance(cell, Cell) or "forward" in vars(cell):
+        return False
+    defined = {name: next(i for i, c in enumerate(type(cell).__mro__) if name in vars(c)) for name in (what, "forward")}
+    return defined[what] <= defined["forward"]
 
 
 def _not_captured(adjoint: Adjoint, trace: bool, group: Any) -> str | None:

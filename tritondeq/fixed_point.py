@@ -39,7 +39,8 @@ def fixed_point(
 
     Args:
         f: Returns a state of the structure, shapes and device of `z0`. What it captures gets gradients too. Its
-            attribute `whole_solve`, if any, is a `WholeSolve`: a kernel that does the whole solve in one launch.
+            attribute `whole_solve`, if any, is a `WholeSolve`: a kernel that does the whole solve in one launch; `tail`
+            is (g, name) where f is the activation of that name of g.
         z0: Where to start: a floating-point tensor or a tuple / list / dict of them, in any nesting. The iteration runs
             in float32 (float64 if any tensor is) whatever their dtype and autocast say; f gets and may return theirs.
         args: Further arguments of f.
@@ -100,7 +101,8 @@ def _fixed_point(f, z0, args, solver, adjoint, tol, max_steps, batch_dims, mask,
             if captured is not None:
                 flat, solution = captured.solve(call)
             elif op is None:
-                flat, solution = iterate(apply, start, settings, trace)
+                plan = replace(settings, tail=_tail(f, layout, args))
+                flat, solution = iterate(apply, start, plan, trace)
             else:
                 flat, solution = _launch(op.solve, (*whole.operands, start), whole, settings)
         solution.path = path if op else f"{solution.path}: {path}"
@@ -143,6 +145,15 @@ def _for_adjoint(settings: Settings, adjoint: Adjoint) -> Settings:
         estimate=settings.leaves,
         leaves=None,
     )
+
+
+def _tail(f: Callable, layout: Layout, args: tuple) -> tuple[Callable[[Tensor], Tensor], str] | None:
+    """`f.tail`, if any, as a map of [B, N]."""
+    tail = getattr(f, "tail", None)
+    if tail is None:
+        return None
+    before, name = tail
+    return (lambda flat: layout.pack(before(layout.unpack(flat), *args))), name
 
 
 class _Backward(BackwardSolves):

@@ -211,7 +211,7 @@ class _Chunks:
         if op is None:
             raise Refused(f"graph=True needs a solver whose steps are fused: {self.how}")
         options = asdict(settings.solver)
-        steps = self.steps = op.start(start, settings.keep, settings.tol, settings.max_steps, **options)
+        steps = self.steps = op.start(start, settings.keep, settings.tol, settings.max_steps, "identity", **options)
         self.most = -(-settings.max_steps // CHUNK)
 
         def begin() -> None:

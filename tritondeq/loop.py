@@ -26,6 +26,7 @@ class Settings:
     max_steps: int
     keep: Tensor | None  # mask [B, N]
     group: Any
+    tail: "tuple[Callable[[Tensor], Tensor], str] | None" = None  # (g, name) where f is that activation of g
     estimate: "Estimate | None" = None  # of the forward solve, to begin with
     leaves: "Estimate | None" = None  # filled by this solve
 
@@ -40,10 +41,12 @@ def iterate(
     f: Callable[[Tensor], Tensor], z: Tensor, settings: Settings, trace: bool = False
 ) -> tuple[Tensor, Solution]:
     """The loop. Returns the iterate [B, N] with the lowest residual, and a Solution without it."""
-    f, outside = keep_autocast(f, z.device.type)
+    op, how = plan_steps(settings.solver, z.device, z.shape[1], z.dtype) if z.shape[0] else (None, "")
+    tail = settings.tail if op and z.dtype == torch.float32 else None
+    f, outside = keep_autocast(tail[0] if tail else f, z.device.type)
     residuals = []
     with outside:
-        steps, path = _start(z, settings)
+        steps = _start(op, z, settings, tail[1] if tail else "identity")
         look = Look(z.device, settings.group)
         for k in range(1, settings.max_steps + 1):
             steps.take(f(z))
@@ -56,7 +59,7 @@ def iterate(
         best, status, count, residual = steps.finish()
         if settings.leaves is not None:
             settings.leaves.rings = steps.estimate()
-    solution = Solution(None, status, count, residual, path=path)
+    solution = Solution(None, status, count, residual, path=f"loop, {how}" if op else "loop")
     solution.trace = torch.stack(residuals) if trace else None
     return best, solution
 
@@ -69,23 +72,22 @@ def plan_steps(solver: Solver, device: torch.device, width: int, dtype: torch.dt
     return dispatch.pick(solver.fused_steps, device, width=width, dtype=dtype, memory=memory)
 
 
-def _start(z: Tensor, settings: Settings) -> tuple[Any, str]:
-    """(the steps of a solve, how they are taken)."""
+def _start(op: Any, z: Tensor, settings: Settings, tail: str) -> Any:
+    """The steps of a solve."""
     solver = settings.solver
-    op, how = plan_steps(solver, z.device, z.shape[1], z.dtype) if z.shape[0] else (None, "")
     try:
         if op is None:
             steps = _Steps(z, settings)
         else:
-            steps = op.start(z, settings.keep, settings.tol, settings.max_steps, **asdict(solver))
-        if settings.estimate is not None:
-            steps.resume(settings.estimate.rings)
-        return steps, f"loop, {how}" if op else "loop"
+            steps = op.start(z, settings.keep, settings.tol, settings.max_steps, tail, **asdict(solver))
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(
             f"{solver} keeps several states of {z.numel() * z.element_size() / 2**20:.0f} MiB, and there is no room: "
             f"lower its memory, take Picard(), or split the batch. {error}"
         ) from error
+    if settings.estimate is not None:
+        steps.resume(settings.estimate.rings)
+    return steps
 
 
 class _Steps:

@@ -17,9 +17,9 @@ POINTERS = {
     "tl_steps:finish_kernel": "z prev best",
 }
 TAKES = {
-    "picard:_step_kernel": ("HAS_KEEP", "SPLITS", "BLOCK_S", "BLOCK_N", "FLOOR", "INTERP"),
-    "anderson:_measure_kernel": ("M", "HALF", "HAS_KEEP", "SPLITS", "BLOCK_S", "BLOCK_N", "FLOOR", "INTERP"),
-    "anderson:_mix_kernel": ("M", "SPLITS", "BLOCK_N"),
+    "picard:_step_kernel": ("HAS_KEEP", "SPLITS", "BLOCK_S", "BLOCK_N", "FLOOR", "TAIL", "INTERP"),
+    "anderson:_measure_kernel": ("M", "HALF", "HAS_KEEP", "SPLITS", "BLOCK_S", "BLOCK_N", "FLOOR", "TAIL", "INTERP"),
+    "anderson:_mix_kernel": ("M", "SPLITS", "BLOCK_N", "TAIL", "INTERP"),
     "tl_steps:finish_kernel": ("SPLITS", "BLOCK_N"),
 }
 TAKES |= {
@@ -38,6 +38,7 @@ def step_jobs():
         for chip, width, itemsize, cell, memory in cases:
             config = launch.parameters("picard", width=width, itemsize=itemsize)
             known = config | {"M": memory, "HALF": memory == 8, "HAS_KEEP": True, "FLOOR": 1e-2, "INTERP": False}
+            known["TAIL"] = "tanh" if cell == itemsize == 4 else "identity"
             known["BLOCK_S"] = triton.next_power_of_2(config["SPLITS"])
             types = {f"{name}_ptr": f"*{FLOATS[itemsize]}" for name in POINTERS[kernel].split()}
             if known["HALF"]:

@@ -341,7 +341,7 @@ def test_steps_after_the_last_change_nothing_and_memory_is_used_again(solver, de
     op = dispatch.load(solver.fused_steps)
     ends = []
     for extra in (0, 5):
-        steps = op.start(torch.full_like(z0, 7.0), None, 1e-4, 8, **asdict(solver))
+        steps = op.start(torch.full_like(z0, 7.0), None, 1e-4, 8, "identity", **asdict(solver))
         for start in (z0 + 1, z0):
             steps.reset(start)
             z = steps.z

@@ -1,5 +1,6 @@
 """z = act(W z + U x + b)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ class Affine(Cell):
     """z = act(W z + U x + b), on each row by itself: every row stops alone.
 
     Contractive at initialisation: ||W||_2 max|act'| = 0.9. Up to 256 features, and on a GPU, a solve by Picard or
-    Anderson(memory <= 4) is one Triton launch, and so is its adjoint; wider cells take the loop.
+    Anderson(memory <= 4) is one Triton launch, and so is its adjoint; wider cells take the loop, whose
+    steps apply the activation as they read W z + u.
 
     Args:
         features: Width D of the state; z is [..., D].
@@ -85,9 +87,14 @@ class Affine(Cell):
         return x.new_zeros(injection[0].shape)
 
     def forward(self, z: Tensor, injection: tuple[Tensor, Tensor]) -> Tensor:
+        return _ACTIVATIONS[self.activation](self._linear(z, injection))
+
+    def _linear(self, z: Tensor, injection: tuple[Tensor, Tensor]) -> Tensor:
         u, w = injection
-        rows = torch.addmm(u.reshape(-1, self.features), z.reshape(-1, self.features), w.mT)
-        return _ACTIVATIONS[self.activation](rows).view(z.shape)
+        return torch.addmm(u.reshape(-1, self.features), z.reshape(-1, self.features), w.mT).view(z.shape)
+
+    def tail(self) -> tuple[Callable, str]:
+        return self._linear, self.activation
 
     def whole_solve(self, injection: tuple[Tensor, Tensor]) -> WholeSolve:
         u, w = (t.detach() for t in injection)

@@ -1,5 +1,6 @@
 """What a cell is. Any nn.Module with `forward(z, x)` is one; this class adds what a cell may tell about itself."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +32,11 @@ class Cell(nn.Module):
 
     def whole_solve(self, injection: Any) -> WholeSolve | None:
         """The kernel that solves this cell in one launch, if there is one."""
+        return None
+
+    def tail(self) -> tuple[Callable[[Any, Any], Any], str] | None:
+        """(g, name) if forward(z, injection) is the activation of that name (kernels/affine.py lists them) of
+        g(z, injection): a fused step applies it as it reads."""
         return None
 
     def default_tol(self) -> float | None:

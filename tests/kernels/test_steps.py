@@ -354,3 +354,15 @@ def test_steps_after_the_last_change_nothing_and_memory_is_used_again(solver, de
         solution = tdeq.fixed_point(f, z0, solver=solver, tol=1e-4, max_steps=8)
     for a, b, c in zip(*ends, (solution.value, solution.status, solution.steps, solution.residual), strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.parametrize(
+    "solver, states", [(Picard(), 4), (Anderson(memory=3), 2 * 3 + 5), (Broyden(memory=3), 2 * 3 + 5)], ids=str
+)
+def test_memory_of_a_solve(solver, states, device):
+    """In states beside the cell's own output, as README tells; what is kept for each sample does not count."""
+    z0 = torch.zeros(2, 1 << 12, device=device)
+    steps = dispatch.load(solver.fused_steps).start(z0, None, 1e-3, 5, "identity", **asdict(solver))
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in vars(steps).values() if torch.is_tensor(t)}
+    size = z0.untyped_storage().nbytes()
+    assert sum(storage.nbytes() for storage in held.values()) <= states * size + 0.02 * size

@@ -256,6 +256,22 @@ def test_a_tensor_from_elsewhere_is_refused():
         layer(inputs(1.0)[0])
 
 
+@torch.no_grad()
+def test_what_is_not_a_tensor_is_part_of_the_key():
+    class Scaled(nn.Module):
+        def forward(self, z, injection):
+            x, factor = injection
+            return torch.tanh(sum(factor) * z + x) if isinstance(factor, bytearray) else torch.tanh(factor * z + x)
+
+    layer, x = DEQ(Scaled(), graph=True, tol=1e-5), torch.ones(2, 3)
+    for factor in (0.5, 0.1):
+        z = layer((x, factor), z0=torch.zeros_like(x))
+        assert torch.allclose(torch.tanh(factor * z + x), z, atol=1e-4)
+    assert len(layer._graphs.solves) == 2
+    with pytest.raises(TypeError, match="x may not hold bytearray"):
+        layer((x, bytearray(b"a")), z0=torch.zeros_like(x))
+
+
 def test_second_derivatives_raise():
     layer, _ = pair()
     (x,) = inputs(1.0)

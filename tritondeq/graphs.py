@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .capture import Linearised
-from .layout import Layout
+from .layout import Layout, describe
 from .loop import Look, Settings, keep_autocast, plan_steps
 from .solution import Solution
 
@@ -90,7 +90,15 @@ class Call:
 
 
 def _describe(leaf: Any) -> Any:
-    return (leaf.shape, leaf.dtype, leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype, leaf.requires_grad
+    try:
+        hash(leaf)
+    except TypeError as error:
+        raise TypeError(
+            f"graph=True keeps a solve for each value that is not a tensor, so x may not hold {describe(leaf)}"
+        ) from error
+    return leaf
 
 
 class Graphs:
@@ -104,6 +112,7 @@ class Graphs:
 
         Raises:
             RuntimeError: the cell can't be captured, or uses tensors that are not its own and not its input.
+        TypeError: x holds something that is neither a tensor nor hashable.
         """
         device = call.start.device
         if not can_record(device):

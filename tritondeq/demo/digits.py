@@ -6,14 +6,11 @@ and head, trained alike on the same batches.
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from math import sqrt
 from statistics import mean, stdev
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -23,8 +20,9 @@ from ..fixed_point import fixed_point
 from ..solution import Solution
 from . import pictures
 from .common import QUICK, Options, parameters, spread, synchronize, table, training_memory
+from .results import TEST, Data, Run
 
-CHANNELS, DEPTH, BATCH, TEST = 24, 12, 64, 360
+CHANNELS, DEPTH, BATCH = 24, 12, 64
 TOL, MAX_STEPS = 1e-3, 50
 ALLOWED = range(1, 31)  # steps at test time, of the picture
 LR, WEIGHT_DECAY = 2e-3, 1e-2
@@ -83,47 +81,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     f"weight-tied loop of {DEPTH}": lambda: DEQ(Block(), adjoint=Unrolled(DEPTH)),
 }
 IMPLICIT, STACK, ONE, LOOP = MODELS
-
-
-@dataclass
-class Data:
-    """Images [N, 1, 8, 8] in 0 ... 1 and labels [N], by which the split is stratified."""
-
-    x: Tensor
-    y: Tensor
-    test_x: Tensor
-    test_y: Tensor
-
-    @classmethod
-    def split(cls, seed: int, device: torch.device) -> "Data":
-        images, labels = load_digits(return_X_y=True)
-        parts = train_test_split(images, labels, test_size=TEST, stratify=labels, random_state=seed)
-        x, test_x = (torch.tensor(p, dtype=torch.float32, device=device).view(-1, 1, 8, 8) / 16 for p in parts[:2])
-        y, test_y = (torch.tensor(p, dtype=torch.long, device=device) for p in parts[2:])
-        return cls(x, y, test_x, test_y)
-
-
-@dataclass
-class Run:
-    """One model, trained with one seed: all that tables and pictures are made of. Of test samples where not said."""
-
-    model: str
-    seed: int
-    parameters: int
-    memory: int  # bytes, at the peak of one training step
-    seconds: float  # of training
-    accuracy: float  # %
-    steps: tuple[float, float]  # per sample, before and after training
-    by_allowed: list[float] = field(default_factory=list)  # accuracy in % by steps in ALLOWED; DEQ and loop
-    solves: dict[str, Solution] = field(default_factory=dict)  # DEQ: traced beyond the tolerance, before and after
-    counts: Tensor | None = None  # DEQ: steps of each sample after training
-    guesses: Tensor | None = None  # DEQ
-    converged: float = 0.0  # %, DEQ
-    data: Data | None = None  # DEQ
-
-    @property
-    def label(self) -> str:
-        return f"{self.model} (seed {self.seed}) {self.accuracy:.1f} %"
 
 
 def run(options: Options, finished: list[str]) -> list[Run]:

@@ -5,7 +5,6 @@ A step sees two positions to each side, so a longer string needs more steps: a D
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from statistics import mean
 
 import torch
@@ -17,6 +16,7 @@ from ..adjoints import Unrolled
 from ..fixed_point import fixed_point
 from . import pictures
 from .common import QUICK, Options, parameters, spread, synchronize, table, training_memory
+from .results import Outcome, Score
 
 TRAINED = 20  # bits
 LENGTHS = {20: 128, 40: 128, 80: 128, 160: 128, 320: 64}  # bits: strings tested
@@ -147,32 +147,6 @@ MODELS: dict[str, Callable[[], Net]] = {
     "weight-tied loop": Loop,
 }
 IMPLICIT, STACK, TIED = MODELS
-
-
-@dataclass
-class Score:
-    """Strings of one length."""
-
-    exact: float  # % of strings whose every bit is right
-    bits: float  # % of bits that are right
-    steps: float  # mean per string
-
-
-@dataclass
-class Outcome:
-    """One model, trained with one seed, tested at each length."""
-
-    model: str
-    seed: int
-    parameters: int
-    memory: int  # bytes, at the peak of one training step, of the most blocks that training draws
-    seconds: float  # of training
-    scores: dict[int, Score] = field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        longest = max(self.scores)
-        return f"{self.model} (seed {self.seed}) {self.scores[longest].exact:.0f} % of {longest} bits"
 
 
 def run(options: Options, finished: list[str]) -> list[Outcome]:

@@ -2,17 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from .. import plot
-
-if TYPE_CHECKING:
-    from .digits import Run
-    from .parity import Outcome
+from .results import Outcome, Run
 
 SHOWN = 8  # images at each end
 
@@ -30,7 +27,7 @@ def save(draw: Callable[[Figure], None], path: Path, height: float = 4.0) -> Pat
     return path
 
 
-def digits(runs: "list[Run]", allowed: Sequence[int], tol: float, out: Path) -> list[Path]:
+def digits(runs: list[Run], allowed: Sequence[int], tol: float, out: Path) -> list[Path]:
     """Residual against step and steps per image, of the first seed; accuracy against steps allowed, mean over seeds."""
     first = next(run for run in runs if run.solves)
     return [
@@ -40,12 +37,12 @@ def digits(runs: "list[Run]", allowed: Sequence[int], tol: float, out: Path) -> 
     ]
 
 
-def _residuals(figure: Figure, run: "Run", tol: float) -> None:
+def _residuals(figure: Figure, run: Run, tol: float) -> None:
     ax = plot.residuals(run.solves, tol=tol, ax=figure.subplots())
     ax.set_title("Digits: the DEQ's residual on test images (median, middle 80 %)", fontsize=11)
 
 
-def _steps(figure: Figure, run: "Run") -> None:
+def _steps(figure: Figure, run: Run) -> None:
     top, bottom = figure.subfigures(2, height_ratios=[1, 1.05])
     ax = plot.steps(run.counts, ax=top.subplots())
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -59,7 +56,7 @@ def _steps(figure: Figure, run: "Run") -> None:
             _image(ax, run, i)
 
 
-def _image(ax: Any, run: "Run", i: int) -> None:
+def _image(ax: Any, run: Run, i: int) -> None:
     """A test image, its steps, and what the net took it for if that is wrong."""
     label, guess = run.data.test_y[i].item(), run.guesses[i].item()
     ax.imshow(run.data.test_x[i, 0].cpu().numpy(), cmap="gray_r")
@@ -70,7 +67,7 @@ def _image(ax: Any, run: "Run", i: int) -> None:
     ax.spines[:].set_color("0.8")
 
 
-def _allowed(figure: Figure, runs: "list[Run]", allowed: Sequence[int]) -> None:
+def _allowed(figure: Figure, runs: list[Run], allowed: Sequence[int]) -> None:
     ax = plot.tidy(figure.subplots())
     for model, colour in zip(_models(runs), plot.COLOURS, strict=False):
         own = [run for run in runs if run.model == model]
@@ -84,7 +81,7 @@ def _allowed(figure: Figure, runs: "list[Run]", allowed: Sequence[int]) -> None:
     ax.legend(frameon=False)
 
 
-def parity(outcomes: "list[Outcome]", trained: int, out: Path) -> list[Path]:
+def parity(outcomes: list[Outcome], trained: int, out: Path) -> list[Path]:
     """Exact match against length, steps against length: each seed thin, their mean thick."""
     return [
         save(lambda figure: _exact(figure, outcomes, trained), out / "parity_exact_match.png"),
@@ -92,13 +89,13 @@ def parity(outcomes: "list[Outcome]", trained: int, out: Path) -> list[Path]:
     ]
 
 
-def _exact(figure: Figure, outcomes: "list[Outcome]", trained: int) -> None:
+def _exact(figure: Figure, outcomes: list[Outcome], trained: int) -> None:
     ax = _by_length(figure, outcomes, trained, "exact")
     ax.set(ylabel="strings with every bit right, %", ylim=(-4, 104))
     ax.set_title(f"Prefix parity, trained on {trained} bits: exact match (thin: single seeds)", fontsize=11)
 
 
-def _lengths(figure: Figure, outcomes: "list[Outcome]", trained: int) -> None:
+def _lengths(figure: Figure, outcomes: list[Outcome], trained: int) -> None:
     ax = _by_length(figure, outcomes, trained, "steps")
     ax.set_yscale("log", base=2)
     ax.yaxis.set_major_formatter(ScalarFormatter())
@@ -106,7 +103,7 @@ def _lengths(figure: Figure, outcomes: "list[Outcome]", trained: int) -> None:
     ax.set_title("Prefix parity: steps against length (thin: single seeds)", fontsize=11)
 
 
-def _by_length(figure: Figure, outcomes: "list[Outcome]", trained: int, what: str) -> Any:
+def _by_length(figure: Figure, outcomes: list[Outcome], trained: int, what: str) -> Any:
     ax = plot.tidy(figure.subplots())
     for i, model in enumerate(_models(outcomes)):
         own = [outcome for outcome in outcomes if outcome.model == model]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "torch")
+LEAST = (3, 4)  # Triton's version; older ones lack what the kernels, or their tests, need
 _default = "auto"
 _scoped: ContextVar[str | None] = ContextVar("tritondeq_backend", default=None)
 
@@ -99,6 +100,17 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@cache
+def too_old() -> str | None:
+    """Why this Triton can't run the kernels, or None; imports it."""
+    import triton
+
+    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if found >= LEAST:
+        return None
+    return f"triton {triton.__version__} is installed, and the kernels need {'.'.join(map(str, LEAST))} or later"
+
+
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU; the variable is Triton's own, read at its import."""
     return has_triton() and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
@@ -113,7 +125,7 @@ def pick(name: str, device: torch.device, **problem) -> tuple[Op | StepsOp | Non
         problem: What the op's `refuses` wants to know.
 
     Raises:
-        RuntimeError: backend "triton" is forced for tensors on which it can't run.
+        RuntimeError: backend "triton" is forced for tensors on which it can't run, or Triton is too old.
     """
     cuda = device.type == "cuda"
     if chosen() == "torch":
@@ -127,6 +139,11 @@ def pick(name: str, device: torch.device, **problem) -> tuple[Op | StepsOp | Non
             f"backend 'triton' can't run on {device.type} tensors: move them to CUDA, or set TRITON_INTERPRET=1 "
             "before triton is imported to use its (slow) interpreter"
         )
+    reason = too_old()
+    if reason:
+        if chosen() == "triton":
+            raise RuntimeError(f"backend 'triton' can't run: {reason}")
+        return None, reason
     op = load(name)
     reason = op.refuses(**problem)
     if reason:

@@ -133,3 +133,23 @@ def test_forcing_triton_without_a_gpu_or_interpreter_raises(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     with tdeq.backend("triton"), pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
         DEQ(Affine(8))(torch.randn(2, 8))
+
+
+def test_a_triton_that_is_too_old_is_said(monkeypatch, device):
+    """Torch 2.6 brings Triton 3.2, in which the kernels would not compile."""
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", "3.2.0")
+    dispatch.too_old.cache_clear()
+    try:
+        assert dispatch.pick("picard", torch.device("cuda"), width=3, dtype=torch.float32) == (
+            None,
+            "triton 3.2.0 is installed, and the kernels need 3.4 or later",
+        )
+        with tdeq.backend("triton"), pytest.raises(RuntimeError, match="can't run: triton 3.2.0.*need 3.4"):
+            DEQ(Affine(4).to(device))(torch.zeros(2, 4, device=device))
+        monkeypatch.setattr(triton, "__version__", "3.10.1+git1")
+        dispatch.too_old.cache_clear()
+        assert dispatch.too_old() is None
+    finally:
+        dispatch.too_old.cache_clear()

@@ -28,6 +28,9 @@ TAKES |= {
 }
 
 
+SPILLS = {"sm90 broyden:_measure_kernel N1048576 fp32 cell fp32 memory5": 2}  # with Triton 3.4 and 3.5, none since
+
+
 def step_jobs():
     cases = [
         (90, *case) for case in [(64, 4, 4, 5), (8192, 4, 2, 8), (1 << 20, 4, 4, 5), (4096, 8, 8, 8), (999, 8, 8, 1)]
@@ -67,7 +70,7 @@ def test_machine_code(found, name):
     """No spills, and room for a second program on a multiprocessor, to hide the latency of memory behind."""
     seen, job = found[name], JOBS[name]
     assert "error" not in seen, seen["error"]
-    assert seen["total"].get("LDL", 0) + seen["total"].get("STL", 0) == 0
+    assert seen["total"].get("LDL", 0) + seen["total"].get("STL", 0) <= SPILLS.get(name, 0)
     if job["types"]["z_ptr"] == "*fp32":
         assert seen["registers"] * job["num_warps"] * 32 <= 65536 // 2
     assert seen["shared"] <= 4096

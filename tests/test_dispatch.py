@@ -40,6 +40,28 @@ def test_triton_and_torch_agree(solver, activation, device):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
 
 
+def test_a_solver_with_steps_of_its_own_inherits_no_kernel(device):
+    class Halved(Picard):
+        def step(self, memory, z, y, g, seen, rules):
+            return z + 0.5 * g
+
+    class Renamed(Picard):
+        pass
+
+    cell, x = Affine(8).to(device), torch.randn(3, 8, device=device)
+    injection = cell.inject(x)
+    solvers = Halved(), Picard(damping=0.5), Renamed(damping=0.5)
+    with tdeq.backend("triton"):
+        whole = [DEQ(cell, solver=solver, tol=1e-5, max_steps=200).solve(x) for solver in solvers]
+        stepwise = [
+            tdeq.fixed_point(lambda z: cell(z, injection), x, solver=solver, tol=1e-5, max_steps=200)
+            for solver in solvers
+        ]
+    for halved, picard, renamed in (whole, stepwise):
+        assert "launch" not in halved.path and "launch" in picard.path and "launch" in renamed.path
+        assert (halved.steps - picard.steps).abs().max() <= 1 and torch.equal(renamed.steps, picard.steps)
+
+
 def test_second_derivatives_through_the_kernel(device):
     layer = DEQ(Affine(8), tol=1e-6, max_steps=100).to(device)
     x = torch.randn(4, 8, device=device, requires_grad=True)

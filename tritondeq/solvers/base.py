@@ -18,6 +18,15 @@ class Solver(ABC):
 
     fused_steps: ClassVar[str | None] = None
 
+    def __init_subclass__(cls, **options: Any):
+        """A subclass with a `step` of its own inherits no kernels: they would take its parent's."""
+        super().__init_subclass__(**options)
+        if "step" in vars(cls):
+            if "fused_steps" not in vars(cls):
+                cls.fused_steps = None
+            if "fused" not in vars(cls):
+                cls.fused = Solver.fused
+
     @abstractmethod
     def init(self, z: Tensor, mask: Tensor | None) -> Any:
         """Working memory for a solve that starts at `z` [B, N]; `mask` [B, N] bool marks the elements that count."""

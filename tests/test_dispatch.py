@@ -158,7 +158,7 @@ def test_forcing_triton_without_a_gpu_or_interpreter_raises(monkeypatch):
 
 
 def test_a_triton_that_is_too_old_is_said(monkeypatch, device):
-    """Torch 2.6 brings Triton 3.2, in which the kernels would not compile."""
+    """Torch 2.6 brings Triton 3.2, in which the kernels do not run."""
     import triton
 
     monkeypatch.setattr(triton, "__version__", "3.2.0")

@@ -12,7 +12,8 @@ import torch
 
 import tritondeq as tdeq
 from tritondeq.bench import __main__ as bench
-from tritondeq.bench import measure, memory, report, rivals, solves, steps
+from tritondeq.bench import choices, measure, memory, report, rivals, solves, steps
+from tritondeq.kernels import rules
 
 CPU = torch.device("cpu")
 MOST = [("Picard", tdeq.Picard()), ("Anderson(5)", tdeq.Anderson(memory=5))]
@@ -264,3 +265,12 @@ def test_benches_run_under_pytest_benchmark(tmp_path):
     assert run.returncode == 0, run.stdout
     measured = {b["name"] for b in json.loads((tmp_path / "b.json").read_text())["benchmarks"]}
     assert "test_step[32x64-Picard]" in measured
+
+
+def test_tables_behind_the_options():
+    """Each at a size of its own choice: what NOTES.md concludes from them holds."""
+    _, *rows = choices.safeguard(factors=(2.0, 100.0), seeds=1)
+    assert all(float(at_2[:-1]) <= float(at_100[:-1]) for *_, at_2, at_100 in rows) and rules.SAFEGUARD == 100
+    ((_, _, fresh, reused),) = choices.reuse(gains=(1.2,), memories=(40,), seeds=6)[1:]
+    assert float(reused) < 0.85 * float(fresh)
+    assert all(whole == half for *_, whole, half in choices.half(gains=(0.5, 0.9), tols=(1e-3,))[1:])

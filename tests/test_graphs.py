@@ -4,6 +4,8 @@ That holds what is copied where, when a captured point is stale, and what is ref
 """
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -129,6 +131,20 @@ def test_most_steps_that_fill_no_chunk(most):
 
     _, steps, status, _ = both(layers, work)
     assert (steps == most).all() and (status == tdeq.Status.MAX_STEPS).all()
+
+
+def test_a_call_is_not_kept_alive():
+    """Neither its input, with the graph behind it, nor its solution, once the caller has let go."""
+    layer, _ = pair()
+    (x,) = inputs(1.0)
+    before = x * 2
+    watched = weakref.ref(before)
+    z = layer(before)
+    z.sum().backward(retain_graph=True)
+    points = [weakref.ref(p) for p in gc.get_objects() if type(p) is graphs.CapturedPoint]
+    del before, z
+    gc.collect()
+    assert watched() is None and points and all(p() is None for p in points)
 
 
 def test_training_in_place():

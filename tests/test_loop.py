@@ -81,3 +81,16 @@ def test_no_room_is_said_with_what_to_do(name, monkeypatch):
             tdeq.fixed_point(lambda z: 0.5 * z + 1, z0, solver=Anderson())
     assert tdeq.fixed_point(lambda z: 0.5 * z + 1, z0, solver=Picard()).converged.all()
     assert tdeq.fixed_point(lambda z: 0.5 * z + 1, z0, solver=Anderson()).converged.all()
+
+
+def test_rings_are_handed_on_with_the_oldest_first():
+    """Evaluation k > 1 wrote k into slot (k - 2) % 4 until the sample stopped: empty slots come first, then by age."""
+    steps = torch.tensor([1, 2, 3, 5, 6, 9, 12])
+    ring = torch.zeros(len(steps), 4, 1)
+    for b, stop in enumerate(steps.tolist()):
+        for k in range(2, stop):
+            ring[b, (k - 2) % 4] = k
+    ordered = loop._oldest_first(ring, steps.int()).squeeze(2)
+    for row, stop in zip(ordered.tolist(), steps.tolist(), strict=True):
+        written = list(range(2, stop))[-4:]
+        assert row == [0] * (4 - len(written)) + written

@@ -91,7 +91,7 @@ class Call:
 
 def _describe(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
-        return leaf.shape, leaf.dtype, leaf.requires_grad
+        return leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad
     try:
         hash(leaf)
     except TypeError as error:
@@ -112,7 +112,7 @@ class Graphs:
 
         Raises:
             RuntimeError: the cell can't be captured, or uses tensors that are not its own and not its input.
-        TypeError: x holds something that is neither a tensor nor hashable.
+            TypeError: x holds something that is neither a tensor nor hashable.
         """
         device = call.start.device
         if not can_record(device):
@@ -194,9 +194,7 @@ class Captured:
             self.pull = record(pull)
 
     def hold(self, owner: Any, args: tuple, masks: Any) -> None:
-        """Copies in what a call brought along."""
-        if self.holder is owner:
-            return
+        """Copies in what a call brought along; `owner` is a token, for this outlives the call."""
         pairs = zip(pytree.tree_leaves(self.args), pytree.tree_leaves(args), strict=True)
         with torch.no_grad():
             for mine, theirs in pairs:
@@ -207,7 +205,7 @@ class Captured:
         self.holder = owner
 
     def solve(self, call: Call) -> tuple[Tensor, Solution]:
-        self.hold(call, call.args, call.f.masks.masks)
+        self.hold(None, call.args, call.f.masks.masks)
         self.start.copy_(call.start)
         return self.forward(call.settings.keep)
 
@@ -216,9 +214,9 @@ class _Chunks:
     """A captured solve of z = f(z), from the static `start` on."""
 
     def __init__(self, record: Recorder, f: Callable[[Tensor], Tensor], start: Tensor, settings: Settings):
-        op, self.how = plan_steps(settings.solver, start.device, start.shape[1], start.dtype)
+        op, why = plan_steps(settings.solver, start.device, start.shape[1], start.dtype)
         if op is None:
-            raise Refused(f"graph=True needs a solver whose steps are fused: {self.how}")
+            raise Refused(f"graph=True needs a solver whose steps are fused: {why}")
         options = asdict(settings.solver)
         steps = self.steps = op.start(start, settings.keep, settings.tol, settings.max_steps, "identity", **options)
         self.most = -(-settings.max_steps // CHUNK)
@@ -257,7 +255,7 @@ class CapturedPoint:
     seen_through = False
 
     def __init__(self, captured: Captured, call: Call, z: Tensor):
-        self.captured, self.z, self.keep = captured, z, call.settings.keep
+        self.captured, self.z, self.keep, self.token = captured, z, call.settings.keep, object()
         self.masks, leaves = dict(call.f.masks.masks), pytree.tree_leaves(call.args)
         self.args = pytree.tree_map_only(Tensor, Tensor.detach, call.args)
         sources = captured.sources if captured.differentiable else []
@@ -266,8 +264,8 @@ class CapturedPoint:
 
     def _hold(self) -> Captured:
         captured = self.captured
-        if captured.holder is not self:
-            captured.hold(self, self.args, self.masks)
+        if captured.holder is not self.token:
+            captured.hold(self.token, self.args, self.masks)
             captured.z.copy_(self.z)
             captured.point()
         return captured

@@ -58,7 +58,7 @@ def iterate(
             z = steps.onward(left)
         best, status, count, residual = steps.finish()
         if settings.leaves is not None:
-            settings.leaves.rings = steps.estimate()
+            settings.leaves.rings = tuple(_oldest_first(ring, count) for ring in steps.estimate())
     solution = Solution(None, status, count, residual, path=f"loop, {how}" if op else "loop")
     solution.trace = torch.stack(residuals) if trace else None
     return best, solution
@@ -88,6 +88,14 @@ def _start(op: Any, z: Tensor, settings: Settings, tail: str) -> Any:
     if settings.estimate is not None:
         steps.resume(settings.estimate.rings)
     return steps
+
+
+def _oldest_first(ring: Tensor, steps: Tensor) -> Tensor:
+    """A copy of `ring` [B, m, N], into whose slot (k - 2) % m evaluation k wrote, as one that is written from its first
+    slot on: what overwrites it takes empty slots first, then the oldest."""
+    m = ring.shape[1]
+    order = (torch.arange(m, device=ring.device) + steps.long().unsqueeze(1) - 2) % m
+    return ring.gather(1, order.unsqueeze(2).expand_as(ring))
 
 
 class _Steps:

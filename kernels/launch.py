@@ -11,32 +11,40 @@ LARGE = 4096  # rows from which throughput matters more than latency
 PROGRAMS = {16: 8, 32: 8, 64: 8, 128: 4, 256: 1}  # on one multiprocessor, by width
 
 
-def affine(*, batch: int, features: int, terms: int, memory: int, shared: int = SHARED) -> dict | None:
-    """Of the whole-solve affine op; None where W does not fit in `shared` bytes.
+def block(width: int) -> int:
+    """Least power of two that holds it, and that a dot can take."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def rows(*, batch: int, shapes: list[tuple[int, int]], terms: int, memory: int, shared: int = SHARED) -> dict | None:
+    """Of a whole solve row by row, by a cell with weights [out, in] of these shapes; None where they don't fit in
+    `shared` bytes.
 
     Few rows in a tile (BLOCK_B) give latency, many give throughput until registers spill: these are the largest tiles
-    that don't, as tests/kernels/test_offline.py checks. Where the terms of W don't fit together all but the first are
-    streamed (STREAM), BLOCK_K rows at a time.
+    that don't, as tests/kernels/test_offline.py checks. Where the terms of a lone W don't fit together all but the
+    first are streamed (STREAM), BLOCK_K rows at a time. Half a tile is idle before its lanes take new rows (REFILL):
+    that costs about as much as one and a half steps, for which 16 rows of 15 steps lose least if 7 wait.
     """
-    block_d = max(16, 1 << (features - 1).bit_length())
+    block_d = block(shapes[0][1])
+    wide = max(block(n) for shape in shapes for n in shape)
+    lone = len(shapes) == 1
     block_k = min(64, block_d)
 
     def bytes_of(block_b: int, resident: int) -> int:
-        tile = 4 * block_b * block_d  # on its way between the layouts of memory and tensor cores
+        tile = 4 * block_b * wide  # on its way between the layouts of memory and tensor cores
         if resident < terms:
             tile = max(tile, 2 * block_k * (block_d + block_b))
-        return 2 * resident * block_d**2 + tile + 1024
+        return 2 * resident * sum(block(n) * block(m) for n, m in shapes) + tile + 1024
 
-    stream = bytes_of(16, terms) > shared
-    if stream and bytes_of(16, 1) > shared:
+    stream = lone and bytes_of(16, terms) > shared
+    if bytes_of(16, 1 if stream else terms) > shared:
         return None
     block_b = 16
-    if batch > LARGE and not memory and not stream:
-        large = 32 if block_d == 256 or (block_d == 128 and terms > 1) else 64
+    if batch > LARGE and lone and not memory and not stream:
+        large = 32 if wide == 256 or (wide == 128 and terms > 1) else 64
         block_b = large if bytes_of(large, terms) <= shared else 16
-    warps = {16: 4 if memory else 1, 32: 4 if memory else 1, 64: 4, 128: 8 if memory or block_b == 64 else 4, 256: 8}[
-        block_d
-    ]
+    few = 4 if memory or not lone else 1
+    warps = {16: few, 32: few, 64: 4, 128: 8 if memory or block_b == 64 or not lone else 4}.get(wide, 8)
     if block_b == 64:
         warps = max(warps, 4)
     return {
@@ -44,9 +52,10 @@ def affine(*, batch: int, features: int, terms: int, memory: int, shared: int = 
         "BLOCK_D": block_d,
         "BLOCK_K": block_k,
         "STREAM": stream,
+        "REFILL": block_b // 2,
         "num_warps": warps,
         "num_stages": 1,
-        "programs": PROGRAMS[block_d],
+        "programs": PROGRAMS.get(wide, 1),
     }
 
 
@@ -59,7 +68,7 @@ def steps(*, width: int, itemsize: int) -> dict:
     return {"BLOCK_N": block, "SPLITS": splits, "num_warps": max(1, block * itemsize // 1024)}
 
 
-SHAPES: dict[str, Callable[..., dict | None]] = {"affine": affine, "picard": steps, "anderson": steps, "broyden": steps}
+SHAPES: dict[str, Callable[..., dict | None]] = {"affine": rows, "picard": steps, "anderson": steps, "broyden": steps}
 
 
 def parameters(op: str, **shape) -> dict | None:

@@ -157,78 +157,6 @@ def row_sums(tiles, N: tl.constexpr, INTERP: tl.constexpr):
 
 
 @triton.jit
-def load_matrix(w_ptr, rows, cols, D: tl.constexpr, TRANSPOSE: tl.constexpr, INTERP: tl.constexpr):
-    """Tile [rows, cols] of W [D, D], or of W', zero beyond D: what tl.dot multiplies by from the right."""
-    offs = cols[None, :] * D + rows[:, None] if TRANSPOSE else rows[:, None] * D + cols[None, :]
-    w = tl.load(w_ptr + offs, mask=(rows[:, None] < D) & (cols[None, :] < D), other=0.0)
-    return w.to(tl.float32) if INTERP else w
-
-
-@triton.jit
-def dot_resident(acc, d, w, N: tl.constexpr):
-    """acc + d W, for the N terms of W in shared memory."""
-    for t in tl.static_range(N):
-        acc = tl.dot(d, w[t], acc)
-    return acc
-
-
-@triton.jit
-def dot_streamed(
-    acc,
-    d,
-    d_ptr,  # scratch of this program, [BLOCK_B, BLOCK_D]: a tile in registers can't be sliced
-    w_ptr,  # [TERMS, D, D]
-    D: tl.constexpr,
-    TERMS: tl.constexpr,
-    TRANSPOSE: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    INTERP: tl.constexpr,
-):
-    """acc + d W, for all terms of W but the first, read from memory."""
-    offs_b = tl.arange(0, BLOCK_B)[:, None] * BLOCK_D
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_k = tl.arange(0, BLOCK_K)
-    tl.debug_barrier()
-    tl.store(d_ptr + offs_b + offs_d[None, :], d)
-    tl.debug_barrier()
-    for t in tl.static_range(1, TERMS):
-        for k in range(0, BLOCK_D, BLOCK_K):
-            part = tl.load(d_ptr + offs_b + k + offs_k[None, :])
-            acc = tl.dot(part, load_matrix(w_ptr + t * D * D, k + offs_k, offs_d, D, TRANSPOSE, INTERP), acc)
-    return acc
-
-
-@triton.jit
-def dot_whole(
-    acc,
-    z,
-    w,
-    d_ptr,
-    w_ptr,
-    D: tl.constexpr,
-    TERMS: tl.constexpr,
-    STREAM: tl.constexpr,
-    TRANSPOSE: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    INTERP: tl.constexpr,
-):
-    """acc + z W for a z that is no increment: at most three bf16 parts hold all its bits, and a zero needs none."""
-    parts = 0
-    while (parts < 3) & (tl.sum(tl.sum((z != 0.0).to(tl.int32), 1), 0) > 0):
-        parts += 1
-        d, near = bf16_pair(z, INTERP)
-        z -= near
-        acc = dot_resident(acc, d, w, 1 if STREAM else TERMS)
-        if STREAM:
-            acc = dot_streamed(acc, d, d_ptr, w_ptr, D, TERMS, TRANSPOSE, BLOCK_B, BLOCK_D, BLOCK_K, INTERP)
-    return acc
-
-
-@triton.jit
 def rules_start(tol, BLOCK_B: tl.constexpr):
     """(best, bar, first, peak, mark) of rows that nothing is known of: see rules.py."""
     unknown = tl.full((BLOCK_B,), INF, tl.float32)
@@ -237,24 +165,24 @@ def rules_start(tol, BLOCK_B: tl.constexpr):
 
 
 @triton.jit
-def rules_update(state, k, r, s, counts, FLOOR: tl.constexpr):
-    """Takes the norms of evaluation k; returns (rel, improved, state).
+def rules_update(state, k, r, s, live, counts, FLOOR: tl.constexpr):
+    """Takes the norms of evaluation k where `live`; returns (rel, improved, state).
 
-    Where `counts` is false the evaluation is not exact enough to become the best.
+    Where `counts`, which is within `live`, is false the evaluation is not exact enough to become the best.
     """
     best, bar, first, peak, mark = state
     rel = r / (s + EPS)
     improved = (rel < best) & counts
     best = tl.where(improved, rel, best)
-    if k == 1:
-        first = s
-        peak = r
-        mark = best
-    if k % WINDOW == 0:
-        stalled = (best > PROGRESS * mark) & (best <= FLOOR)
-        bar = tl.where(stalled | ~(rel < INF), INF, bar)
-        peak = tl.where(r > peak, r, peak)
-        mark = best
+    begins = live & (k == 1)
+    first = tl.where(begins, s, first)
+    peak = tl.where(begins, r, peak)
+    mark = tl.where(begins, best, mark)
+    ends = live & (k % WINDOW == 0)
+    stalled = (best > PROGRESS * mark) & (best <= FLOOR)
+    bar = tl.where(ends & (stalled | ~(rel < INF)), INF, bar)
+    peak = tl.where(ends & (r > peak), r, peak)
+    mark = tl.where(ends, best, mark)
     return rel, improved, (best, bar, first, peak, mark)
 
 

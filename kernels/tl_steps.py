@@ -51,7 +51,7 @@ def judge(stats_ptr, flags_ptr, left_ptr, b, B, limit, rr, ss, FLOOR: tl.constex
     tl.debug_barrier()  # every warp has read what one thread is about to overwrite
     r = tl.sqrt(rr)
     s = tl.sqrt(ss)
-    rel, improved, state = rules_update((best, bar, first, peak, mark), k, r, s, s == s, FLOOR)
+    rel, improved, state = rules_update((best, bar, first, peak, mark), k, r, s, k > 0, k > 0, FLOOR)
     best, bar, first, peak, mark = state
     go = (best > bar) & (k < limit)
     tl.store(stats + BEST * B, best)

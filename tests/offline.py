@@ -47,8 +47,9 @@ def inspect(kernel: str, chip: int, types: dict, constants: dict, **options) -> 
     Args:
         kernel: "module:function".
         chip: 80, 90 or 100.
-        types: Triton type of each argument that is no constant; pointers are taken as aligned to 16 bytes.
-        constants: Value of each constexpr.
+        types: Triton type of each argument that is no constant, or a list of them; pointers are taken as aligned to 16
+            bytes.
+        constants: Value of each constexpr; "module:function" stands for the function.
         options: num_warps, num_stages.
     Returns:
         registers, shared (bytes), hot: instruction counts of the innermost loop that has tensor-core instructions and a
@@ -58,10 +59,13 @@ def inspect(kernel: str, chip: int, types: dict, constants: dict, **options) -> 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    module, name = kernel.split(":")
-    fn = getattr(importlib.import_module(module), name)
-    signature = {arg: "constexpr" if arg in constants else types[arg] for arg in fn.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, arg in enumerate(fn.arg_names) if signature[arg].startswith("*")}
+    fn, constants = _named(kernel), {name: _named(value) for name, value in constants.items()}
+    signature = {arg: "constexpr" if arg in constants else _tuples(types[arg]) for arg in fn.arg_names}
+    aligned = {}
+    for i, kind in enumerate(signature.values()):
+        for path, one in ((i,), kind), *(((i, j), one) for j, one in enumerate(kind)):
+            if one[:1] == "*" and len(one) > 1:
+                aligned[path] = [["tt.divisibility", 16]]
     source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=aligned)
     try:
         made = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options | {"enable_fp_fusion": True})
@@ -89,6 +93,18 @@ def inspect(kernel: str, chip: int, types: dict, constants: dict, **options) -> 
         "hot": min(loops, key=lambda loop: loop[0])[1] if loops else None,
         "total": _count(code, 0, 1 << 30),
     }
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def _named(value):
+    """The function that "module:function" names; of a list, a tuple."""
+    if not isinstance(value, str) or ":" not in value:
+        return _tuples(value)
+    module, name = value.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _has_root(code, start: int, end: int) -> bool:

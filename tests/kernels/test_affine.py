@@ -7,6 +7,7 @@ from close import FLOOR, assert_as_eager, assert_residual, error
 
 from tritondeq.kernels import affine as op
 from tritondeq.kernels import launch
+from tritondeq.kernels.rows import bf16_terms
 from tritondeq.kernels.rules import CONVERGED, GROWING, MAX_STEPS, NONFINITE, PLATEAU, WINDOW
 
 # B, D, activation, terms: every size, activation and count of terms, not their product
@@ -50,7 +51,7 @@ def dense_adjoint(w, pre, g, activation):
 
 
 def true_residual(w, u, z, activation, terms):
-    w = op.bf16_terms(w, terms).double().sum(0)  # the W that the kernel solves for
+    w = bf16_terms(w, terms).double().sum(0)  # the W that the kernel solves for
     f = op.ACTIVATIONS[activation](u.double() + z.double() @ w.T)
     return (f - z).norm(dim=1) / (f.norm(dim=1) + 1e-30)
 
@@ -313,10 +314,15 @@ def outcomes(w, u, pre, **settings):
     return *op.affine_solve(w, u, **settings), *op.affine_adjoint(w, pre, u, **settings)
 
 
-@pytest.mark.parametrize("features, batch, memory", [(17, 37, 0), (17, 37, 2), (256, 18, 0)])
-def test_rows_do_not_depend_on_their_batch(device, monkeypatch, features, batch, memory):
-    # the interpreter's BLAS treats the rows of small matrices differently; a tensor core does not
+@pytest.fixture
+def rows_alone(monkeypatch):
+    """The interpreter's BLAS treats the rows of small matrices differently; a tensor core does not."""
     monkeypatch.setattr("numpy.matmul", lambda a, b, dtype: np.einsum("ik,kj->ij", a, b, dtype=dtype))
+
+
+@pytest.mark.usefixtures("rows_alone")
+@pytest.mark.parametrize("features, batch, memory", [(17, 37, 0), (17, 37, 2), (256, 18, 0)])
+def test_rows_do_not_depend_on_their_batch(device, features, batch, memory):
     w, u = problem(batch, features, device)
     u[: batch // 2] *= torch.logspace(-3, 1, batch // 2, device=device)[:, None]  # a spread of depths
     pre = torch.randn_like(u)
@@ -334,22 +340,37 @@ def test_rows_do_not_depend_on_their_batch(device, monkeypatch, features, batch,
         assert torch.equal(seen[:batch], expected)
 
 
-@pytest.mark.parametrize("programs", [1, 2])
-def test_programs_share_tiles(device, monkeypatch, programs):
-    w, u = restless(16, device, batch=50)  # tiles are solved again, and leave nothing of that to the next one
-    pre = torch.randn_like(u)
+@pytest.mark.usefixtures("rows_alone")
+@pytest.mark.parametrize("memory", [0, 2])
+@pytest.mark.parametrize("programs, refill", [(1, 0), (1, 8), (1, 15), (2, 8)])
+def test_lanes_take_new_rows(device, monkeypatch, programs, refill, memory):
+    """Rows of many depths, of which some are solved again, leave nothing of that to the row that takes their lane."""
+    w, u = restless(16, device, batch=50)
+    u[::7] *= 1e-3
+    z0, pre = torch.randn_like(u), torch.randn_like(u)
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 1)
-    settings = options(activation="identity", max_steps=20)
-    whole = outcomes(w, u, pre, **settings)
-    monkeypatch.setitem(launch.PROGRAMS, 16, programs)
-    for seen, expected in zip(outcomes(w, u, pre, **settings), whole, strict=True):
+    settings = options(activation="identity", max_steps=20, memory=memory)
+
+    def outcome():
+        return outcomes(w, u, pre, **settings) + op.affine_solve(w, u, z0, **settings)
+
+    whole = outcome()
+    rows, configured = launch.rows, []
+
+    def sharing(**shape):
+        configured.append(rows(**shape) | {"programs": programs, "REFILL": refill})
+        return configured[-1].copy()
+
+    monkeypatch.setitem(launch.SHAPES, "affine", sharing)
+    for seen, expected in zip(outcome(), whole, strict=True):
         assert torch.equal(seen, expected)
+    assert len(configured) == 3
 
 
 def test_terms_of_w():
     w = torch.randn(31, 31)
     for terms, bound in ((1, 2**-8), (2, 2**-16), (3, 2**-23)):
-        parts = op.bf16_terms(w, terms)
+        parts = bf16_terms(w, terms)
         assert parts.dtype == torch.bfloat16
         assert ((parts.double().sum(0) - w).abs() <= bound * w.abs()).all()
 

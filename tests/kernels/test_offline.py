@@ -1,5 +1,6 @@
 """What ptxas makes of every kernel at every launch that we ship, on chips that are not here."""
 
+import importlib
 import itertools
 
 import offline
@@ -8,9 +9,6 @@ import pytest
 from tritondeq.kernels import launch
 
 TYPES = {
-    "w_ptr": "*bf16",
-    "u_ptr": "*fp32",
-    "pre_ptr": "*fp32",
     "z0_ptr": "*fp32",
     "d_ptr": "*bf16",
     "z_ptr": "*fp32",
@@ -39,6 +37,25 @@ SPILLS = {
 }
 
 
+def rows_job(chip, op, adj, config, features, shapes, vectors, inputs, terms, memory, act):
+    """A whole solve as `Rows.solve` launches it."""
+    rows = getattr(importlib.import_module(f"tritondeq.kernels.{op}"), "ADJOINT" if adj else "SOLVE")
+    config.pop("programs")
+    options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
+    kinds = {"w_ptrs": ["*bf16"] * len(shapes), "v_ptrs": ["*fp32"] * len(vectors), "x_ptrs": ["*fp32"] * len(inputs)}
+    constants = rows.constants(features, shapes, vectors, [(width, width) for width in inputs])
+    constants |= config | {"ACT": act, "HAS_Z0": not adj, "TERMS": terms, "MEMORY": memory, "INTERP": False}
+    constants |= {name: f"tritondeq.kernels.{op}:{constants[name].__name__}" for name in ("START", "STEP")}
+    types = TYPES | kinds
+    return {
+        "kernel": "tritondeq.kernels.rows:rows_kernel",
+        "chip": chip,
+        "types": types,
+        "constants": constants,
+        **options,
+    }
+
+
 def affine_jobs():
     small, large = 1, 1 << 20
     both = (False, True)
@@ -57,26 +74,12 @@ def affine_jobs():
     cases = [(90, *case) for case in wide] + [(chip, *case) for chip in (80, 100) for case in narrow]
     jobs = {}
     for chip, features, terms, memory, batch, act, adj in cases:
-        config = launch.parameters("affine", batch=batch, features=features, terms=terms, memory=memory)
+        config = launch.parameters("affine", batch=batch, shapes=[(features, features)], terms=terms, memory=memory)
         name = f"D{features} terms{terms} memory{memory} {act} {'adjoint' if adj else 'solve'} tile{config['BLOCK_B']}"
-        config.pop("programs")
-        options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
-        constants = config | {
-            "D": features,
-            "ACT": act,
-            "ADJ": adj,
-            "HAS_Z0": not adj,
-            "TERMS": terms,
-            "MEMORY": memory,
-            "INTERP": False,
-        }
-        jobs[f"sm{chip} {name}"] = {
-            "kernel": "tritondeq.kernels.affine:_solve_kernel",
-            "chip": chip,
-            "types": TYPES,
-            "constants": constants,
-            **options,
-        }
+        inputs = [features] * (1 + adj)
+        jobs[f"sm{chip} {name}"] = rows_job(
+            chip, "affine", adj, config, features, [(features, features)], [], inputs, terms, memory, act
+        )
     return jobs
 
 

@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 
 from tritondeq.kernels import tl_common as tc
-from tritondeq.kernels.affine import _anderson_weights
 from tritondeq.kernels.dispatch import interpreting
+from tritondeq.kernels.rows import _anderson_weights
 from tritondeq.kernels.rules import SAFEGUARD
 from tritondeq.kernels.tl_anderson import anderson_step, cholesky_solve
 

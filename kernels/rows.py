@@ -1,0 +1,354 @@
+"""The skeleton of every whole-solve kernel: rows z [B, D] that are solved alone, all steps of a solve in one launch.
+
+A program keeps the cell's weights in shared memory and a tile of rows in registers, and iterates each row until it has
+stopped. When all but REFILL rows of a tile have, they are stored and their lanes take the next of the program's share
+of the batch, so that cost follows the mean number of steps and not the largest. A row depends on no other, so this
+changes no result. Bytes per call: what is told of a row and what comes out once, weights once per program; nothing per
+step.
+
+A cell is two pairs of jitted functions, for the solve and for its adjoint:
+
+    start(inputs, vectors, D, ACT, INTERP) -> carry
+        what the cell keeps of a row whose z is 0: a tuple of tiles [BLOCK_B, .] and vectors [BLOCK_B]. Inputs are tiles
+        of the injection; in the adjoint, of the cotangent and of what the cell saved at the solution.
+    step(z, d, go, inputs, vectors, carry, w, D, ACT, INTERP) -> f, carry
+        f at z, an increment d (bf16) after its last call; z is the sum of all d to the bit. Where `go` is False, d is
+        zero and nothing that f is made of may change.
+
+Delta form: a cell carries acc = W z + u in fp32, and only bf16 increments go through the tensor cores (`tl_rows.feed`
+makes them of what is no increment yet). What rounding takes from one comes back in the next, so the fixed point is
+accurate to fp32. Weights are sums of 1 to 3 bf16 terms; two leave a relative error of 2^-17, 2^-16 at worst.
+
+STREAM, where the terms of a cell's only matrix don't fit together: W0 stays, and carry[0] = u + W0 z + W1 zs with zs
+behind z. `lag` is z - zs, and `drift` bounds its norm by the sum of the steps in it. A row pushes its lag through W1,
+which is read from L2, when drift passes LAG / 2 * max(defect, tol * norm). An evaluation can only become the best one,
+and so stop its row, where drift <= LAG * max(defect, tol * norm): its residual is then off by at most LAG * ||W1|| of
+max(residual, tol), where ||W1|| is about 2^-9 ||W||, that is 3% at ||W|| = 1.
+
+The best iterate is the last one, unless a row failed: then that row is solved a second time, up to its best. That is
+the same to the bit, and costs a solve that succeeds neither time nor registers.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .dispatch import interpreting
+from .rules import SAFEGUARD, Rules
+from .tl_anderson import anderson_step
+from .tl_common import FLOOR, WINDOW, bf16_pair, row_sums, rules_start, rules_status, rules_update
+from .tl_rows import choose, copies, dot_streamed, load_inputs, load_terms, load_vector
+
+MEMORY = 4  # most differences that Anderson can store in registers
+RIDGE = 4e-7  # least ridge in fp32: the rounding of a Gram matrix of unit diagonal
+LAG = tl.constexpr(16.0)
+
+
+def iterate(f, z: Tensor, tol, max_steps, damping, memory, ridge) -> tuple[Tensor, Rules]:
+    """The kernel's loop in torch: (kept z, rules) of z = f(z) for rows z [B, D]."""
+    rules = Rules(len(z), z.dtype, z.device, tol)
+    kept, pairs, step, last = z, [], None, None
+    for k in range(1, max_steps + 1):
+        image = f(z)
+        defect = image - z
+        rel, improved = rules.update(k, defect.norm(dim=-1), image.norm(dim=-1))
+        kept = torch.where(improved[:, None], z, kept)
+        if k == max_steps or not rules.active.any():
+            break
+        if memory and k > 1:
+            pairs = [*pairs, (step, defect - last)][-memory:]
+        step, last = damping * defect, defect
+        if pairs:
+            dx, dg = (torch.stack(side, -1) for side in zip(*pairs, strict=True))
+            gamma = _anderson_weights(dg, defect, ridge)
+            plain = (rel > SAFEGUARD * rules.best) | ~gamma.isfinite().all(-1)
+            gamma = torch.where(plain[:, None], 0.0, gamma)
+            step = step - ((dx + damping * dg) @ gamma[..., None])[..., 0]
+        step = torch.where(rules.active[:, None], step, 0.0)
+        z = z + step
+    return kept, rules
+
+
+def _anderson_weights(dg: Tensor, defect: Tensor, ridge: float) -> Tensor:
+    """argmin || defect - dg gamma || for dg [B, D, m], the Gram matrix scaled to a unit diagonal plus ridge."""
+    if dg.dtype == torch.float32:
+        ridge = max(ridge, RIDGE)
+    gram = dg.mT @ dg
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
+    gram = gram * scale[..., None] * scale[..., None, :]
+    gram.diagonal(dim1=-2, dim2=-1).fill_(1 + ridge)
+    factor, _ = torch.linalg.cholesky_ex(gram)
+    dots = (dg.mT @ defect[..., None]) * scale[..., None]
+    return torch.cholesky_solve(dots, factor)[..., 0] * scale
+
+
+@triton.jit(do_not_specialize=["B", "max_steps"])
+def rows_kernel(
+    w_ptrs,  # of each matrix, [TERMS, out, in] bf16
+    v_ptrs,  # of each vector, fp32
+    x_ptrs,  # of each input, [B, .] fp32
+    z0_ptr,  # [B, D], if HAS_Z0
+    d_ptr,  # [programs, BLOCK_B, BLOCK_D], if STREAM
+    z_ptr,  # [B, D]
+    steps_ptr,  # [B]
+    residual_ptr,  # [B]
+    status_ptr,  # [B]
+    B,
+    tol,
+    max_steps,
+    damping,
+    ridge,
+    START: tl.constexpr,
+    STEP: tl.constexpr,
+    D: tl.constexpr,
+    ACT: tl.constexpr,
+    MATRICES: tl.constexpr,  # sizes, as tl_rows.py says
+    VECTORS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    TRANSPOSE: tl.constexpr,  # whether dots take W', as solves do, or W
+    FROM_CARRY: tl.constexpr,  # whether carry[0] is the result, and not z
+    HAS_Z0: tl.constexpr,
+    TERMS: tl.constexpr,
+    MEMORY: tl.constexpr,
+    STREAM: tl.constexpr,
+    REFILL: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    INTERP: tl.constexpr,
+):
+    RESIDENT: tl.constexpr = 1 if STREAM else TERMS
+    pid = tl.program_id(0)
+    programs = tl.num_programs(0)
+    d_ptr += pid.to(tl.int64) * BLOCK_B * BLOCK_D
+    w = ()
+    for i in tl.static_range(len(MATRICES)):
+        w = w + (load_terms(w_ptrs[i], MATRICES[i], RESIDENT, TRANSPOSE, INTERP),)
+    vectors = ()
+    for i in tl.static_range(len(VECTORS)):
+        vectors = vectors + (load_vector(v_ptrs[i], VECTORS[i]),)
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+
+    share = (B - pid + programs - 1) // programs  # rows pid, pid + programs, ...
+    taken = 0
+    zero = tl.zeros((BLOCK_B,), tl.int32)
+    rows = zero.to(tl.int64)
+    go = zero > 0  # lanes whose row goes on
+    again = go  # lanes whose row starts again, up to its best
+    inputs = load_inputs(x_ptrs, rows, go, INPUTS)
+    carry = START(inputs, vectors, D, ACT, INTERP)
+    z = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
+    d, near = bf16_pair(z, INTERP)
+    none = d
+    k = zero
+    kept = zero  # evaluation of the best z
+    limit = zero  # evaluation at which a row stops at the latest
+    state = rules_start(tol, BLOCK_B)
+    r = tl.zeros((BLOCK_B,), tl.float32)
+    s = r
+    if STREAM:
+        lag = z
+        drift = r
+    if MEMORY > 0:
+        last = z
+        dx = ()  # [BLOCK_B, BLOCK_D] each, oldest first; the newest pair is made in the loop
+        dg = ()
+        gram = ()  # of dg, lower triangle
+        for _ in tl.static_range(MEMORY - 1):
+            dx = dx + (none,)
+            dg = dg + (none,)
+        for _ in tl.static_range(MEMORY * (MEMORY - 1) // 2):
+            gram = gram + (r,)
+
+    while (tl.max((go | again).to(tl.int32), 0) > 0) | (taken < share):
+        new = ~(go | again)
+        number = taken + tl.cumsum(new.to(tl.int32), 0) - 1
+        new = new & (number < share)
+        taken += tl.sum(new.to(tl.int32), 0)
+        begin = new | again
+        rows = tl.where(new, pid.to(tl.int64) + number.to(tl.int64) * programs, rows)
+        limit = tl.where(again, kept, tl.where(new, max_steps, limit))
+        fresh = load_inputs(x_ptrs, rows, begin, INPUTS)
+        inputs = choose(begin, fresh, inputs)
+        carry = choose(begin, START(fresh, vectors, D, ACT, INTERP), carry)
+        state = choose(begin, rules_start(tol, BLOCK_B), state)
+        z, d = choose(begin, (tl.zeros_like(z), none), (z, d))
+        k, kept = choose(begin, (zero, zero), (k, kept))
+        mask = begin[:, None] & (offs_d < D)
+        if HAS_Z0:
+            rest = tl.load(z0_ptr + rows[:, None] * D + offs_d, mask=mask, other=0.0)
+            for _ in range(3):  # as many bf16 parts hold all its bits
+                part, near = bf16_pair(rest, INTERP)
+                rest -= near
+                z += near
+                f, carry = STEP(z, part, begin, inputs, vectors, carry, w, D, ACT, INTERP)
+                if STREAM:
+                    acc = dot_streamed(
+                        carry[0], part, d_ptr, w_ptrs[0], MATRICES[0], TERMS, TRANSPOSE, BLOCK_B, BLOCK_K, INTERP
+                    )
+                    carry = (acc,) + carry[1:]
+        if STREAM:
+            lag, drift = choose(begin, (tl.zeros_like(z), tl.zeros_like(r)), (lag, drift))
+        if MEMORY > 0:
+            dx = choose(begin, copies(none, MEMORY - 1), dx)
+            dg = choose(begin, copies(none, MEMORY - 1), dg)
+            gram = choose(begin, copies(tl.zeros_like(r), MEMORY * (MEMORY - 1) // 2), gram)
+
+        held = go | begin
+        go = held
+        running = tl.sum(go.to(tl.int32), 0)
+        idle = tl.where(taken < share, REFILL, 0)
+        turn = 0
+        while running > idle:
+            f, carry = STEP(z, d, go, inputs, vectors, carry, w, D, ACT, INTERP)
+            g = f - z
+            k += go.to(tl.int32)
+            tiles = (g * g, f * f)
+            if MEMORY > 0:
+                newest, near = bf16_pair(tl.where((k > 1)[:, None], g - last, 0.0), INTERP)
+                dx = dx + (d,)
+                dg = dg + (newest,)
+                for j in tl.static_range(MEMORY):
+                    tiles = tiles + (dg[j].to(tl.float32) * g,)
+                for j in tl.static_range(MEMORY):
+                    tiles = tiles + (dg[j].to(tl.float32) * near,)
+            sums = row_sums(tiles, 2 * MEMORY + 2, INTERP)
+            r, s = choose(go, (tl.sqrt(sums[0]), tl.sqrt(sums[1])), (r, s))
+            counts = go
+            if STREAM:
+                scale = tl.maximum(r, tol * s)
+                counts = go & (drift <= LAG * scale)
+            rel, improved, state = rules_update(state, k, r, s, go, counts, FLOOR)
+            kept = tl.where(improved, k, kept)
+            go = go & (state[0] > state[1]) & (k < limit)
+            if MEMORY > 0:
+                step, dx, dg, gram = anderson_step(g, dx, dg, gram, sums, rel, state[0], damping, ridge, MEMORY)
+                last = g
+            else:
+                step = damping * g
+            d, near = bf16_pair(tl.where(go[:, None], step, 0.0), INTERP)
+            z += near
+            running = tl.sum(go.to(tl.int32), 0)
+            turn += 1
+            if STREAM:
+                lag += near
+                drift += tl.where(go, tl.sqrt(tl.sum(step * step, 1)) if MEMORY > 0 else damping * r, 0.0)
+                due = go & ~(drift <= 0.5 * LAG * scale)
+                if tl.max(due.to(tl.int32), 0) > 0:
+                    e, near = bf16_pair(tl.where(due[:, None], lag, 0.0), INTERP)
+                    lag -= near
+                    drift = tl.where(due, drift * 0.00390625, drift)
+                    acc = dot_streamed(
+                        carry[0], e, d_ptr, w_ptrs[0], MATRICES[0], TERMS, TRANSPOSE, BLOCK_B, BLOCK_K, INTERP
+                    )
+                    carry = (acc,) + carry[1:]
+            elif turn % WINDOW == 0:
+                # memory may have changed, so Triton leaves W in shared memory; without, it spreads W over registers
+                tl.debug_barrier()
+
+        done = held & ~go
+        first = done & (limit == max_steps)
+        tl.store(z_ptr + rows[:, None] * D + offs_d, carry[0] if FROM_CARRY else z, mask=done[:, None] & (offs_d < D))
+        tl.store(steps_ptr + rows, k, mask=first)
+        tl.store(residual_ptr + rows, state[0], mask=first)
+        tl.store(status_ptr + rows, rules_status(state, r, s, tol), mask=first)
+        again = first & (kept < k)
+
+
+def bf16_terms(w: Tensor, terms: int) -> Tensor:
+    """[terms, *w.shape] in bf16 whose sum is w up to 2^(-8 * terms)."""
+    parts = w.new_empty((terms, *w.shape), dtype=torch.bfloat16)
+    parts[0] = w
+    for t in range(1, terms):
+        w = w - parts[t - 1]
+        parts[t] = w
+    return parts
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One direction of a cell.
+
+    Attributes:
+        start, step: Jitted functions.
+        transpose: Whether dots take W', or W.
+        from_carry: Whether carry[0] is the result, and not z.
+    """
+
+    start: Any
+    step: Any
+    transpose: bool = True
+    from_carry: bool = False
+
+    def solve(
+        self, op, act, features, matrices, vectors, inputs, z0=None, *,
+        tol, max_steps, damping=1.0, memory=0, ridge=1e-8, terms=2,
+    ):  # fmt: skip
+        """Solves all rows.
+
+        Args:
+            op: Whose launch parameters to take.
+            act: What `start` and `step` are told.
+            features: Width D of z.
+            matrices: fp32, each [out, in].
+            vectors: fp32.
+            inputs: fp32, each [B, .].
+            z0: Start, [B, D] fp32; zero if None.
+            tol: Relative residual at which a row has converged.
+            max_steps: Most evaluations, at least 1.
+            damping: Factor of the step, in (0, 1].
+            memory: 0 for Picard, 1 to 4 for Anderson with as many stored differences.
+            ridge: Of Anderson's Gram matrix scaled to a unit diagonal; at least 4e-7 in fp32.
+            terms: bf16 terms of each matrix: 1 (its values are bf16), 2 or 3.
+        Returns:
+            z [B, D] with the lowest residual seen, steps [B] int32, residual [B] of that z, status [B] int32.
+        """
+        z = inputs[0].new_empty(len(inputs[0]), features)
+        residual = z.new_empty(len(z))
+        steps, status = (z.new_empty(len(z), dtype=torch.int32) for _ in range(2))
+        if len(z) == 0:
+            return z, steps, residual, status
+        shapes = [tuple(w.shape) for w in matrices]
+        shared = launch.shared_memory(z.device)
+        config = launch.parameters(op, batch=len(z), shapes=shapes, terms=terms, memory=memory, shared=shared)
+        programs = config.pop("programs") * launch.multiprocessors(z.device)
+        programs = min(triton.cdiv(len(z), config["BLOCK_B"]), programs)
+        scratch = z
+        if config["STREAM"]:
+            dtype = torch.float32 if interpreting() else torch.bfloat16
+            scratch = z.new_empty((programs, config["BLOCK_B"], config["BLOCK_D"]), dtype=dtype)
+        inputs = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in inputs)
+        tensors = (tuple(bf16_terms(w, terms) for w in matrices), tuple(v.contiguous() for v in vectors), inputs)
+        tensors += (z if z0 is None else z0.contiguous(), scratch, z, steps, residual, status)
+        inputs_at = [(x.shape[1], x.stride(0)) for x in inputs]
+        config |= self.constants(features, shapes, [len(v) for v in vectors], inputs_at)
+        config |= {"ACT": act, "HAS_Z0": z0 is not None, "TERMS": terms, "MEMORY": memory, "INTERP": interpreting()}
+        numbers = (len(z), tol, max_steps, damping, max(ridge, RIDGE))
+        with launch.on(z.device):
+            rows_kernel[(programs,)](*tensors, *numbers, enable_fp_fusion=True, **config)
+        return z, steps, residual, status
+
+    def constants(self, features, shapes, vectors, inputs) -> dict[str, Any]:
+        """What the kernel is told of the cell.
+
+        Args:
+            shapes: Of matrices.
+            vectors: Widths.
+            inputs: (width, stride) of each.
+        """
+        return {
+            "START": self.start,
+            "STEP": self.step,
+            "TRANSPOSE": self.transpose,
+            "FROM_CARRY": self.from_carry,
+            "D": features,
+            "MATRICES": tuple((*shape, *map(launch.block, shape)) for shape in shapes),
+            "VECTORS": tuple((width, launch.block(width)) for width in vectors),
+            "INPUTS": tuple((width, launch.block(width), stride) for width, stride in inputs),
+        }

@@ -1,0 +1,123 @@
+"""Jitted helpers of the row-tile skeleton: loads of weights and rows, and tuples of tiles.
+
+Sizes are told in tuples of constants: of a matrix (out, in, block of out, block of in), of a vector (width, block), of
+a tensor of rows (width, block, stride from row to row).
+"""
+
+import triton
+import triton.language as tl
+
+from .tl_common import bf16_pair
+
+
+@triton.jit
+def load_matrix(w_ptr, rows, cols, OUT: tl.constexpr, IN: tl.constexpr, TRANSPOSE: tl.constexpr, INTERP: tl.constexpr):
+    """Tile [rows, cols] of W [OUT, IN], or of W', zero beyond them: what tl.dot multiplies by from the right."""
+    if TRANSPOSE:
+        offs = cols[None, :] * IN + rows[:, None]
+        mask = (rows[:, None] < IN) & (cols[None, :] < OUT)
+    else:
+        offs = rows[:, None] * IN + cols[None, :]
+        mask = (rows[:, None] < OUT) & (cols[None, :] < IN)
+    w = tl.load(w_ptr + offs, mask=mask, other=0.0)
+    return w.to(tl.float32) if INTERP else w
+
+
+@triton.jit
+def load_terms(w_ptr, SIZE: tl.constexpr, TERMS: tl.constexpr, TRANSPOSE: tl.constexpr, INTERP: tl.constexpr):
+    """The first terms of a matrix, whole."""
+    rows = tl.arange(0, SIZE[3] if TRANSPOSE else SIZE[2])
+    cols = tl.arange(0, SIZE[2] if TRANSPOSE else SIZE[3])
+    w = ()
+    for t in tl.static_range(TERMS):
+        w = w + (load_matrix(w_ptr + t * SIZE[0] * SIZE[1], rows, cols, SIZE[0], SIZE[1], TRANSPOSE, INTERP),)
+    return w
+
+
+@triton.jit
+def load_vector(v_ptr, SIZE: tl.constexpr):
+    """A vector, zero beyond its width."""
+    offs = tl.arange(0, SIZE[1])
+    return tl.load(v_ptr + offs, mask=offs < SIZE[0], other=0.0)
+
+
+@triton.jit
+def load_rows(x_ptr, rows, mask, SIZE: tl.constexpr):
+    """A tile of these rows, zero beyond their width and where the mask is False."""
+    offs = tl.arange(0, SIZE[1])[None, :]
+    return tl.load(x_ptr + rows[:, None] * SIZE[2] + offs, mask=mask[:, None] & (offs < SIZE[0]), other=0.0)
+
+
+@triton.jit
+def load_inputs(x_ptrs, rows, mask, SIZES: tl.constexpr):
+    """A tile of these rows of every tensor."""
+    tiles = ()
+    for i in tl.static_range(len(SIZES)):
+        tiles = tiles + (load_rows(x_ptrs[i], rows, mask, SIZES[i]),)
+    return tiles
+
+
+@triton.jit
+def choose(mask, a, b):
+    """Row by row of tiles and vectors, those of `a` where the mask is True, else those of `b`."""
+    out = ()
+    for i in tl.static_range(len(a)):
+        if len(a[i].shape) == 2:
+            out = out + (tl.where(mask[:, None], a[i], b[i]),)
+        else:
+            out = out + (tl.where(mask, a[i], b[i]),)
+    return out
+
+
+@triton.jit
+def copies(x, N: tl.constexpr):
+    """N times x."""
+    out = ()
+    for _ in tl.static_range(N):
+        out = out + (x,)
+    return out
+
+
+@triton.jit
+def dot(acc, d, w):
+    """acc + d W, for all terms of W in shared memory."""
+    for t in tl.static_range(len(w)):
+        acc = tl.dot(d, w[t], acc)
+    return acc
+
+
+@triton.jit
+def feed(acc, x, pushed, go, w, INTERP: tl.constexpr):
+    """acc + (x - pushed) W in bf16 for rows that go on, and what has been pushed by then: `acc` follows x W, and what
+    rounding takes from one increment comes back in the next."""
+    d, near = bf16_pair(tl.where(go[:, None], x - pushed, 0.0), INTERP)
+    return dot(acc, d, w), pushed + near
+
+
+@triton.jit
+def dot_streamed(
+    acc,
+    d,
+    d_ptr,  # scratch of this program, [BLOCK_B, block of D]: a tile in registers can't be sliced
+    w_ptr,  # [TERMS, D, D]
+    SIZE: tl.constexpr,
+    TERMS: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    INTERP: tl.constexpr,
+):
+    """acc + d W, for all terms of W but the first, read from memory."""
+    offs_b = tl.arange(0, BLOCK_B)[:, None] * SIZE[2]
+    offs_d = tl.arange(0, SIZE[2])
+    offs_k = tl.arange(0, BLOCK_K)
+    tl.debug_barrier()
+    tl.store(d_ptr + offs_b + offs_d[None, :], d)
+    tl.debug_barrier()
+    for t in tl.static_range(1, TERMS):
+        for k in range(0, SIZE[2], BLOCK_K):
+            part = tl.load(d_ptr + offs_b + k + offs_k[None, :])
+            term_ptr = w_ptr + t * SIZE[0] * SIZE[1]
+            w = load_matrix(term_ptr, k + offs_k, offs_d, SIZE[0], SIZE[1], TRANSPOSE, INTERP)
+            acc = tl.dot(part, w, acc)
+    return acc

@@ -129,16 +129,16 @@ def rows_kernel(
     d_ptr += pid.to(tl.int64) * BLOCK_B * BLOCK_D
     w = ()
     for i in tl.static_range(len(MATRICES)):
-        w = w + (load_terms(w_ptrs[i], MATRICES[i], RESIDENT, TRANSPOSE, INTERP),)
+        w = w + (load_terms(w_ptrs[i], MATRICES, i, RESIDENT, TRANSPOSE, INTERP),)
     vectors = ()
     for i in tl.static_range(len(VECTORS)):
-        vectors = vectors + (load_vector(v_ptrs[i], VECTORS[i]),)
+        vectors = vectors + (load_vector(v_ptrs[i], VECTORS, i),)
     offs_d = tl.arange(0, BLOCK_D)[None, :]
 
     share = (B - pid + programs - 1) // programs  # rows pid, pid + programs, ...
     taken = 0
     zero = tl.zeros((BLOCK_B,), tl.int32)
-    rows = zero.to(tl.int64)
+    rows = zero
     go = zero > 0  # lanes whose row goes on
     again = go  # lanes whose row starts again, up to its best
     inputs = load_inputs(x_ptrs, rows, go, INPUTS)
@@ -172,7 +172,7 @@ def rows_kernel(
         new = new & (number < share)
         taken += tl.sum(new.to(tl.int32), 0)
         begin = new | again
-        rows = tl.where(new, pid.to(tl.int64) + number.to(tl.int64) * programs, rows)
+        rows = tl.where(new, pid + number * programs, rows)
         limit = tl.where(again, kept, tl.where(new, max_steps, limit))
         fresh = load_inputs(x_ptrs, rows, begin, INPUTS)
         inputs = choose(begin, fresh, inputs)
@@ -182,7 +182,7 @@ def rows_kernel(
         k, kept = choose(begin, (zero, zero), (k, kept))
         mask = begin[:, None] & (offs_d < D)
         if HAS_Z0:
-            rest = tl.load(z0_ptr + rows[:, None] * D + offs_d, mask=mask, other=0.0)
+            rest = tl.load(z0_ptr + rows.to(tl.int64)[:, None] * D + offs_d, mask=mask, other=0.0)
             for _ in range(3):  # as many bf16 parts hold all its bits
                 part, near = bf16_pair(rest, INTERP)
                 rest -= near
@@ -190,7 +190,7 @@ def rows_kernel(
                 f, carry = STEP(z, part, begin, inputs, vectors, carry, w, D, ACT, INTERP)
                 if STREAM:
                     acc = dot_streamed(
-                        carry[0], part, d_ptr, w_ptrs[0], MATRICES[0], TERMS, TRANSPOSE, BLOCK_B, BLOCK_K, INTERP
+                        carry[0], part, d_ptr, w_ptrs[0], MATRICES, TERMS, TRANSPOSE, BLOCK_B, BLOCK_K, INTERP
                     )
                     carry = (acc,) + carry[1:]
         if STREAM:
@@ -245,7 +245,7 @@ def rows_kernel(
                     lag -= near
                     drift = tl.where(due, drift * 0.00390625, drift)
                     acc = dot_streamed(
-                        carry[0], e, d_ptr, w_ptrs[0], MATRICES[0], TERMS, TRANSPOSE, BLOCK_B, BLOCK_K, INTERP
+                        carry[0], e, d_ptr, w_ptrs[0], MATRICES, TERMS, TRANSPOSE, BLOCK_B, BLOCK_K, INTERP
                     )
                     carry = (acc,) + carry[1:]
             elif turn % WINDOW == 0:
@@ -254,7 +254,11 @@ def rows_kernel(
 
         done = held & ~go
         first = done & (limit == max_steps)
-        tl.store(z_ptr + rows[:, None] * D + offs_d, carry[0] if FROM_CARRY else z, mask=done[:, None] & (offs_d < D))
+        tl.store(
+            z_ptr + rows.to(tl.int64)[:, None] * D + offs_d,
+            carry[0] if FROM_CARRY else z,
+            mask=done[:, None] & (offs_d < D),
+        )
         tl.store(steps_ptr + rows, k, mask=first)
         tl.store(residual_ptr + rows, state[0], mask=first)
         tl.store(status_ptr + rows, rules_status(state, r, s, tol), mask=first)

@@ -24,28 +24,33 @@ def load_matrix(w_ptr, rows, cols, OUT: tl.constexpr, IN: tl.constexpr, TRANSPOS
 
 
 @triton.jit
-def load_terms(w_ptr, SIZE: tl.constexpr, TERMS: tl.constexpr, TRANSPOSE: tl.constexpr, INTERP: tl.constexpr):
-    """The first terms of a matrix, whole."""
-    rows = tl.arange(0, SIZE[3] if TRANSPOSE else SIZE[2])
-    cols = tl.arange(0, SIZE[2] if TRANSPOSE else SIZE[3])
+def load_terms(
+    w_ptr, SIZES: tl.constexpr, NTH: tl.constexpr, TERMS: tl.constexpr, TRANSPOSE: tl.constexpr, INTERP: tl.constexpr
+):
+    """The first terms of matrix NTH, whole."""
+    OUT: tl.constexpr = SIZES[NTH][0]
+    IN: tl.constexpr = SIZES[NTH][1]
+    rows = tl.arange(0, SIZES[NTH][3] if TRANSPOSE else SIZES[NTH][2])
+    cols = tl.arange(0, SIZES[NTH][2] if TRANSPOSE else SIZES[NTH][3])
     w = ()
     for t in tl.static_range(TERMS):
-        w = w + (load_matrix(w_ptr + t * SIZE[0] * SIZE[1], rows, cols, SIZE[0], SIZE[1], TRANSPOSE, INTERP),)
+        w = w + (load_matrix(w_ptr + t * OUT * IN, rows, cols, OUT, IN, TRANSPOSE, INTERP),)
     return w
 
 
 @triton.jit
-def load_vector(v_ptr, SIZE: tl.constexpr):
-    """A vector, zero beyond its width."""
-    offs = tl.arange(0, SIZE[1])
-    return tl.load(v_ptr + offs, mask=offs < SIZE[0], other=0.0)
+def load_vector(v_ptr, SIZES: tl.constexpr, NTH: tl.constexpr):
+    """Vector NTH, zero beyond its width."""
+    offs = tl.arange(0, SIZES[NTH][1])
+    return tl.load(v_ptr + offs, mask=offs < SIZES[NTH][0], other=0.0)
 
 
 @triton.jit
-def load_rows(x_ptr, rows, mask, SIZE: tl.constexpr):
-    """A tile of these rows, zero beyond their width and where the mask is False."""
-    offs = tl.arange(0, SIZE[1])[None, :]
-    return tl.load(x_ptr + rows[:, None] * SIZE[2] + offs, mask=mask[:, None] & (offs < SIZE[0]), other=0.0)
+def load_rows(x_ptr, rows, mask, SIZES: tl.constexpr, NTH: tl.constexpr):
+    """A tile of these rows of tensor NTH, zero beyond their width and where the mask is False."""
+    offs = tl.arange(0, SIZES[NTH][1])[None, :]
+    at = rows.to(tl.int64)[:, None] * SIZES[NTH][2] + offs
+    return tl.load(x_ptr + at, mask=mask[:, None] & (offs < SIZES[NTH][0]), other=0.0)
 
 
 @triton.jit
@@ -53,7 +58,7 @@ def load_inputs(x_ptrs, rows, mask, SIZES: tl.constexpr):
     """A tile of these rows of every tensor."""
     tiles = ()
     for i in tl.static_range(len(SIZES)):
-        tiles = tiles + (load_rows(x_ptrs[i], rows, mask, SIZES[i]),)
+        tiles = tiles + (load_rows(x_ptrs[i], rows, mask, SIZES, i),)
     return tiles
 
 
@@ -100,24 +105,25 @@ def dot_streamed(
     d,
     d_ptr,  # scratch of this program, [BLOCK_B, block of D]: a tile in registers can't be sliced
     w_ptr,  # [TERMS, D, D]
-    SIZE: tl.constexpr,
+    SIZES: tl.constexpr,
     TERMS: tl.constexpr,
     TRANSPOSE: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
     INTERP: tl.constexpr,
 ):
-    """acc + d W, for all terms of W but the first, read from memory."""
-    offs_b = tl.arange(0, BLOCK_B)[:, None] * SIZE[2]
-    offs_d = tl.arange(0, SIZE[2])
+    """acc + d W, for all terms of the lone W but the first, read from memory."""
+    D: tl.constexpr = SIZES[0][0]
+    BLOCK_D: tl.constexpr = SIZES[0][2]
+    offs_b = tl.arange(0, BLOCK_B)[:, None] * BLOCK_D
+    offs_d = tl.arange(0, BLOCK_D)
     offs_k = tl.arange(0, BLOCK_K)
     tl.debug_barrier()
     tl.store(d_ptr + offs_b + offs_d[None, :], d)
     tl.debug_barrier()
     for t in tl.static_range(1, TERMS):
-        for k in range(0, SIZE[2], BLOCK_K):
+        for k in range(0, BLOCK_D, BLOCK_K):
             part = tl.load(d_ptr + offs_b + k + offs_k[None, :])
-            term_ptr = w_ptr + t * SIZE[0] * SIZE[1]
-            w = load_matrix(term_ptr, k + offs_k, offs_d, SIZE[0], SIZE[1], TRANSPOSE, INTERP)
+            w = load_matrix(w_ptr + t * D * D, k + offs_k, offs_d, D, D, TRANSPOSE, INTERP)
             acc = tl.dot(part, w, acc)
     return acc

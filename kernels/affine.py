@@ -25,6 +25,8 @@ ACTIVATIONS = {
     "gelu": torch.nn.functional.gelu,
     "sin": torch.sin,
     "identity": lambda x: x,
+    "abs": torch.abs,  # the reflection 2 prox - 1 of relu, and below that of tanh: see solvers/splitting.py
+    "reflected_tanh": lambda x: 2 * torch.tanh(x) - x,
 }
 SLOPES = {
     "tanh": lambda x: 1 - torch.tanh(x) ** 2,
@@ -32,6 +34,8 @@ SLOPES = {
     "gelu": lambda x: 0.5 + 0.5 * torch.erf(x * 0.5**0.5) + x * torch.exp(-0.5 * x * x) * (0.5 / torch.pi) ** 0.5,
     "sin": torch.cos,
     "identity": torch.ones_like,
+    "abs": lambda x: torch.where(x > 0, 1.0, -1.0).to(x.dtype),
+    "reflected_tanh": lambda x: 1 - 2 * torch.tanh(x) ** 2,
 }
 
 
@@ -90,7 +94,7 @@ def affine_solve(w, u, z0=None, *, activation, **options):
         w: W, [D, D] fp32; row n gives output n.
         u: [B, D] fp32.
         z0: Start, [B, D] fp32; zero if None.
-        activation: "tanh", "relu", "gelu" (exact), "sin" or "identity".
+        activation: A name of ACTIVATIONS; gelu is the exact one.
         options: tol, max_steps, damping, memory, ridge and terms, as `Rows.solve` has them.
     Returns:
         z [B, D] with the lowest residual seen, steps [B] int32, residual [B] of that z, status [B] int32 (rules.py).

@@ -183,7 +183,9 @@ def rows_kernel(
         mask = begin[:, None] & (offs_d < D)
         if HAS_Z0:
             rest = tl.load(z0_ptr + rows.to(tl.int64)[:, None] * D + offs_d, mask=mask, other=0.0)
-            for _ in range(3):  # as many bf16 parts hold all its bits
+            parts = 0
+            while (parts < 3) & (tl.sum(tl.sum((rest != 0.0).to(tl.int32), 1), 0) > 0):
+                parts += 1  # three bf16 parts hold all its bits, and a zero needs none
                 part, near = bf16_pair(rest, INTERP)
                 rest -= near
                 z += near

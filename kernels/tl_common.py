@@ -91,6 +91,10 @@ def act(x, ACT: tl.constexpr, INTERP: tl.constexpr):
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACT == "sin":
         return sine(x, False)
+    elif ACT == "abs":
+        return tl.abs(x)
+    elif ACT == "reflected_tanh":
+        return 2.0 * tanh(x, INTERP) - x
     else:
         return x
 
@@ -107,6 +111,11 @@ def act_slope(x, ACT: tl.constexpr, INTERP: tl.constexpr):
         return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
     elif ACT == "sin":
         return sine(x, True)
+    elif ACT == "abs":
+        return tl.where(x > 0.0, 1.0, -1.0)
+    elif ACT == "reflected_tanh":
+        t = tanh(x, INTERP)
+        return 2.0 * (1.0 - t) * (1.0 + t) - 1.0
     else:
         return x * 0.0 + 1.0
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 HOUSE = sorted([*ROOT.glob("tritondeq/**/*.py"), *ROOT.glob("kernels/**/*.py")])
 PUBLIC = {
     *("DEQ", "fixed_point", "Solution", "Status", "cells", "backend", "set_backend"),
-    *("Picard", "Anderson", "Broyden", "FixedDropout"),
+    *("Picard", "Anderson", "Broyden", "PeacemanRachford", "ForwardBackward", "FixedDropout"),
     *("Implicit", "Neumann", "Phantom", "OneStep", "Unrolled"),
 }
 # A module imports what stands before it or in its own folder; one not named here stands last and imports any.

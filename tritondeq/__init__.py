@@ -15,6 +15,8 @@ from .solution import Solution as Solution
 from .solution import Status as Status
 from .solvers import Anderson as Anderson
 from .solvers import Broyden as Broyden
+from .solvers import ForwardBackward as ForwardBackward
+from .solvers import PeacemanRachford as PeacemanRachford
 from .solvers import Picard as Picard
 
 __version__ = "0.1.0"
@@ -23,9 +25,11 @@ __all__ = [
     "Anderson",
     "Broyden",
     "FixedDropout",
+    "ForwardBackward",
     "Implicit",
     "Neumann",
     "OneStep",
+    "PeacemanRachford",
     "Phantom",
     "Picard",
     "Solution",

@@ -25,7 +25,8 @@ class DEQ(nn.Module):
 
     Args:
         cell: Any nn.Module with `forward(z, x)` that returns a state like z, or a `cells.Cell`.
-        solver: How the fixed point is found: `Picard`, `Anderson` or `Broyden`.
+        solver: How the fixed point is found: `Picard`, `Anderson`, `Broyden`, or for a monotone cell `PeacemanRachford`
+            or `ForwardBackward`. None asks the cell, and is Picard() for most.
         adjoint: How gradients are taken: `Implicit`, `Neumann`, `Phantom`, `OneStep` or `Unrolled`.
         tol: Relative residual at which a sample is done. None is 1e-3, or 1e-2 where operands are bfloat16 or float16.
         max_steps: Evaluations of the cell at most.
@@ -48,7 +49,7 @@ class DEQ(nn.Module):
         self,
         cell: nn.Module,
         *,
-        solver: Solver = Picard(),  # noqa: B008  frozen
+        solver: Solver | None = None,
         adjoint: Adjoint = Implicit(),  # noqa: B008  frozen
         tol: float | None = None,
         max_steps: int = 50,
@@ -60,6 +61,9 @@ class DEQ(nn.Module):
         super().__init__()
         if not isinstance(cell, nn.Module):
             raise TypeError(f"cell must be an nn.Module, got {describe(cell)}; for a function there is fixed_point")
+        if solver is None:
+            plain = isinstance(adjoint, Unrolled) or not isinstance(cell, Cell)
+            solver = Picard() if plain else cell.default_solver()
         check(solver, adjoint, tol, max_steps)
         self.cell, self.solver, self.adjoint = cell, solver, adjoint
         if not isinstance(compile, bool | dict):
@@ -162,6 +166,10 @@ class _Map:
     @property
     def whole_solve(self):
         return self.cell.whole_solve(self.injection) if _tells(self.cell, "whole_solve") else None
+
+    @property
+    def splitting(self):
+        return self.cell.splitting(self.injection) if _tells(self.cell, "splitting") else None
 
     @property
     def tail(self):

@@ -18,6 +18,7 @@ from .loop import Estimate, Settings, iterate
 from .solution import Solution
 from .solvers import Broyden, Picard, Solver
 from .solvers.base import count, number
+from .solvers.splitting import Reformulation, Splitting, SplittingSolver
 
 
 def fixed_point(
@@ -40,11 +41,12 @@ def fixed_point(
     Args:
         f: Returns a state of the structure, shapes and device of `z0`. What it captures gets gradients too. Its
             attribute `whole_solve`, if any, is a `WholeSolve`: a kernel that does the whole solve in one launch; `tail`
-            is (g, name) where f is the activation of that name of g.
+            is (g, name) where f is the activation of that name of g; `splitting` is what solvers that split operators
+            need to know.
         z0: Where to start: a floating-point tensor or a tuple / list / dict of them, in any nesting. The iteration runs
             in float32 (float64 if any tensor is) whatever their dtype and autocast say; f gets and may return theirs.
         args: Further arguments of f.
-        solver: `Picard`, `Anderson` or `Broyden`.
+        solver: `Picard`, `Anderson` or `Broyden`; `PeacemanRachford` or `ForwardBackward` where f has a `splitting`.
         adjoint: `Implicit`, `Neumann`, `Phantom`, `OneStep` or `Unrolled`. Only the last gives `z0` a gradient.
         tol: Relative residual ||f(z) - z|| / ||f(z)||, 2-norms over a sample, at which it is frozen. None is 1e-2 where
             the state or autocast is bfloat16 or float16, else 1e-3.
@@ -92,6 +94,7 @@ def _fixed_point(f, z0, args, solver, adjoint, tol, max_steps, batch_dims, mask,
         whole = getattr(f, "whole_solve", None)
         op, path = _plan(whole, layout, settings, trace)
         backward = _for_adjoint(settings, adjoint)
+        splitting = _splitting(f, settings.solver, backward.solver)
         graphs, captured = getattr(f, "graphs", None), None
         start = start.detach()
         if op is None and graphs is not None:
@@ -100,6 +103,8 @@ def _fixed_point(f, z0, args, solver, adjoint, tol, max_steps, batch_dims, mask,
         with torch.no_grad():
             if captured is not None:
                 flat, solution = captured.solve(call)
+            elif isinstance(solver, SplittingSolver):
+                flat, solution, op, path = _split(lambda: solver.solve(splitting), start, layout, settings, trace)
             elif op is None:
                 plan = replace(settings, tail=_tail(f, layout, args))
                 flat, solution = iterate(apply, start, plan, trace)
@@ -109,7 +114,7 @@ def _fixed_point(f, z0, args, solver, adjoint, tol, max_steps, batch_dims, mask,
         if torch.is_grad_enabled():
             at = CapturedPoint(captured, call, flat) if captured else Linearised(f, layout, flat, args)
             if at.differentiable:
-                backward = _Backward(backward, whole, layout, flat, solution._adjoints)
+                backward = _Backward(backward, whole, splitting, layout, flat, solution._adjoints)
                 flat = attach(adjoint, at, flat, backward)
     solution.value = layout.unpack(flat)
     _shape(solution, layout)
@@ -159,8 +164,9 @@ def _tail(f: Callable, layout: Layout, args: tuple) -> tuple[Callable[[Tensor], 
 class _Backward(BackwardSolves):
     """Solves the linear systems of the exact adjoint."""
 
-    def __init__(self, settings, whole, layout, z, record):
-        self.settings, self.whole, self.layout, self.z, self.record = settings, whole, layout, z, record
+    def __init__(self, settings, whole, splitting, layout, z, record):
+        self.settings, self.whole, self.splitting, self.layout = settings, whole, splitting, layout
+        self.z, self.record = z, record
 
     def adjoint(self, at: Linearised, g: Tensor) -> Tensor:
         settings, whole = self.settings, self.whole
@@ -169,6 +175,8 @@ class _Backward(BackwardSolves):
             op, path = _plan(whole, self.layout, settings, trace=False)
             if isinstance(at, CapturedPoint):
                 op, (u, solution) = None, at.adjoint(g)
+            elif isinstance(settings.solver, SplittingSolver):
+                u, solution, op, path = self._pull(g, transpose=True)
             elif op is None:
                 u, solution = iterate(lambda u: at.vjp(u) + g, g, settings)
             else:
@@ -181,8 +189,18 @@ class _Backward(BackwardSolves):
     def tangent(self, at: Linearised, w: Tensor) -> Tensor:
         with torch.no_grad():
             w, scale = _normalised(w)
+            split = self.splitting
+            if isinstance(self.settings.solver, SplittingSolver):
+                with torch.autocast(w.device.type, enabled=False):
+                    y = self._pull(w @ split.w.mT, transpose=False)[0]
+                    return (split.slope(split.linear(self.z), 1.0) * y + w) * scale
             settings = replace(self.settings, estimate=None)  # that is of the transposed problem
             return iterate(lambda v: at.jvp(v) + w, w, settings)[0] * scale
+
+    def _pull(self, g: Tensor, transpose: bool):
+        """y = M S y + g, as `_split` returns it."""
+        split, solver = self.splitting, self.settings.solver
+        return _split(lambda: solver.pull(split, split.linear(self.z), g, transpose), g, self.layout, self.settings)
 
 
 def _normalised(g: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,6 +221,35 @@ def _plan(whole: WholeSolve | None, layout: Layout, settings: Settings, trace: b
     if fused is None:
         return None, f"no whole-solve kernel has {type(settings.solver).__name__}"
     return whole.pick(layout.device, fused["memory"])
+
+
+def _splitting(f: Callable, *solvers: Solver) -> Splitting | None:
+    """What f tells of itself to those of these solvers that split operators."""
+    asking = [solver for solver in solvers if isinstance(solver, SplittingSolver)]
+    splitting = getattr(f, "splitting", None) if asking else None
+    if asking and splitting is None:
+        raise ValueError(f"solver {asking[0]!r} needs a cell with a splitting, such as cells.Monotone")
+    return splitting
+
+
+def _split(
+    problem: Callable[[], Reformulation], start: Tensor, layout: Layout, settings: Settings, trace: bool = False
+):
+    """(solution of what `problem` reformulates, Solution without it, op, how), always in the precision of the state."""
+    with torch.autocast(start.device.type, enabled=False):
+        p, settings = problem(), replace(settings, solver=Picard())
+        whole = p.whole_solve
+        op, path = _plan(whole, layout, settings, trace)
+        if op is None:
+            settings = replace(settings, tail=p.tail)
+            w, solution = iterate(lambda w: p.act(p.linear(w)), p.enter(start), settings, trace)
+            y = p.linear(w)
+        elif p.pre is None:
+            w, solution = _launch(op.solve, (*whole.operands, p.enter(start)), whole, settings)
+            y = p.linear(w)
+        else:
+            y, solution = _launch(op.adjoint, (*whole.at(start), p.shift), whole, settings)
+        return p.leave(y), solution, op, path
 
 
 def _launch(

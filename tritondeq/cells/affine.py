@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from ..kernels.dispatch import WholeSolve
 from ..solvers.base import count, number
+from ..solvers.splitting import bf16_terms
 from .base import Cell, features_of
 from .contraction import SpectralBound
 
@@ -97,23 +98,21 @@ class Affine(Cell):
         return self._linear, self.activation
 
     def whole_solve(self, injection: tuple[Tensor, Tensor]) -> WholeSolve:
-        u, w = (t.detach() for t in injection)
-        kind = w.device.type
-        narrow = self.operands == "bf16" or w.dtype.itemsize < 4 or torch.is_autocast_enabled(kind)
-        double = torch.float64 in (u.dtype, w.dtype)
-        wide = torch.float64 if double else torch.float32
-        u, w = u.reshape(-1, self.features).to(wide), w.to(wide)
-
-        def terms(tol: float) -> int:
-            return 1 if narrow else 2 if tol >= 1e-5 else 3
-
+        w, u, narrow = self._operands(injection)
         return WholeSolve(
             op="affine",
-            problem={"features": self.features, "dtype": wide},
+            problem={"features": self.features, "dtype": w.dtype},
             operands=(w, u),
             at=lambda z: (w, torch.addmm(u, z, w.mT)),
-            options=lambda tol: {"activation": self.activation, "terms": terms(tol)},
+            options=lambda tol: {"activation": self.activation, "terms": bf16_terms(tol, narrow)},
         )
+
+    def _operands(self, injection: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, bool]:
+        """(W, u as rows, whether kernels may round W to bfloat16), detached, in the dtype of the state."""
+        u, w = (t.detach() for t in injection)
+        narrow = self.operands == "bf16" or w.dtype.itemsize < 4 or torch.is_autocast_enabled(w.device.type)
+        wide = torch.float64 if torch.float64 in (u.dtype, w.dtype) else torch.float32
+        return w.to(wide), u.reshape(-1, self.features).to(wide), narrow
 
     def default_tol(self) -> float | None:
         return 1e-2 if self.operands == "bf16" else None

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.dispatch import WholeSolve
+from ..solvers import Picard, Solver
+from ..solvers.splitting import Splitting
 
 
 class Cell(nn.Module):
@@ -38,6 +40,14 @@ class Cell(nn.Module):
         """(g, name) if forward(z, injection) is the activation of that name (kernels/affine.py lists them) of
         g(z, injection): a fused step applies it as it reads."""
         return None
+
+    def splitting(self, injection: Any) -> Splitting | None:
+        """What solvers that split operators are told of a monotone cell."""
+        return None
+
+    def default_solver(self) -> Solver:
+        """Solver of a DEQ that is given none."""
+        return Picard()
 
     def default_tol(self) -> float | None:
         """Tolerance of a DEQ that is given none; None leaves it to the dtype of the state."""

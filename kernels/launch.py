@@ -16,14 +16,17 @@ def block(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def rows(*, batch: int, shapes: list[tuple[int, int]], terms: int, memory: int, shared: int = SHARED) -> dict | None:
+def rows(
+    *, batch: int, shapes: list[tuple[int, int]], terms: int, memory: int, shared: int = SHARED, chip: int = 90
+) -> dict | None:
     """Of a whole solve row by row, by a cell with weights [out, in] of these shapes; None where they don't fit in
     `shared` bytes.
 
     Few rows in a tile (BLOCK_B) give latency, many give throughput until registers spill: these are the largest tiles
-    that don't, as tests/kernels/test_offline.py checks. Where the terms of a lone W don't fit together all but the
-    first are streamed (STREAM), BLOCK_K rows at a time. Half a tile is idle before its lanes take new rows (REFILL):
-    that costs about as much as one and a half steps, for which 16 rows of 15 steps lose least if 7 wait.
+    that don't, as tests/kernels/test_offline.py checks; 64 rows want the wgmma of sm_90 (`chip`). Where the terms of a
+    lone W don't fit together all but the first are streamed (STREAM), BLOCK_K rows at a time. Half a tile idles before
+    its lanes take new rows (REFILL): taking them costs about one and a half steps, and at 15 steps a row a tile of 16
+    loses least if 7 wait.
     """
     block_d = block(shapes[0][1])
     wide = max(block(n) for shape in shapes for n in shape)
@@ -41,7 +44,7 @@ def rows(*, batch: int, shapes: list[tuple[int, int]], terms: int, memory: int, 
         return None
     block_b = 16
     if batch > LARGE and lone and not memory and not stream:
-        large = 32 if wide == 256 or (wide == 128 and terms > 1) else 64
+        large = 32 if chip // 10 != 9 or wide == 256 or (wide == 128 and terms > 1) else 64
         block_b = large if bytes_of(large, terms) <= shared else 16
     few = 4 if memory or not lone else 1
     warps = {16: few, 32: few, 64: 4, 128: 8 if memory or block_b == 64 or not lone else 4}.get(wide, 8)
@@ -88,6 +91,15 @@ def shared_memory(device: torch.device | None) -> int:
 
     index = torch.cuda.current_device() if device.index is None else device.index
     return driver.active.utils.get_device_properties(index)["max_shared_mem"]
+
+
+@cache
+def chip(device: torch.device) -> int:
+    """Ten times its capability, 90 for an H100; of no GPU, that."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 @cache

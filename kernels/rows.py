@@ -321,8 +321,8 @@ class Rows:
         if len(z) == 0:
             return z, steps, residual, status
         shapes = [tuple(w.shape) for w in matrices]
-        shared = launch.shared_memory(z.device)
-        config = launch.parameters(op, batch=len(z), shapes=shapes, terms=terms, memory=memory, shared=shared)
+        of = {"shared": launch.shared_memory(z.device), "chip": launch.chip(z.device)}
+        config = launch.parameters(op, batch=len(z), shapes=shapes, terms=terms, memory=memory, **of)
         programs = config.pop("programs") * launch.multiprocessors(z.device)
         programs = min(triton.cdiv(len(z), config["BLOCK_B"]), programs)
         scratch = z

@@ -13,30 +13,12 @@ import triton.language as tl
 
 from . import launch
 from .dispatch import Op, register
+from .formulas import ACTIVATIONS, SLOPES
 from .rows import MEMORY, Rows, iterate
 from .tl_common import act, act_slope
 from .tl_rows import dot
 
 FEATURES = 256  # most of them
-
-ACTIVATIONS = {
-    "tanh": torch.tanh,
-    "relu": torch.relu,
-    "gelu": torch.nn.functional.gelu,
-    "sin": torch.sin,
-    "identity": lambda x: x,
-    "abs": torch.abs,  # the reflection 2 prox - 1 of relu, and below that of tanh: see solvers/splitting.py
-    "reflected_tanh": lambda x: 2 * torch.tanh(x) - x,
-}
-SLOPES = {
-    "tanh": lambda x: 1 - torch.tanh(x) ** 2,
-    "relu": lambda x: (x > 0).to(x.dtype),
-    "gelu": lambda x: 0.5 + 0.5 * torch.erf(x * 0.5**0.5) + x * torch.exp(-0.5 * x * x) * (0.5 / torch.pi) ** 0.5,
-    "sin": torch.cos,
-    "identity": torch.ones_like,
-    "abs": lambda x: torch.where(x > 0, 1.0, -1.0).to(x.dtype),
-    "reflected_tanh": lambda x: 1 - 2 * torch.tanh(x) ** 2,
-}
 
 
 def affine_solve_ref(w, u, z0=None, *, activation, tol, max_steps, damping=1.0, memory=0, ridge=1e-8, terms=2):
@@ -115,7 +97,7 @@ def affine_adjoint(w, pre, g, *, activation, **options):
     return ADJOINT.solve("affine", activation, len(w), (w,), (), (g, pre), **options)
 
 
-def refuses(*, features, dtype, activation="tanh", solver_memory=0, device=None) -> str | None:
+def refuses(*, features, dtype, activation="tanh", terms=3, solver_memory=0, device=None) -> str | None:
     """Why torch must solve this problem, or None; `device` for the size of its shared memory."""
     if features > FEATURES:
         return f"{features} features, and a multiprocessor holds W up to {FEATURES}"
@@ -125,12 +107,7 @@ def refuses(*, features, dtype, activation="tanh", solver_memory=0, device=None)
         return f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}"
     if solver_memory > MEMORY:
         return f"Anderson memory {solver_memory}, and the registers hold {MEMORY}"
-    shared = launch.shared_memory(device)
-    if not launch.parameters(
-        "affine", batch=1, shapes=[(features, features)], terms=3, memory=solver_memory, shared=shared
-    ):
-        return f"W of {features} features does not fit in {shared} bytes of shared memory"
-    return None
+    return launch.too_large("affine", [(features, features)], terms, solver_memory, device)
 
 
 affine = register("affine", Op(affine_solve, affine_adjoint, affine_solve_ref, affine_adjoint_ref, refuses))

@@ -169,5 +169,6 @@ class WholeSolve:
     at: Callable[[Tensor], tuple[Tensor, ...]]
     options: Callable[[float], dict[str, Any]]
 
-    def pick(self, device: torch.device, solver_memory: int) -> tuple[Op | None, str]:
-        return pick(self.op, device, solver_memory=solver_memory, **self.problem)
+    def pick(self, device: torch.device, solver_memory: int, tol: float) -> tuple[Op | None, str]:
+        terms = self.options(tol)["terms"]
+        return pick(self.op, device, solver_memory=solver_memory, terms=terms, **self.problem)

@@ -71,12 +71,29 @@ def steps(*, width: int, itemsize: int) -> dict:
     return {"BLOCK_N": block, "SPLITS": splits, "num_warps": max(1, block * itemsize // 1024)}
 
 
-SHAPES: dict[str, Callable[..., dict | None]] = {"affine": rows, "picard": steps, "anderson": steps, "broyden": steps}
+SHAPES: dict[str, Callable[..., dict | None]] = {
+    "affine": rows,
+    "mlp": rows,
+    "gated": rows,
+    "picard": steps,
+    "anderson": steps,
+    "broyden": steps,
+}
 
 
 def parameters(op: str, **shape) -> dict | None:
     """Launch parameters of `op` for this shape, `programs` of them on each multiprocessor; None where none would do."""
     return SHAPES[op](**shape)
+
+
+def too_large(op: str, shapes, terms: int, memory: int, device: torch.device | None) -> str | None:
+    """Why weights of these shapes can't be held by a multiprocessor of this device, or None."""
+    shared = shared_memory(device)
+    if parameters(op, batch=1, shapes=shapes, terms=terms, memory=memory, shared=shared):
+        return None
+    size = 2 * terms * sum(n * m for n, m in shapes)
+    of = "" if terms == 1 else f" in {terms} bf16 terms"
+    return f"{size} bytes of weights{of} do not fit in {shared} bytes of shared memory"
 
 
 @cache

@@ -81,6 +81,12 @@ def sine(x, COSINE: tl.constexpr):
 
 
 @triton.jit
+def sigmoid(x):
+    """1 / (1 + e^-x), 0 far to the left."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
 def act(x, ACT: tl.constexpr, INTERP: tl.constexpr):
     """The activation of that name. NaN stays NaN."""
     if ACT == "tanh":
@@ -89,6 +95,8 @@ def act(x, ACT: tl.constexpr, INTERP: tl.constexpr):
         return tl.where(x < 0.0, 0.0, x)
     elif ACT == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACT == "silu":
+        return x * sigmoid(x)
     elif ACT == "sin":
         return sine(x, False)
     elif ACT == "abs":
@@ -109,6 +117,9 @@ def act_slope(x, ACT: tl.constexpr, INTERP: tl.constexpr):
         return tl.where(x > 0.0, 1.0, 0.0)
     elif ACT == "gelu":
         return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    elif ACT == "silu":
+        s = sigmoid(x)
+        return s * (1.0 + x * (1.0 - s))
     elif ACT == "sin":
         return sine(x, True)
     elif ACT == "abs":

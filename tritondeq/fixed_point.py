@@ -220,7 +220,7 @@ def _plan(whole: WholeSolve | None, layout: Layout, settings: Settings, trace: b
         return None, "whole-solve kernels take no mask, group or trace"
     if fused is None:
         return None, f"no whole-solve kernel has {type(settings.solver).__name__}"
-    return whole.pick(layout.device, fused["memory"])
+    return whole.pick(layout.device, fused["memory"], settings.tol)
 
 
 def _splitting(f: Callable, *solvers: Solver) -> Splitting | None:

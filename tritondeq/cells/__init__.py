@@ -2,4 +2,6 @@
 
 from .affine import Affine as Affine
 from .base import Cell as Cell
+from .gated import Gated as Gated
+from .mlp import MLP as MLP
 from .monotone import Monotone as Monotone

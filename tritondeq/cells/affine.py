@@ -4,17 +4,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..kernels.dispatch import WholeSolve
+from ..kernels.formulas import ACTIVATIONS
 from ..solvers.base import count, number
 from ..solvers.splitting import bf16_terms
 from .base import Cell, features_of
 from .contraction import SpectralBound
 
-_ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu": F.gelu, "sin": torch.sin, "identity": lambda x: x}
+_ACTIVATIONS = {name: ACTIVATIONS[name] for name in ("tanh", "relu", "gelu", "sin", "identity")}
 _SLOPES = {"gelu": 1.1289}  # largest |act'|, where it is not 1
 _GAIN = 0.9  # of the Lipschitz bound at initialisation
 

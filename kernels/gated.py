@@ -1,0 +1,125 @@
+"""Whole solve of the gated cell in one launch.
+
+    r = sigmoid(Wr z + ur),  s = sigmoid(Ws z + us),  c = tanh(Wc (r z) + uc)        z, ur, us, uc [B, D] rows
+    z* = (1 - s) z* + s c                                                           Wr, Ws, Wc [D, D]
+
+a gated recurrent unit (Cho et al. 2014) that is run to its equilibrium. Its adjoint u* = J' u* + g is, linearised,
+
+    J' u = (1 - s) u + r q + Wr' (kr q) + Ws' (ks u),  q = Wc' (kc u)
+    ks = (c - z*) s (1 - s),  kc = s (1 - c^2),  kr = z* r (1 - r)
+
+`feed` (tl_rows.py) pushes the increments of r z, and of the products of the adjoint, through the tensor cores. Bytes
+per call: inputs and z once, weights once per program; nothing per step.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+from .dispatch import Op, register
+from .formulas import gru
+from .rows import MEMORY, Rows, iterate
+from .tl_common import sigmoid, tanh
+from .tl_rows import dot, feed
+
+
+def gated_solve_ref(weights, inputs, z0=None, *, terms=2, **options):
+    """`gated_solve` in torch, in the dtype of the inputs; `terms` means nothing here."""
+
+    def f(z):
+        _, s, c = gru(weights, inputs, z)
+        return z + s * (c - z)
+
+    z, rules = _iterate(f, torch.zeros_like(inputs[0]) if z0 is None else z0, **options)
+    return z, rules.steps, rules.best, rules.status()
+
+
+def gated_adjoint_ref(weights, saved, g, *, terms=2, **options):
+    """`gated_adjoint` in torch, in the dtype of `g`; `terms` means nothing here."""
+    wr, ws, wc = weights
+    keep, r, ks, kc, kr = saved
+
+    def f(u):
+        q = (kc * u) @ wc
+        return g + keep * u + r * q + (kr * q) @ wr + (ks * u) @ ws
+
+    u, rules = _iterate(f, torch.zeros_like(g), **options)
+    return u, rules.steps, rules.best, rules.status()
+
+
+def _iterate(f, z, *, tol, max_steps, damping=1.0, memory=0, ridge=1e-8):
+    return iterate(f, z, tol, max_steps, damping, memory, ridge)
+
+
+@triton.jit
+def _start(inputs, vectors, D: tl.constexpr, ACT: tl.constexpr, INTERP: tl.constexpr):
+    return inputs[0], inputs[1], inputs[2], tl.zeros_like(inputs[0])
+
+
+@triton.jit
+def _step(z, d, go, inputs, vectors, carry, w, D: tl.constexpr, ACT: tl.constexpr, INTERP: tl.constexpr):
+    r, s, c, pushed = carry  # before their activations; the r z in c
+    r = dot(r, d, w[0])
+    s = dot(s, d, w[1])
+    c, pushed = feed(c, sigmoid(r) * z, pushed, go, w[2], INTERP)
+    return z + sigmoid(s) * (tanh(c, INTERP) - z), (r, s, c, pushed)
+
+
+@triton.jit
+def _adjoint_start(inputs, vectors, D: tl.constexpr, ACT: tl.constexpr, INTERP: tl.constexpr):
+    none = tl.zeros_like(inputs[0])
+    return inputs[0], none, none, none, none
+
+
+@triton.jit
+def _adjoint_step(z, d, go, inputs, vectors, carry, w, D: tl.constexpr, ACT: tl.constexpr, INTERP: tl.constexpr):
+    out, q, by_r, by_s, by_c = carry  # g + Wr' (kr q) + Ws' (ks u), q, and what has been pushed into them
+    g, keep, r, ks, kc, kr = inputs
+    q, by_c = feed(q, kc * z, by_c, go, w[2], INTERP)
+    out, by_s = feed(out, ks * z, by_s, go, w[1], INTERP)
+    out, by_r = feed(out, kr * q, by_r, go, w[0], INTERP)
+    return keep * z + r * q + out, (out, q, by_r, by_s, by_c)
+
+
+SOLVE = Rows(_start, _step)
+ADJOINT = Rows(_adjoint_start, _adjoint_step, transpose=False)
+
+
+def gated_solve(weights, inputs, z0=None, **options):
+    """The solution z* for rows of `inputs`.
+
+    Args:
+        weights: Wr, Ws and Wc, each [D, D] fp32.
+        inputs: ur, us and uc, each [B, D] fp32.
+        z0: Start, [B, D] fp32; zero if None.
+        options: tol, max_steps, damping, memory, ridge and terms, as `Rows.solve` has them.
+    Returns:
+        z [B, D] with the lowest residual seen, steps [B] int32, residual [B] of that z, status [B] int32 (rules.py).
+    """
+    return SOLVE.solve("gated", "", inputs[0].shape[1], weights, (), inputs, z0, **options)
+
+
+def gated_adjoint(weights, saved, g, **options):
+    """The solution u* of u = J' u + g for rows g.
+
+    Args:
+        weights: As in `gated_solve`, and so are the options.
+        saved: `formulas.gru_slopes` at the solution, each [B, D].
+        g: [B, D] fp32.
+    Returns:
+        As `gated_solve`.
+    """
+    return ADJOINT.solve("gated", "", g.shape[1], weights, (), (g, *saved), **options)
+
+
+def refuses(*, shapes, dtype, terms, solver_memory=0, device=None) -> str | None:
+    """Why torch must solve this problem, or None; `shapes` of all weights, `device` for its shared memory."""
+    if dtype == torch.float64:
+        return "float64 state, and the kernel's is float32"
+    if solver_memory > MEMORY:
+        return f"Anderson memory {solver_memory}, and the registers hold {MEMORY}"
+    return launch.too_large("gated", shapes, terms, solver_memory, device)
+
+
+gated = register("gated", Op(gated_solve, gated_adjoint, gated_solve_ref, gated_adjoint_ref, refuses))

@@ -1,0 +1,209 @@
+"""Whole solve of the MLP cell in one launch.
+
+    post   z* = n * rms(y),  y = z* + u + W2 h + b2,  h = act(W1 (z* + u) + b1)       z, u [B, D] rows, n, a [D]
+    pre    z* = a * z* + u + W2 h + b2,               h = act(W1 rms(z*) + b1)        W1, W3 [H, D], W2 [D, H]
+
+and h = act(W3 . + b3) * (W1 . + b1) where there is a gate W3 (Shazeer 2020). The adjoint u* = J' u* + g goes backwards
+through one of them, linearised: with s = act' and p the derivative of rms,
+
+    post   J' u = dy + W1' (s * (W2' dy)),  dy = p' (n * u)
+    pre    J' u = a * u + p' W1' (s * (W2' u))
+
+`feed` (tl_rows.py) pushes the increments of h, and of all else that is no increment of z, through the tensor cores, so
+that all products are accurate to fp32. Bytes per call: inputs and z once, weights once per program; nothing per step.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+from .dispatch import Op, register
+from .formulas import RMS_EPS, mlp, rms_pull
+from .rows import MEMORY, Rows, iterate
+from .tl_common import act
+from .tl_rows import dot, feed
+
+EPS = tl.constexpr(RMS_EPS)
+ACTS = ("relu", "gelu", "silu")
+
+
+def mlp_solve_ref(weights, biases, scale, u, z0=None, *, form, activation, terms=2, **options):
+    """`mlp_solve` in torch, in the dtype of `u`; `terms` means nothing here."""
+    z = torch.zeros_like(u) if z0 is None else z0
+    z, rules = _iterate(lambda z: mlp(form, activation, weights, biases, scale, u, z), z, **options)
+    return z, rules.steps, rules.best, rules.status()
+
+
+def mlp_adjoint_ref(weights, scale, saved, g, *, form, activation, terms=2, **options):
+    """`mlp_adjoint` in torch, in the dtype of `g`; `terms` means nothing here."""
+    up, down, *gate = weights
+    at, *slopes = saved
+
+    def into(t):
+        return sum((s * (t @ down)) @ w for s, w in zip(slopes, (up, *gate), strict=True))
+
+    def f(u):
+        if form == "post":
+            dy = rms_pull(at, scale * u)
+            return g + dy + into(dy)
+        return g + scale * u + rms_pull(at, into(u))
+
+    u, rules = _iterate(f, torch.zeros_like(g), **options)
+    return u, rules.steps, rules.best, rules.status()
+
+
+def _iterate(f, z, *, tol, max_steps, damping=1.0, memory=0, ridge=1e-8):
+    return iterate(f, z, tol, max_steps, damping, memory, ridge)
+
+
+@triton.jit
+def _rms(x, D: tl.constexpr):
+    return tl.rsqrt(tl.sum(x * x, 1) / D + EPS)[:, None]
+
+
+@triton.jit
+def _rms_pull(t, unit, scale, D: tl.constexpr):
+    """p' t where rms(x) is `unit` = x * `scale`."""
+    return scale * (t - unit * (tl.sum(t * unit, 1) / D)[:, None])
+
+
+@triton.jit
+def _activate(up, gate, GATED: tl.constexpr, ACT: tl.constexpr, INTERP: tl.constexpr):
+    if GATED:
+        return act(gate, ACT, INTERP) * up
+    else:
+        return act(up, ACT, INTERP)
+
+
+@triton.jit
+def _post_start(inputs, vectors, D: tl.constexpr, ACT: tl.constexpr, INTERP: tl.constexpr):
+    return inputs[0], tl.zeros_like(inputs[1]), inputs[1], inputs[len(inputs) - 1]
+
+
+@triton.jit
+def _post_step(z, d, go, inputs, vectors, carry, w, D: tl.constexpr, ACT: tl.constexpr, INTERP: tl.constexpr):
+    out, pushed, up, gate = carry  # u + W2 h, the h in it, W1 (z + u), W3 (z + u)
+    up = dot(up, d, w[0])
+    if len(w) == 3:
+        gate = dot(gate, d, w[2])
+    h = _activate(up, gate, len(w) == 3, ACT, INTERP)
+    out, pushed = feed(out, h, pushed, go, w[1], INTERP)
+    y = z + out
+    return y * _rms(y, D) * vectors[0][None, :], (out, pushed, up, gate)
+
+
+@triton.jit
+def _pre_start(inputs, vectors, D: tl.constexpr, ACT: tl.constexpr, INTERP: tl.constexpr):
+    zero = tl.zeros((inputs[0].shape[0], vectors[1].shape[0]), tl.float32)
+    return (
+        inputs[0],
+        zero,
+        zero + vectors[1][None, :],
+        zero + vectors[len(vectors) - 1][None, :],
+        tl.zeros_like(inputs[0]),
+    )
+
+
+@triton.jit
+def _pre_step(z, d, go, inputs, vectors, carry, w, D: tl.constexpr, ACT: tl.constexpr, INTERP: tl.constexpr):
+    out, pushed, up, gate, norm = carry  # u + W2 h, the h in it, W1 n + b, W3 n + b, the n in them
+    n = z * _rms(z, D)
+    up, seen = feed(up, n, norm, go, w[0], INTERP)
+    if len(w) == 3:
+        gate, seen = feed(gate, n, norm, go, w[2], INTERP)
+    h = _activate(up, gate, len(w) == 3, ACT, INTERP)
+    out, pushed = feed(out, h, pushed, go, w[1], INTERP)
+    return vectors[0][None, :] * z + out, (out, pushed, up, gate, seen)
+
+
+@triton.jit
+def _adjoint_start(inputs, vectors, D: tl.constexpr, ACT: tl.constexpr, INTERP: tl.constexpr):
+    scale = _rms(inputs[1], D)
+    zero = tl.zeros_like(inputs[2])
+    none = tl.zeros_like(inputs[0])
+    return none, none, zero, zero, zero, inputs[1] * scale, tl.sum(scale, 1)
+
+
+@triton.jit
+def _back(t, seen, acc, into, up, gate, go, inputs, w, INTERP: tl.constexpr):
+    """Goes on with into = W1' (s W2' t): `seen` is the t in acc = W2' t, `up` and `gate` are what is in `into`."""
+    acc, seen = feed(acc, t, seen, go, w[1], INTERP)
+    into, up = feed(into, inputs[2] * acc, up, go, w[0], INTERP)
+    if len(w) == 3:
+        into, gate = feed(into, inputs[3] * acc, gate, go, w[2], INTERP)
+    return seen, acc, into, up, gate
+
+
+@triton.jit
+def _post_adjoint_step(z, d, go, inputs, vectors, carry, w, D: tl.constexpr, ACT: tl.constexpr, INTERP: tl.constexpr):
+    into, seen, acc, up, gate, unit, scale = carry
+    dy = _rms_pull(z * vectors[0][None, :], unit, scale[:, None], D)
+    seen, acc, into, up, gate = _back(dy, seen, acc, into, up, gate, go, inputs, w, INTERP)
+    return inputs[0] + dy + into, (into, seen, acc, up, gate, unit, scale)
+
+
+@triton.jit
+def _pre_adjoint_step(z, d, go, inputs, vectors, carry, w, D: tl.constexpr, ACT: tl.constexpr, INTERP: tl.constexpr):
+    into, seen, acc, up, gate, unit, scale = carry
+    seen, acc, into, up, gate = _back(z, seen, acc, into, up, gate, go, inputs, w, INTERP)
+    f = inputs[0] + vectors[0][None, :] * z + _rms_pull(into, unit, scale[:, None], D)
+    return f, (into, seen, acc, up, gate, unit, scale)
+
+
+SOLVE = {"post": Rows(_post_start, _post_step), "pre": Rows(_pre_start, _pre_step)}
+ADJOINT = {
+    "post": Rows(_adjoint_start, _post_adjoint_step, transpose=False),
+    "pre": Rows(_adjoint_start, _pre_adjoint_step, transpose=False),
+}
+
+
+def mlp_solve(weights, biases, scale, u, z0=None, *, form, activation, **options):
+    """The solution z* for rows of `u`.
+
+    Args:
+        weights: W1 [H, D] and W2 [D, H], and W3 [H, D] if there is a gate; fp32.
+        biases: Theirs.
+        scale: n, or a where `form` is "pre", [D].
+        u: [B, D] fp32.
+        z0: Start, [B, D] fp32; zero if None.
+        form: "post" or "pre".
+        activation: "relu", "gelu" (exact) or "silu".
+        options: tol, max_steps, damping, memory, ridge and terms, as `Rows.solve` has them.
+    Returns:
+        z [B, D] with the lowest residual seen, steps [B] int32, residual [B] of that z, status [B] int32 (rules.py).
+    """
+    into = [(w, b) for i, (w, b) in enumerate(zip(weights, biases, strict=True)) if i != 1]
+    inputs, vectors = (u + biases[1],), (scale,)
+    if form == "post":
+        inputs += tuple(torch.addmm(b, u, w.mT) for w, b in into)
+    else:
+        vectors += tuple(b for _, b in into)
+    return SOLVE[form].solve("mlp", activation, u.shape[1], weights, vectors, inputs, z0, **options)
+
+
+def mlp_adjoint(weights, scale, saved, g, *, form, activation, **options):
+    """The solution u* of u = J' u + g for rows g.
+
+    Args:
+        weights: As in `mlp_solve`; so are `scale`, `form`, `activation` and the options.
+        saved: What rms is taken of, y or z*, [B, D], then `formulas.hidden_slopes` at the solution, each [B, H].
+        g: [B, D] fp32.
+    Returns:
+        As `mlp_solve`.
+    """
+    return ADJOINT[form].solve("mlp", activation, g.shape[1], weights, (scale,), (g, *saved), **options)
+
+
+def refuses(*, shapes, dtype, terms, activation="gelu", solver_memory=0, device=None) -> str | None:
+    """Why torch must solve this problem, or None; `shapes` of all weights, `device` for its shared memory."""
+    if dtype == torch.float64:
+        return "float64 state, and the kernel's is float32"
+    if activation not in ACTS:
+        return f"activation {activation!r} is not one of {', '.join(ACTS)}"
+    if solver_memory > MEMORY:
+        return f"Anderson memory {solver_memory}, and the registers hold {MEMORY}"
+    return launch.too_large("mlp", shapes, terms, solver_memory, device)
+
+
+op = register("mlp", Op(mlp_solve, mlp_adjoint, mlp_solve_ref, mlp_adjoint_ref, refuses))

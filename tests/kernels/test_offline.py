@@ -35,9 +35,10 @@ SPILLS = {  # the most of Triton 3.6 and 3.9
 }
 
 
-def rows_job(chip, op, adj, config, features, shapes, vectors, inputs, terms, memory, act):
+def rows_job(chip, op, adj, config, features, shapes, vectors, inputs, terms, memory, act, form=None):
     """A whole solve as `Rows.solve` launches it."""
     rows = getattr(importlib.import_module(f"tritondeq.kernels.{op}"), "ADJOINT" if adj else "SOLVE")
+    rows = rows[form] if form else rows
     config.pop("programs")
     options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
     kinds = {"w_ptrs": ["*bf16"] * len(shapes), "v_ptrs": ["*fp32"] * len(vectors), "x_ptrs": ["*fp32"] * len(inputs)}
@@ -82,7 +83,32 @@ def affine_jobs():
     return jobs
 
 
-JOBS = affine_jobs()
+def cell_jobs():
+    """The MLP and the gated cell, at the sizes that fill a multiprocessor and at small ones."""
+    jobs = {}
+    sizes = [(32, 64, 2), (64, 128, 2), (128, 256, 1)]
+    for chip, (d, h, terms), form, gate, adj in itertools.product(
+        (80, 90, 100), sizes, ("post", "pre"), (False, True), (False, True)
+    ):
+        shapes = [(h, d), (d, h), *([(h, d)] if gate else [])]
+        config = launch.parameters(
+            "mlp", batch=1 << 20, shapes=shapes, terms=terms, memory=0, shared=offline.SHARED[chip]
+        )
+        if config is None or (chip != 90 and (d, gate) == (32, False)):
+            continue
+        vectors = [d] if adj or form == "post" else [d, *[h] * (1 + gate)]
+        inputs = [d, d, *[h] * (1 + gate)] if adj else [d, *[h] * (1 + gate)] if form == "post" else [d]
+        name = f"sm{chip} mlp {form}{' gate' if gate else ''} D{d} H{h} terms{terms} {'adjoint' if adj else 'solve'}"
+        jobs[name] = rows_job(chip, "mlp", adj, config, d, shapes, vectors, inputs, terms, 0, "silu", form)
+    for chip, (d, terms), memory, adj in itertools.product((80, 90, 100), ((64, 2), (128, 1)), (0, 2), (False, True)):
+        shapes = [(d, d)] * 3
+        config = launch.parameters("gated", batch=1, shapes=shapes, terms=terms, memory=memory)
+        name = f"sm{chip} gated D{d} terms{terms} memory{memory} {'adjoint' if adj else 'solve'}"
+        jobs[name] = rows_job(chip, "gated", adj, config, d, shapes, [], [d] * (6 if adj else 3), terms, memory, "")
+    return jobs
+
+
+JOBS = affine_jobs() | cell_jobs()
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from .dropout import Masks
 from .fixed_point import check, fixed_point
 from .graphs import Graphs
 from .layout import describe
+from .parametrized import Parametrized
 from .solution import Solution
 from .solvers import Picard, Solver
 
@@ -103,14 +104,18 @@ class DEQ(nn.Module):
         """
         cell = self.cell
         own = isinstance(cell, Cell)
-        injection = cell.inject(x) if own else x
+        weights = Parametrized(cell)
+        with weights.held(weights.values):
+            injection = cell.inject(x) if own else x
         if z0 is None:
             z0 = cell.initial(x, injection) if own else _zeros(x)
+        if mask is None and own:
+            mask = cell.counts(injection)
         tol = self.tol if self.tol is not None or not own else cell.default_tol()
         solution = fixed_point(
-            _Map(self._evaluate(), cell, injection, self._graphs),
+            _Map(self._evaluate(), cell, injection, weights, self._graphs),
             z0,
-            (injection,),
+            (injection, weights.values),
             solver=self.solver,
             adjoint=self.adjoint,
             tol=tol,
@@ -133,31 +138,36 @@ class DEQ(nn.Module):
 
 
 class _Map:
-    """cell(z, injection), with the same dropout masks at every call.
+    """cell(z, injection), with the same dropout masks at every call, and parametrized tensors of these values.
 
     Args:
         evaluate: The cell, or what it was compiled to.
         injection: That of this solve, for the whole-solve kernel.
+        weights: The parametrized tensors of the cell.
         graphs: The layer's captured solves, if it has any.
     """
 
-    def __init__(self, evaluate: Callable, cell: nn.Module, injection: Any, graphs: Graphs | None):
+    def __init__(
+        self, evaluate: Callable, cell: nn.Module, injection: Any, weights: Parametrized, graphs: Graphs | None
+    ):
         self.evaluate, self.cell, self.injection, self.graphs = evaluate, cell, injection, graphs
+        self.weights = weights
         self.opaque = evaluate is not cell
         self.masks = Masks(cell)
 
     def twin(self) -> "_Map":
         """The same map, with masks in memory of its own."""
-        twin = _Map(self.evaluate, self.cell, None, None)
+        twin = _Map(self.evaluate, self.cell, None, self.weights, None)
         twin.masks.masks = {module: mask.clone() for module, mask in self.masks.masks.items()}
         return twin
 
-    def __call__(self, z: Any, injection: Any) -> Any:
-        if not self.masks.masks:
-            return self.evaluate(z, injection)
-        drawn = self.masks.drawn
-        with self.masks.held():  # a compiled cell finds the masks and has no branch that draws them
-            return (self.evaluate if drawn else self.cell)(z, injection)
+    def __call__(self, z: Any, injection: Any, weights: tuple[Tensor, ...]) -> Any:
+        with self.weights.held(weights):
+            if not self.masks.masks:
+                return self.evaluate(z, injection)
+            drawn = self.masks.drawn
+            with self.masks.held():  # a compiled cell finds the masks and has no branch that draws them
+                return (self.evaluate if drawn else self.cell)(z, injection)
 
     @property
     def whole_solve(self):
@@ -165,7 +175,16 @@ class _Map:
 
     @property
     def tail(self):
-        return self.cell.tail() if _tells(self.cell, "tail") and not self.opaque else None
+        told = self.cell.tail() if _tells(self.cell, "tail") and not self.opaque else None
+        if told is None:
+            return None
+        before, name = told
+
+        def held(z: Any, injection: Any, weights: tuple[Tensor, ...]) -> Any:
+            with self.weights.held(weights):
+                return before(z, injection)
+
+        return held, name
 
 
 def _tells(cell: nn.Module, what: str) -> bool:

@@ -26,6 +26,11 @@ class Cell(nn.Module):
         """Where a solve starts unless it is told: zeros like x."""
         return torch.zeros_like(x)
 
+    def counts(self, injection: Any) -> Any:
+        """The mask of a solve that is given none: bool, True where an element of the state counts in norms, as
+        `DEQ.solve` takes it. None: all do."""
+        return None
+
     def forward(self, z: Any, injection: Any) -> Any:
         """f(z, injection), of the structure, shapes and device of z."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(z, injection)")

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import tritondeq as tdeq
-from tritondeq import DEQ, Anderson, Broyden, Implicit, Phantom, Picard, Status, Unrolled
+from tritondeq import DEQ, Anderson, Broyden, Implicit, Picard, Status, Unrolled
 from tritondeq.cells import Transformer
 
 WIRINGS = ["outer", "damped", "head"]
@@ -380,27 +380,27 @@ def test_few_tokens(shape, padded):
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("wiring", WIRINGS)
-def test_it_learns_to_recall(wiring, autocast):
-    """The answer at the last token is the token that stood where the first one's value points to."""
-    tokens, words = 6, 5
-    layer = DEQ(Transformer(24, heads=4, hidden=48, wiring=wiring, rotary=100.0), adjoint=Phantom(4, 0.8))
-    net = nn.ModuleDict({"embed": nn.Embedding(words, 24), "deq": layer, "head": nn.Linear(24, words)})
+def test_it_learns_to_copy(wiring, autocast):
+    """Each token's answer is the token before it. Every solve of 300 training steps ends well, in few steps at last."""
+    words = 4
+    cell = Transformer(16, heads=2, hidden=32, wiring=wiring, causal=True, rotary=100.0, decay=autocast)
+    net = nn.ModuleDict({"embed": nn.Embedding(words, 16), "deq": DEQ(cell), "head": nn.Linear(16, words)})
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
     losses, steps = [], []
     for _ in range(300):
-        x = torch.randint(words, (32, tokens))
-        answer = x.gather(1, x[:, :1] + 1).squeeze(1)
+        x = torch.randint(words, (32, 6))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            loss = nn.functional.cross_entropy(net["head"](layer(net["embed"](x))[:, -1]).float(), answer)
-        assert set(layer.last.status.tolist()) <= {Status.CONVERGED, Status.PLATEAU}
+            logits = net["head"](net["deq"](net["embed"](x))[:, 1:])
+        loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), x[:, :-1].flatten())
+        assert set(net["deq"].last.status.tolist()) <= {Status.CONVERGED, Status.PLATEAU}
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
-        steps.append(layer.last.steps.max().item())
-    assert sum(losses[-20:]) < 0.8 * sum(losses[:20]), losses[::20]
-    assert max(steps) <= 40
+        steps.append(net["deq"].last.steps.max().item())
+    assert sum(losses[:10]) > 10 and sum(losses[-10:]) < 0.5, losses[::20]
+    assert max(steps[-50:]) <= 20
 
 
 @pytest.mark.parametrize(

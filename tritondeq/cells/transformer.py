@@ -63,7 +63,7 @@ class Transformer(Cell):
         features: Width D of the state; z is [B, T, D].
         inputs: Width of x; None is D.
         heads: Of attention; must divide `features`.
-        kv_heads: Heads of keys and values, each shared by heads / kv_heads queries (Ainslie et al. 2023); None is heads.
+        kv_heads: Of keys and values, each for heads / kv_heads heads of queries (Ainslie et al. 2023); None is heads.
         hidden: Width of the feed-forward net; None is 4 D, or 8/3 D rounded up to a multiple of 8 for "swiglu".
         wiring: "outer", "damped" or "head".
         activation: "swiglu" (Shazeer 2020), "gelu", "relu" or "silu".
@@ -150,7 +150,7 @@ class Transformer(Cell):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws all linears anew as nn.Linear does, the last of each branch times 0.3 but in "head"; resets the rest."""
+        """Draws linears anew as nn.Linear does, the last of each branch times 0.3 but in "head"; resets the rest."""
         for module in self.children():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()

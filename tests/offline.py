@@ -41,7 +41,7 @@ def _in_process(jobs: list[dict]) -> list[dict]:
     return json.loads(done.stdout)
 
 
-def inspect(kernel: str, chip: int, types: dict, constants: dict, **options) -> dict:
+def inspect(kernel: str, chip: int, types: dict, constants: dict, multiples: tuple[str, ...] = (), **options) -> dict:
     """What ptxas made of a kernel.
 
     Args:
@@ -49,6 +49,7 @@ def inspect(kernel: str, chip: int, types: dict, constants: dict, **options) -> 
         chip: 80, 90 or 100.
         types: Triton type of each argument that is no constant; pointers are taken as aligned to 16 bytes.
         constants: Value of each constexpr.
+        multiples: Integer arguments that are multiples of 16, as Triton finds out at a launch.
         options: num_warps, num_stages.
     Returns:
         registers, shared (bytes), hot: instruction counts of the innermost loop that has tensor-core instructions and a
@@ -61,7 +62,8 @@ def inspect(kernel: str, chip: int, types: dict, constants: dict, **options) -> 
     module, name = kernel.split(":")
     fn = getattr(importlib.import_module(module), name)
     signature = {arg: "constexpr" if arg in constants else types[arg] for arg in fn.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, arg in enumerate(fn.arg_names) if signature[arg].startswith("*")}
+    known = [arg for arg in fn.arg_names if signature[arg].startswith("*") or arg in multiples]
+    aligned = {(fn.arg_names.index(arg),): [["tt.divisibility", 16]] for arg in known}
     source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=aligned)
     try:
         made = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options | {"enable_fp_fusion": True})

@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dropout import FixedDropout
-from ..layout import describe
+from ..kernels import dispatch
 from ..solvers.base import count, number
-from .base import Cell, features_of
+from .base import Cell
 from .past import Past, Store
+from .tokens import attention_mask, rotary_angles, rotated, tokens_of
 
 _ACTIVATIONS = {"swiglu": F.silu, "gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 _WIRINGS = ("outer", "damped", "head")
@@ -187,26 +188,28 @@ class Transformer(Cell):
         return torch.zeros_like(injection.u)
 
     def forward(self, z: Tensor, injection: Injection) -> Tensor:
-        y = self._enter(z, injection)
-        if self.wiring == "outer":
-            h = y + self._attention(self.attention_norm(y), injection)
-            return self.outer_norm(h + self._ffn(self.ffn_norm(h)))
+        u, a = injection.u, injection.decay
         if self.wiring == "damped":
-            h = self.attention_norm(y + self._attention(y, injection))
-            return torch.lerp(z, self.ffn_norm(h + self._ffn(h)), self.damping)
-        first, second = injection.scales
-        branch = first * self._attention(self.attention_norm(y), injection)
-        return injection.u + branch + second * self._ffn(self.ffn_norm(y + branch))
+            y = self._enter(z, injection)
+            _, h = _sum_and_norm(y, self._attention(y, injection), None, self.attention_norm, keep_sum=False)
+            _, n = _sum_and_norm(h, self._ffn(h), None, self.ffn_norm, keep_sum=False)
+            return torch.lerp(z, n, self.damping)
+        first, second = injection.scales or (None, None)
+        y, n = _sum_and_norm(u, z, a, self.attention_norm)
+        branch = self._attention(n, injection)
+        h, n = _sum_and_norm(y, branch, first, self.ffn_norm)
+        if self.wiring == "head":
+            return torch.addcmul(torch.addcmul(u, first, branch), second, self._ffn(n))
+        return _sum_and_norm(h, self._ffn(n), None, self.outer_norm, keep_sum=False)[1]
 
     def _enter(self, z: Tensor, injection: Injection) -> Tensor:
-        u, a = injection.u, injection.decay
-        return z + u if a is None else torch.addcmul(u, a, z)
+        return _sum(injection.u, z, injection.decay)
 
     def _qkv(self, h: Tensor, injection: Injection) -> tuple[Tensor, Tensor, Tensor]:
         heads = self.qkv(h).unflatten(-1, (-1, self.width)).transpose(1, 2)
         q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         if injection.angles is not None:
-            q, k = (_rotated(t, *injection.angles) for t in (q, k))
+            q, k = (rotated(t, *injection.angles) for t in (q, k))
         return q, k, v
 
     def _attention(self, h: Tensor, injection: Injection) -> Tensor:
@@ -231,7 +234,7 @@ class Transformer(Cell):
         return self.ffn_dropout(self.down(act(self.up(h))))
 
     def _injection(self, x: Any, past: Past | None) -> Injection:
-        x, real = _tokens_of(x, self)
+        x, real = tokens_of(x, self.inputs, self)
         tokens, device = x.shape[1], x.device
         u = self.input_norm(self.input(x).to(self.input_norm.weight.dtype))
         decay = scales = None
@@ -240,7 +243,7 @@ class Transformer(Cell):
         if self.wiring == "head":
             scales = tuple(self.gamma_max * torch.sigmoid(self.scales))
         at = 0 if past is None else past.tokens
-        angles = None if self.rotary is None else _angles(at, tokens, self.width, self.rotary, u)
+        angles = None if self.rotary is None else rotary_angles(at, tokens, self.width, self.rotary, u)
         if past is not None:
             past, keys = self._room(past, u, real)
         else:
@@ -249,7 +252,7 @@ class Transformer(Cell):
         if self.causal and keys is None and (at == 0 or tokens <= 1):
             is_causal = at == 0
         elif self.causal or keys is not None:
-            mask = _mask(at, tokens, keys, self.causal, device)
+            mask = attention_mask(at, tokens, keys, self.causal, device)
             shared = self.heads // self.kv_heads
             mask = mask if shared == 1 else mask.repeat(1, 1, shared, 1)
         return Injection(u, decay, scales, angles, real, mask, is_causal, past)
@@ -276,6 +279,25 @@ class Transformer(Cell):
         return ", ".join(said)
 
 
+def _sum(a: Tensor, b: Tensor, gamma: Tensor | None) -> Tensor:
+    return a + b if gamma is None else torch.addcmul(a, gamma, b)
+
+
+def _sum_and_norm(
+    a: Tensor, b: Tensor, gamma: Tensor | None, norm: nn.Module, keep_sum: bool = True
+) -> tuple[Tensor | None, Tensor]:
+    """(s, norm(s)) with s = a + gamma b; in one kernel where no gradient and no compiler looks on."""
+    plain = type(norm) is nn.RMSNorm and norm.eps is not None
+    if plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        autocast = torch.is_autocast_enabled(a.device.type)
+        operands = {"a": a, "b": b, "gamma": gamma, "weight": norm.weight}
+        op, _ = dispatch.pick("residual_rms", a.device, autocast=autocast, **operands)
+        if op is not None:
+            return op.run(**operands, eps=norm.eps, keep_sum=keep_sum)
+    s = _sum(a, b, gamma)
+    return s, norm(s)
+
+
 def _one_of(name: str, value: str, options: Any) -> str:
     if value not in options:
         raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}")
@@ -291,44 +313,3 @@ def _of_wiring(name: str, value: float | None, wiring: str, own: str, default: f
     value = default if value is None else value
     number(name, value, 0)
     return value
-
-
-def _tokens_of(x: Any, cell: Transformer) -> tuple[Tensor, Tensor | None]:
-    """(x with zeros in place of padding, mask)."""
-    mask = None
-    if isinstance(x, tuple | list) and len(x) == 2:
-        x, mask = x
-    features_of(x, cell.inputs, cell)
-    if x.ndim != 3:
-        raise ValueError(f"x must be [batch, tokens, {cell.inputs}] for Transformer, got shape {tuple(x.shape)}")
-    if mask is None:
-        return x, None
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"mask must be a bool tensor (True: a real token), got {describe(mask)}")
-    if mask.shape != x.shape[:2]:
-        raise ValueError(f"mask must be [batch, tokens] = {tuple(x.shape[:2])}, got shape {tuple(mask.shape)}")
-    return x.masked_fill(~mask.unsqueeze(-1), 0.0), mask
-
-
-def _mask(at: int, tokens: int, real: Tensor | None, causal: bool, device: torch.device) -> Tensor:
-    """[B or 1, 1, tokens, at + tokens]: True where a token attends to; each to itself, or its softmax were empty."""
-    queries = torch.arange(at, at + tokens, device=device).unsqueeze(1)
-    keys = torch.arange(at + tokens, device=device)
-    seen = keys <= queries if causal else torch.ones_like(keys <= queries)
-    if real is not None:
-        seen = (seen & real.unsqueeze(1)) | (keys == queries)
-    return seen.unsqueeze(-3) if real is not None else seen[None, None]
-
-
-def _angles(at: int, tokens: int, width: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * base^(-2 i / width), [tokens, width], both halves alike."""
-    wide = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
-    frequency = base ** -(torch.arange(0, width, 2, **wide) / width)
-    angle = torch.outer(torch.arange(at, at + tokens, **wide), frequency).repeat(1, 2)
-    return angle.cos(), angle.sin()
-
-
-def _rotated(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (i, i + width / 2) of each head [B, heads, T, width] by their angles."""
-    first, second = t.chunk(2, dim=-1)
-    return torch.addcmul(t * cos, torch.cat((-second, first), dim=-1), sin).to(t.dtype)

@@ -233,3 +233,17 @@ def test_caches_that_do_not_fit():
         deq.step(x, x)
     with pytest.raises(TypeError, match="x must hold a tensor"):
         deq.step(None, cache)
+
+
+@torch.no_grad()
+def test_keys_are_those_of_the_state_returned():
+    """The best one, where a later one was worse."""
+    deq = DEQ(Transformer(D, 7, heads=2, causal=True).double(), tol=1e-9, max_steps=6, trace=True)
+    for linear, gain in ((deq.cell.qkv, 3), (deq.cell.up, 3), (deq.cell.output, 40), (deq.cell.down, 40)):
+        linear.weight *= gain
+    x = torch.randn(1, T, 7).double()
+    z, cache = deq.step(x)
+    assert deq.last.trace[:, 0].argmin() < 5
+    y = z + deq.cell.inject(x).u
+    keys = deq.cell.qkv(deq.cell.attention_norm(y))[..., D : 2 * D].unflatten(-1, (2, 6)).transpose(1, 2)
+    torch.testing.assert_close(cache.past.store.keys[:, :, :T], keys)

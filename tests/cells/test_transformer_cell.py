@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import tritondeq as tdeq
-from tritondeq import DEQ, Anderson, Broyden, Implicit, Picard, Status, Unrolled
+from tritondeq import DEQ, Anderson, Broyden, Implicit, Picard, Status, Unrolled, graphs
 from tritondeq.cells import Transformer
+from tritondeq.cells.tokens import attention_mask
 
 WIRINGS = ["outer", "damped", "head"]
 ACTIVATIONS = {
@@ -208,6 +209,17 @@ def test_padding_has_no_gradient_and_no_nan():
     assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_no_token_is_left_without_any_to_attend_to(causal):
+    """Not all of torch's attention gives such tokens a finite value and gradient."""
+    real = lengths(5, 2, 0)
+    seen = attention_mask(0, T, real, causal, real.device)[:, 0]
+    assert seen.diagonal(dim1=1, dim2=2).all()
+    others = ~torch.eye(T, dtype=torch.bool)
+    order = torch.ones(T, T, dtype=torch.bool)
+    assert torch.equal(seen & others, others & real.unsqueeze(1) & (order.tril() if causal else order))
+
+
 def test_a_mask_of_the_caller_comes_first():
     layer = DEQ(double(), tol=1e-6)
     x, real = torch.randn(B, T, 7).double(), lengths(5, 3, 1)
@@ -343,6 +355,25 @@ def test_compiled(wiring):
         results.append([z, *torch.autograd.grad(z[:, :3].sin().sum(), list(cell.parameters()))])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_captured(monkeypatch, wiring):
+    """As in test_graphs.py, the work itself in place of a replay: other inputs and lengths, nothing captured anew."""
+    monkeypatch.setattr(graphs, "Recorder", lambda device: lambda work: (work(), work)[1])
+    monkeypatch.setattr(graphs, "can_record", lambda device: True)
+    cell = Transformer(D, heads=6, kv_heads=2, wiring=wiring, causal=True, rotary=1e4, decay=True, dropout=0.2)
+    layers = DEQ(cell, graph=True, tol=1e-5), DEQ(cell, tol=1e-5)
+    for counts in ((5, 3, 4), (1, 5, 2)):
+        x, real, results = torch.randn(B, T, D), lengths(*counts), []
+        for layer in layers:
+            torch.manual_seed(1)
+            with tdeq.backend("triton"):
+                z = layer((x, real))
+                results.append([z[real], *torch.autograd.grad(z[real].sin().sum(), list(cell.parameters()))])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert len(layers[0]._graphs.solves) == 1 and "graphs" in layers[0].last.path
 
 
 def test_spectral_norm_of_its_linears():

@@ -24,7 +24,8 @@ class DEQ(nn.Module):
     """A deep equilibrium layer: z* = cell(z*, x), solved and differentiated implicitly (Bai et al. 2019).
 
     An ordinary module in every mode: differentiable in train() and eval(), under autocast and checkpointing, called
-    any number of times before a backward.
+    any number of times before a backward. What torch.nn.utils.parametrize does to the cell's weights is computed once
+    a solve.
 
     Args:
         cell: Any nn.Module with `forward(z, x)` that returns a state like z, or a `cells.Cell`.

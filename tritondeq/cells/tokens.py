@@ -31,13 +31,15 @@ def tokens_of(x: Any, features: int, cell: nn.Module) -> tuple[Tensor, Tensor | 
 
 
 def attention_mask(at: int, tokens: int, real: Tensor | None, causal: bool, device: torch.device) -> Tensor:
-    """[B or 1, 1, tokens, at + tokens]: True where a token attends to; each to itself, or its softmax were empty."""
+    """True where tokens at, at + 1, ... attend to those from 0 on, broadcasting to [B, 1, tokens, at + tokens]. None is
+    left without any to attend to: not all of torch's attention gives such tokens a finite value and gradient."""
+    if not causal:
+        return (real | ~real.any(1, keepdim=True))[:, None, None]
     queries = torch.arange(at, at + tokens, device=device).unsqueeze(1)
     keys = torch.arange(at + tokens, device=device)
-    seen = keys <= queries if causal else torch.ones_like(keys <= queries)
-    if real is not None:
-        seen = (seen & real.unsqueeze(1)) | (keys == queries)
-    return seen.unsqueeze(-3) if real is not None else seen[None, None]
+    if real is None:
+        return (keys <= queries)[None, None]
+    return (((keys <= queries) & real.unsqueeze(1)) | (keys == queries)).unsqueeze(1)
 
 
 def rotary_angles(at: int, tokens: int, width: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:

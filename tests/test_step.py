@@ -154,6 +154,10 @@ def test_autocast_keeps_narrow_keys():
     torch.testing.assert_close(z, together, rtol=5e-2, atol=5e-2)
     with pytest.raises(ValueError, match="bfloat16.*float32"):
         deq.step(x, cache)
+    wide = layer()
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # leaves float64 alone
+        z, _ = stepwise(wide, x.double(), (5, 4))
+        torch.testing.assert_close(z, wide(x.double()), rtol=0, atol=1e-9)
 
 
 def test_no_gradient_even_where_all_has_one():

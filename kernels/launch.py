@@ -71,10 +71,18 @@ def steps(*, width: int, itemsize: int) -> dict:
     return {"BLOCK_N": block, "SPLITS": splits, "num_warps": max(1, block * itemsize // 1024)}
 
 
+def whole_rows(*, features: int) -> dict:
+    """Of an op on whole rows: a tile of 1024 elements, or one row; 16 elements a thread."""
+    block_d = 1 << (features - 1).bit_length()
+    block_r = max(1, 1024 // block_d)
+    return {"BLOCK_R": block_r, "BLOCK_D": block_d, "num_warps": block_r * block_d // 512}
+
+
 SHAPES: dict[str, Callable[..., dict | None]] = {
     "affine": rows,
     "mlp": rows,
     "gated": rows,
+    "residual_rms": whole_rows,
     "picard": steps,
     "anderson": steps,
     "broyden": steps,

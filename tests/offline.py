@@ -41,7 +41,7 @@ def _in_process(jobs: list[dict]) -> list[dict]:
     return json.loads(done.stdout)
 
 
-def inspect(kernel: str, chip: int, types: dict, constants: dict, **options) -> dict:
+def inspect(kernel: str, chip: int, types: dict, constants: dict, multiples: tuple[str, ...] = (), **options) -> dict:
     """What ptxas made of a kernel.
 
     Args:
@@ -50,6 +50,7 @@ def inspect(kernel: str, chip: int, types: dict, constants: dict, **options) -> 
         types: Triton type of each argument that is no constant, or a list of them; pointers are taken as aligned to 16
             bytes.
         constants: Value of each constexpr; "module:function" stands for the function.
+        multiples: Integer arguments that are multiples of 16, as Triton finds out at a launch.
         options: num_warps, num_stages.
     Returns:
         registers, shared (bytes), hot: instruction counts of the innermost loop that has tensor-core instructions and a
@@ -61,7 +62,7 @@ def inspect(kernel: str, chip: int, types: dict, constants: dict, **options) -> 
 
     fn, constants = _named(kernel), {name: _named(value) for name, value in constants.items()}
     signature = {arg: "constexpr" if arg in constants else _tuples(types[arg]) for arg in fn.arg_names}
-    aligned = {}
+    aligned = {(fn.arg_names.index(arg),): [["tt.divisibility", 16]] for arg in multiples}
     for i, kind in enumerate(signature.values()):
         for path, one in ((i,), kind), *(((i, j), one) for j, one in enumerate(kind)):
             if one[:1] == "*" and len(one) > 1:

@@ -1,11 +1,13 @@
 """The layer."""
 
-from collections.abc import Callable
-from dataclasses import replace
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .adjoints import Adjoint, Implicit, Unrolled
 from .cells import Cell
@@ -13,6 +15,7 @@ from .dropout import Masks
 from .fixed_point import check, fixed_point
 from .graphs import Graphs
 from .layout import describe
+from .parametrized import Parametrized
 from .solution import Solution
 from .solvers import Picard, Solver
 
@@ -21,7 +24,8 @@ class DEQ(nn.Module):
     """A deep equilibrium layer: z* = cell(z*, x), solved and differentiated implicitly (Bai et al. 2019).
 
     An ordinary module in every mode: differentiable in train() and eval(), under autocast and checkpointing, called
-    any number of times before a backward.
+    any number of times before a backward. What torch.nn.utils.parametrize does to the cell's weights is computed once
+    a solve.
 
     Args:
         cell: Any nn.Module with `forward(z, x)` that returns a state like z, or a `cells.Cell`.
@@ -79,6 +83,7 @@ class DEQ(nn.Module):
         self._graphs = Graphs() if graph else None
         self._compiled: Any = None  # as a tuple, or its parameters would be registered twice
         self.last: Solution | None = None
+        self._token = _Token()
 
     def forward(self, x: Any, z0: Any = None, mask: Any = None) -> Any:
         """The fixed point: `solve(x, z0, mask).value`."""
@@ -106,15 +111,60 @@ class DEQ(nn.Module):
             RuntimeError: the cell draws dropout masks of its own: see `FixedDropout`.
         """
         cell = self.cell
+        weights = Parametrized(cell)
+        with weights.held(weights.values):
+            injection = cell.inject(x) if isinstance(cell, Cell) else x
+        f = _Map(self._evaluate(), cell, injection, weights, self._graphs)
+        return self._solve(f, x, z0, mask)
+
+    @torch.no_grad()
+    def step(self, x: Any, cache: "Cache | None" = None, z0: Any = None) -> "tuple[Any, Cache]":
+        """(fixed point of these tokens, cache of all so far), as if all were solved together, but only these are.
+
+        A causal cell's tokens do not depend on later ones, so what was solved stands, and the cache holds what the cell
+        needs of it (keys and values at the equilibrium, for `cells.Transformer`). Any number of tokens is a step: a
+        prompt, then one after another. Each step stops by the residual of its own tokens, so the result is that of
+        `forward` on all tokens to within the tolerance.
+
+        There are no gradients, neither of z nor of the cache: train with `forward`. A cache belongs to the weights it
+        was made with. It may be stepped from any number of times, as beams do that share a prompt. Dropout, in train(),
+        draws its mask for each step. Neither `compile` nor `graph` applies.
+
+        Args:
+            x: The cell's input for the new tokens, [B, t, ...].
+            cache: What the step before returned; None: these are the first tokens.
+            z0: Where to start: a state. None asks the cell.
+
+        Raises:
+            TypeError: the cell does not define `extend` and `remember`; cache is none of `step`'s.
+            ValueError: the cell is not causal; the cache is that of another layer, batch size, dtype or device.
+        """
+        cell = self.cell
+        if not isinstance(cell, Cell) or type(cell).extend is Cell.extend or type(cell).remember is Cell.remember:
+            raise TypeError(f"step needs a causal cell that defines extend and remember, got {type(cell).__name__}")
+        like = _like(x)
+        past = None if cache is None else _past_of(cache, self._token, like)
+        weights = Parametrized(cell)
+        with weights.held(weights.values):
+            injection = cell.extend(x, past)
+        f = _Map(cell, cell, injection, weights, None)
+        z = self._solve(f, x, z0, None).value
+        with f.held(weights.values):
+            past = cell.remember(z, injection)
+        return z, Cache(self._token, like, past)
+
+    def _solve(self, f: "_Map", x: Any, z0: Any, mask: Any) -> Solution:
+        cell, injection = self.cell, f.injection
         own = isinstance(cell, Cell)
-        injection = cell.inject(x) if own else x
         if z0 is None:
             z0 = cell.initial(x, injection) if own else _zeros(x)
+        if mask is None and own:
+            mask = cell.counts(injection)
         tol = self.tol if self.tol is not None or not own else cell.default_tol()
         solution = fixed_point(
-            _Map(self._evaluate(), cell, injection, self._graphs),
+            f,
             z0,
-            (injection,),
+            (injection, f.weights.values),
             solver=self.solver,
             adjoint=self.adjoint,
             tol=tol,
@@ -132,35 +182,77 @@ class DEQ(nn.Module):
         return f"solver={self.solver}, adjoint={self.adjoint}, tol={tol}, max_steps={self.max_steps}"
 
     def __getstate__(self):
-        own = {"last": None, "_compiled": None, "_graphs": Graphs() if self.graph else None}
+        own = {"last": None, "_compiled": None, "_graphs": Graphs() if self.graph else None, "_token": _Token()}
         return {**self.__dict__, **own}
 
 
+class _Token:
+    """Who a layer is, to its caches; a copy of the layer has one of its own."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What `DEQ.step` remembers of the tokens so far."""
+
+    layer: _Token
+    like: dict[str, Any]  # of x: batch size, dtype, device
+    past: Any = field(repr=False)  # the cell's
+
+
+def _like(x: Any) -> dict[str, Any]:
+    first = next((leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor) and leaf.ndim), None)
+    if first is None:
+        raise TypeError(f"x must hold a tensor [batch, tokens, ...], got {describe(x)}")
+    return {"batch size": first.shape[0], "dtype": first.dtype, "device": first.device}
+
+
+def _past_of(cache: Any, token: _Token, like: dict[str, Any]) -> Any:
+    """What the cell remembers, if the cache fits."""
+    if not isinstance(cache, Cache):
+        raise TypeError(f"cache must be what step returned, or None, got {describe(cache)}")
+    if cache.layer is not token:
+        raise ValueError("cache must be of this layer's own steps, got that of another layer")
+    for name, value in like.items():
+        if cache.like[name] != value:
+            raise ValueError(f"cache must fit x: it is for {name} {cache.like[name]}, and x has {name} {value}")
+    return cache.past
+
+
 class _Map:
-    """cell(z, injection), with the same dropout masks at every call.
+    """cell(z, injection), with the same dropout masks at every call, and parametrized tensors of these values.
 
     Args:
         evaluate: The cell, or what it was compiled to.
         injection: That of this solve, for the whole-solve kernel.
+        weights: The parametrized tensors of the cell.
         graphs: The layer's captured solves, if it has any.
     """
 
-    def __init__(self, evaluate: Callable, cell: nn.Module, injection: Any, graphs: Graphs | None):
+    def __init__(
+        self, evaluate: Callable, cell: nn.Module, injection: Any, weights: Parametrized, graphs: Graphs | None
+    ):
         self.evaluate, self.cell, self.injection, self.graphs = evaluate, cell, injection, graphs
+        self.weights = weights
         self.opaque = evaluate is not cell
         self.masks = Masks(cell)
 
     def twin(self) -> "_Map":
         """The same map, with masks in memory of its own."""
-        twin = _Map(self.evaluate, self.cell, None, None)
+        twin = _Map(self.evaluate, self.cell, None, self.weights, None)
         twin.masks.masks = {module: mask.clone() for module, mask in self.masks.masks.items()}
         return twin
 
-    def __call__(self, z: Any, injection: Any) -> Any:
-        if not self.masks.masks:
+    @contextlib.contextmanager
+    def held(self, weights: tuple[Tensor, ...]) -> Iterator[None]:
+        """For one evaluation."""
+        with self.weights.held(weights), self.masks.held():
+            yield
+
+    def __call__(self, z: Any, injection: Any, weights: tuple[Tensor, ...]) -> Any:
+        if not self.masks.masks and not weights:
             return self.evaluate(z, injection)
         drawn = self.masks.drawn
-        with self.masks.held():  # a compiled cell finds the masks and has no branch that draws them
+        with self.held(weights):  # a compiled cell finds the masks and has no branch that draws them
             return (self.evaluate if drawn else self.cell)(z, injection)
 
     @property
@@ -173,7 +265,16 @@ class _Map:
 
     @property
     def tail(self):
-        return self.cell.tail() if _tells(self.cell, "tail") and not self.opaque else None
+        told = self.cell.tail() if _tells(self.cell, "tail") and not self.opaque else None
+        if told is None:
+            return None
+        before, name = told
+
+        def held(z: Any, injection: Any, weights: tuple[Tensor, ...]) -> Any:
+            with self.held(weights):
+                return before(z, injection)
+
+        return held, name
 
 
 def _tells(cell: nn.Module, what: str) -> bool:

@@ -5,3 +5,4 @@ from .base import Cell as Cell
 from .gated import Gated as Gated
 from .mlp import MLP as MLP
 from .monotone import Monotone as Monotone
+from .transformer import Transformer as Transformer

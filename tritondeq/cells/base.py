@@ -5,14 +5,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..kernels.dispatch import WholeSolve
+from ..kernels.rules import EPS
+from ..layout import Layout
 from ..solvers import Picard, Solver
 from ..solvers.splitting import Splitting
 
 
 class Cell(nn.Module):
     """f(z, u) with u = inject(x): one evaluation of the map whose fixed point a DEQ returns.
+
+    A cell whose tokens never look at later ones can be solved token by token, by `DEQ.step`, if it defines two more
+    methods: `extend(x, past)`, which is `inject` for tokens that follow others, and `remember(z, injection)`, which
+    returns the `past` of those to come: keys and values at the solution z, say.
 
     Attributes:
         batch_dims: Leading dims of the state that index samples; -1 where each row is a sample of its own.
@@ -28,9 +35,44 @@ class Cell(nn.Module):
         """Where a solve starts unless it is told: zeros like x."""
         return torch.zeros_like(x)
 
+    def counts(self, injection: Any) -> Any:
+        """The mask of a solve that is given none: bool, True where an element of the state counts in norms, as
+        `DEQ.solve` takes it. None: all do."""
+        return None
+
     def forward(self, z: Any, injection: Any) -> Any:
         """f(z, injection), of the structure, shapes and device of z."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(z, injection)")
+
+    def extend(self, x: Any, past: Any) -> Any:
+        """The injection of tokens x that follow those `past` remembers, None if they are the first."""
+        raise NotImplementedError(f"{type(self).__name__} must define extend(x, past) to be solved token by token")
+
+    def remember(self, z: Any, injection: Any) -> Any:
+        """What later tokens need of these and those before, z being the solution; `past` may be used again."""
+        raise NotImplementedError(f"{type(self).__name__} must define remember(z, injection), as extend(x, past)")
+
+    @torch.no_grad()
+    def residuals(self, z: Any, injection: Any) -> Any:
+        """||f(z) - z|| / ||f(z)|| over the last dim of each tensor of the state, by one evaluation: [B, T] for a state
+        [B, T, D], in float32 (float64 in float64). Elements that `counts` leaves out do not count, so padding gets 0.
+
+        Call it as `cell.residuals(z, cell.inject(x))`, and in eval() if there is dropout.
+        """
+        images, counts = self(z, injection), self.counts(injection)
+        leaves, spec = pytree.tree_flatten(z)
+        masks = pytree.tree_leaves(counts) if isinstance(counts, tuple | list | dict) else [counts] * len(leaves)
+        found = []
+        for leaf, image, mask in zip(leaves, pytree.tree_leaves(images), masks, strict=True):
+            layout = Layout(leaf, -1, "z")
+            keep = layout.mask(mask)
+            start, y = layout.pack(leaf, "z"), layout.pack(image)
+            defect = y - start
+            if keep is not None:
+                defect, y = torch.where(keep, defect, 0.0), torch.where(keep, y, 0.0)
+            relative = torch.linalg.vector_norm(defect, dim=1) / (torch.linalg.vector_norm(y, dim=1) + EPS)
+            found.append(layout.per_sample(relative))
+        return pytree.tree_unflatten(found, spec)
 
     def whole_solve(self, injection: Any) -> WholeSolve | None:
         """The kernel that solves this cell in one launch, if there is one."""

@@ -1,0 +1,197 @@
+"""Cells whose weights are parametrized: each is computed once a solve, and differentiated as if it were not."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+import tritondeq as tdeq
+from tritondeq import DEQ, Anderson, Implicit, Neumann, Picard, Unrolled, graphs
+
+WIDTH = 5
+
+
+class Cell(nn.Module):
+    """A plain module; its weight is normed by what `norm` makes of a linear layer."""
+
+    def __init__(self, norm=parametrizations.weight_norm):
+        super().__init__()
+        self.linear = norm(nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, z, x):
+        return torch.tanh(0.5 * self.linear(z) + x)
+
+
+def counted(cell):
+    """`cell`, and a list that grows whenever its weight is computed."""
+    calls = []
+    cell.linear.parametrizations.weight[0].register_forward_hook(lambda *_: calls.append(None))
+    return cell, calls
+
+
+@pytest.mark.parametrize(
+    "norm", [parametrizations.weight_norm, parametrizations.spectral_norm], ids=lambda n: n.__name__
+)
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("adjoint", [Implicit(), Neumann(3), Unrolled(6), Unrolled(6, checkpoint=True)], ids=repr)
+def test_once_a_solve(adjoint, grad, norm):
+    cell, calls = counted(Cell(norm))
+    layer, x = DEQ(cell, adjoint=adjoint), torch.randn(3, WIDTH)
+    with torch.set_grad_enabled(grad):
+        for k in (1, 2):
+            z = layer(x)
+            if grad:
+                z.square().sum().backward()
+            assert len(calls) == k and layer.last.steps.min() > 1
+    assert "forward" not in vars(cell.linear.parametrizations.weight)
+
+
+@pytest.mark.parametrize("adjoint", [Implicit(), Unrolled(40), Unrolled(40, checkpoint=True)], ids=repr)
+def test_finite_differences(adjoint):
+    layer = DEQ(Cell().double(), adjoint=adjoint, tol=1e-12, max_steps=200)
+    x = torch.randn(2, WIDTH, dtype=torch.float64, requires_grad=True)
+    names = [name for name, _ in layer.named_parameters()]
+    assert names == ["cell.linear.bias", *(f"cell.linear.parametrizations.weight.original{i}" for i in (0, 1))]
+
+    def call(x, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(call, (x, *(p.detach().clone().requires_grad_() for p in layer.parameters())))
+
+
+def test_second_derivatives():
+    layer = DEQ(Cell().double(), tol=1e-12, max_steps=200)
+    exact = DEQ(layer.cell, adjoint=Unrolled(80))
+    x = torch.randn(2, WIDTH, dtype=torch.float64, requires_grad=True)
+
+    def second(layer):
+        first = torch.autograd.grad(layer(x).square().sum(), tuple(layer.parameters()), create_graph=True)
+        return torch.autograd.grad(sum(g.sin().sum() for g in first), tuple(layer.parameters()))
+
+    for a, b in zip(second(layer), second(exact), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+def test_a_weight_that_training_changes_at_every_look():
+    """spectral_norm takes a power iteration each time it is asked: within a solve it is asked once."""
+    layer = DEQ(Cell(parametrizations.spectral_norm), tol=1e-6, max_steps=60)
+    z = layer(torch.ones(2, WIDTH))
+    assert layer.last.converged.all() and layer.training
+    u = layer.cell.linear.parametrizations.weight[0]._u.clone()
+    z.sum().backward()
+    assert torch.equal(u, layer.cell.linear.parametrizations.weight[0]._u)
+    assert layer.cell.linear.parametrizations.weight.original.grad.abs().sum() > 0
+
+
+def test_two_calls_and_a_step_before_one_backward():
+    """Each call keeps the weight of its own time."""
+    layer = DEQ(Cell().double(), tol=1e-12, max_steps=200)
+    x = torch.randn(2, WIDTH, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(layer(x).sum(), layer.cell.linear.bias)
+    z = layer(x)
+    layer(2 * x)
+    (got,) = torch.autograd.grad(z.sum(), layer.cell.linear.bias)
+    assert torch.equal(expected, got)
+
+
+def test_a_deq_within_a_deq():
+    class Outer(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = DEQ(inner)
+            self.linear = inner.linear
+
+        def forward(self, z, x):
+            return torch.tanh(0.2 * self.inner(z) + 0.2 * self.linear(z) + x)
+
+    cell, calls = counted(Cell())
+    layer = DEQ(Outer(cell))
+    layer(torch.randn(2, WIDTH)).sum().backward()
+    assert len(calls) == 1 and layer.last.converged.all() and layer.last.steps.min() > 1
+    assert "forward" not in vars(cell.linear.parametrizations.weight)
+
+
+def test_after_an_error_the_cell_computes_again():
+    cell, calls = counted(Cell())
+    with pytest.raises(RuntimeError):
+        DEQ(cell)(torch.randn(2, WIDTH + 1))
+    cell.linear(torch.zeros(1, WIDTH))
+    assert len(calls) == 2
+
+
+def test_a_tail_sees_the_same_weight():
+    class Tailed(tdeq.cells.Cell):
+        def __init__(self):
+            super().__init__()
+            self.linear = parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))
+
+        def before(self, z, x):
+            return 0.5 * self.linear(z) + x
+
+        def forward(self, z, x):
+            return torch.tanh(self.before(z, x))
+
+        def tail(self):
+            return self.before, "tanh"
+
+    cell, calls = counted(Tailed())
+    layer, x = DEQ(cell, tol=1e-5), torch.randn(3, WIDTH)
+    with torch.no_grad(), tdeq.backend("triton"):
+        z = layer(x)
+    assert len(calls) == 1
+    torch.testing.assert_close(z, cell(z, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_compiled_once_and_right():
+    made = []
+
+    def backend(module, inputs):
+        made.append(module)
+        return module.forward
+
+    torch.compiler.reset()
+    plain = DEQ(Cell(), tol=1e-5)
+    layer = DEQ(copy.deepcopy(plain.cell), tol=1e-5, compile={"backend": backend})
+    for scale in (1.0, 0.5, 2.0):
+        x = scale * torch.randn(3, WIDTH)
+        grads = [torch.autograd.grad(deq(x).sum(), tuple(deq.parameters())) for deq in (plain, layer)]
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert len(made) == 2  # without grad, and with
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("solver", [Picard(), Anderson(memory=2)], ids=repr)
+def test_a_captured_solve_sees_weights_change(monkeypatch, solver, grad):
+    """As in test_graphs.py: the work itself in place of a replay, on the same memory."""
+    monkeypatch.setattr(graphs, "Recorder", lambda device: lambda work: (work(), work)[1])
+    monkeypatch.setattr(graphs, "can_record", lambda device: True)
+    cell, calls = counted(Cell())
+    layer, plain = DEQ(cell, solver=solver, tol=1e-5, graph=True), DEQ(cell, solver=solver, tol=1e-5)
+    x = torch.randn(3, WIDTH)
+    with tdeq.backend("triton"), torch.set_grad_enabled(grad):
+        for _ in range(3):
+            with torch.no_grad():
+                cell.linear.parametrizations.weight.original0.mul_(0.8)
+            calls.clear()
+            z = layer(x)
+            assert len(calls) == 1
+            torch.testing.assert_close(z, plain(x), rtol=1e-4, atol=1e-5)
+            if grad:
+                for a, b in zip(
+                    *(torch.autograd.grad(deq(x).sum(), tuple(cell.parameters())) for deq in (layer, plain)),
+                    strict=True,
+                ):
+                    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert len(layer._graphs.solves) == 1 and "graphs" in layer.last.path
+
+
+def test_cached_by_the_caller():
+    cell, calls = counted(Cell())
+    layer, x = DEQ(cell), torch.randn(3, WIDTH)
+    with parametrize.cached():
+        (layer(x) + layer(2 * x)).sum().backward()
+    assert len(calls) == 1 and cell.linear.parametrizations.weight.original0.grad.abs().sum() > 0

@@ -1,0 +1,56 @@
+"""What attention needs of its tokens: masks and rotary positions."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layout import describe
+from .base import features_of
+
+
+def tokens_of(x: Any, features: int, cell: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """(x [B, T, features] with zeros in place of padding, mask [B, T] or None), of x or (x, mask).
+
+    Raises:
+        TypeError, ValueError: x or the mask is of another kind or shape.
+    """
+    mask = None
+    if isinstance(x, tuple | list) and len(x) == 2:
+        x, mask = x
+    features_of(x, features, cell)
+    if x.ndim != 3:
+        raise ValueError(f"x must be [batch, tokens, {features}] for {type(cell).__name__}, got shape {tuple(x.shape)}")
+    if mask is None:
+        return x, None
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"mask must be a bool tensor (True: a real token), got {describe(mask)}")
+    if mask.shape != x.shape[:2]:
+        raise ValueError(f"mask must be [batch, tokens] = {tuple(x.shape[:2])}, got shape {tuple(mask.shape)}")
+    return x.masked_fill(~mask.unsqueeze(-1), 0.0), mask
+
+
+def attention_mask(at: int, tokens: int, real: Tensor | None, causal: bool, device: torch.device) -> Tensor:
+    """True where tokens at, at + 1, ... attend to those from 0 on, broadcasting to [B, 1, tokens, at + tokens]. None is
+    left without any to attend to: not all of torch's attention gives such tokens a finite value and gradient."""
+    if not causal:
+        return (real | ~real.any(1, keepdim=True))[:, None, None]
+    queries = torch.arange(at, at + tokens, device=device).unsqueeze(1)
+    keys = torch.arange(at + tokens, device=device)
+    if real is None:
+        return (keys <= queries)[None, None]
+    return (((keys <= queries) & real.unsqueeze(1)) | (keys == queries)).unsqueeze(1)
+
+
+def rotary_angles(at: int, tokens: int, width: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * base^(-2 i / width), [tokens, width], both halves alike."""
+    wide = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
+    frequency = base ** -(torch.arange(0, width, 2, **wide) / width)
+    angle = torch.outer(torch.arange(at, at + tokens, **wide), frequency).repeat(1, 2)
+    return angle.cos(), angle.sin()
+
+
+def rotated(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the pairs (i, i + width / 2) of each head [B, heads, T, width] by their angles."""
+    first, second = t.chunk(2, dim=-1)
+    return torch.addcmul(t * cos, torch.cat((-second, first), dim=-1), sin).to(t.dtype)

@@ -1,0 +1,316 @@
+"""A transformer block as a cell: attention and a feed-forward net around a normed, injected state."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..dropout import FixedDropout
+from ..kernels import dispatch
+from ..solvers.base import count, number
+from .base import Cell
+from .past import Past, Store
+from .tokens import attention_mask, rotary_angles, rotated, tokens_of
+
+_ACTIVATIONS = {"swiglu": F.silu, "gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+_WIRINGS = ("outer", "damped", "head")
+_EPS = 1e-6  # of norms
+_LAST = 0.3  # scale of the last linears at initialisation
+_DECAY = 0.45  # at initialisation
+
+
+class Injection(NamedTuple):
+    """What does not depend on z."""
+
+    u: Tensor  # [B, T, D]
+    decay: Tensor | None  # a, [D]
+    scales: tuple[Tensor, Tensor] | None  # gamma of attention and of the feed-forward net, [D]
+    angles: tuple[Tensor, Tensor] | None  # cos and sin of the rotary positions, [T, width of a head]
+    real: Tensor | None  # [B, T]: no padding
+    mask: Tensor | None  # who attends to whom, as scaled_dot_product_attention takes it
+    is_causal: bool  # that, where it is the plain causal one
+    past: Past | None  # where to put keys and values
+
+
+class Transformer(Cell):
+    """One transformer block that iterates on its own output, with the input added to its normed state.
+
+    With u = RMS(U x), y = z + u (or a z + b u, see `decay`), RMS the root-mean-square norm over features with a learned
+    weight, Attn multi-head attention over tokens, and FFN(h) = W2 act(W1 h), or W2 (silu(W1 h) W3 h) for "swiglu":
+
+        "outer"    h = y + Attn(RMS y),  f = RMS(h + FFN(RMS h))                      pre-norm, with an outer norm
+        "damped"   h = RMS(y + Attn y),  f = (1 - damping) z + damping RMS(h + FFN h)              post-norm
+        "head"     h = y + g1 Attn(RMS y),  f = h + g2 FFN(RMS h) - (what of y is z)          residual-free
+
+    "outer" is the recurrent block of Implicit LMs (Schoene et al. 2025), "damped" that of TRM and EqR (Jolicoeur-
+    Martineau 2025), "head" that of Attractor models (2026): the block with its skip path's z (a z with `decay`)
+    subtracted, so that what is left is f = u + g1 Attn(RMS y) + g2 FFN(RMS h), in which the z of the skip path never
+    appears and z acts through the two branches alone. g1 and g2 are LayerScale vectors in (0, gamma_max).
+
+    What keeps it contractive: at initialisation the last linears of both branches are scaled by 0.3, so that the outer
+    norm of z + u dominates, whose Jacobian is about 1/2 (a / (a + b) with `decay`); in "head" the branches are all
+    there is, times gamma_max / 2. Measured at 16 to 1024 features: spectral radius about 0.5, 0.6 and 0.05, at most 9
+    steps to 1e-3. Nothing holds it there while training: watch `last.steps`. Norms keep the state of "outer" and
+    "damped" bounded whatever the weights, and that of "head" is bounded by its branches, whose inputs are normed.
+
+    The input is x [B, T, inputs], or (x, mask) with mask [B, T] bool, True for real tokens. Padding is not attended to
+    and does not count in the residual; what comes out in its place means nothing. A sample is a sequence.
+
+    Second derivatives through Implicit() need attention that torch can differentiate twice:
+    torch.nn.attention.sdpa_kernel(SDPBackend.MATH).
+
+    Args:
+        features: Width D of the state; z is [B, T, D].
+        inputs: Width of x; None is D.
+        heads: Of attention; must divide `features`.
+        kv_heads: Of keys and values, each for heads / kv_heads heads of queries (Ainslie et al. 2023); None is heads.
+        hidden: Width of the feed-forward net; None is 4 D, or 8/3 D rounded up to a multiple of 8 for "swiglu".
+        wiring: "outer", "damped" or "head".
+        activation: "swiglu" (Shazeer 2020), "gelu", "relu" or "silu".
+        causal: Whether tokens attend to none that come later; `DEQ.step` needs it.
+        rotary: Base of rotary positions (Su et al. 2021), such as 10000.0; None: attention knows no positions.
+        decay: Whether y = a z + b u, with learned a in (0, 1) and b for each feature: a = exp(-exp(.)) (Parcae, 2026).
+        damping: Of "damped", in (0, 1]; None is 0.95.
+        gamma_max: Of "head", above 0; None is 0.5.
+        dropout: Of both branches, by `FixedDropout`.
+        bias: Whether linears have one.
+
+    Raises:
+        TypeError, ValueError: an option is of the wrong kind, out of range, or of another wiring.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        inputs: int | None = None,
+        *,
+        heads: int = 8,
+        kv_heads: int | None = None,
+        hidden: int | None = None,
+        wiring: str = "outer",
+        activation: str = "swiglu",
+        causal: bool = False,
+        rotary: float | None = None,
+        decay: bool = False,
+        damping: float | None = None,
+        gamma_max: float | None = None,
+        dropout: float = 0.0,
+        bias: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        gated = activation == "swiglu"
+        inputs = features if inputs is None else inputs
+        kv_heads = heads if kv_heads is None else kv_heads
+        for name, value in (("features", features), ("inputs", inputs), ("heads", heads), ("kv_heads", kv_heads)):
+            count(name, value)
+        if hidden is None:
+            hidden = -(-features // 3) * 8 if gated else 4 * features
+        count("hidden", hidden)
+        if features % heads:
+            raise ValueError(f"heads must divide features, got heads={heads} and features={features}")
+        if heads % kv_heads:
+            raise ValueError(f"kv_heads must divide heads, got kv_heads={kv_heads} and heads={heads}")
+        self.wiring, self.activation = (
+            _one_of("wiring", wiring, _WIRINGS),
+            _one_of("activation", activation, _ACTIVATIONS),
+        )
+        self.damping = _of_wiring("damping", damping, wiring, "damped", 0.95)
+        if self.damping is not None and self.damping > 1:
+            raise ValueError(f"damping must be in (0, 1], got {damping!r}")
+        self.gamma_max = _of_wiring("gamma_max", gamma_max, wiring, "head", 0.5)
+        for name, value in (("causal", causal), ("decay", decay), ("bias", bias)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be a bool, got {value!r}")
+        self.features, self.inputs, self.heads, self.kv_heads, self.hidden = features, inputs, heads, kv_heads, hidden
+        self.width, self.causal, self.rotary = features // heads, causal, rotary
+        if rotary is not None:
+            number("rotary", rotary, 0)
+            if self.width % 2:
+                raise ValueError(
+                    f"rotary positions need heads of even width, got {self.width}: features={features}, heads={heads}"
+                )
+        like = {"device": device, "dtype": dtype}
+        self.input = nn.Linear(inputs, features, bias=bias, **like)
+        self.qkv = nn.Linear(features, (heads + 2 * kv_heads) * self.width, bias=bias, **like)
+        self.output = nn.Linear(features, features, bias=bias, **like)
+        self.up = nn.Linear(features, (1 + gated) * hidden, bias=bias, **like)
+        self.down = nn.Linear(hidden, features, bias=bias, **like)
+        names = ("input_norm", "attention_norm", "ffn_norm", *(["outer_norm"] if wiring == "outer" else []))
+        for name in names:
+            self.register_module(name, nn.RMSNorm(features, eps=_EPS, **like))
+        self.attention_dropout, self.ffn_dropout = FixedDropout(dropout), FixedDropout(dropout)
+        if decay:
+            self.log_decay, self.gain = (nn.Parameter(torch.empty(features, **like)) for _ in range(2))
+        if wiring == "head":
+            self.scales = nn.Parameter(torch.empty(2, features, **like))
+        self.decay = decay
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws linears anew as nn.Linear does, the last of each branch times 0.3 but in "head"; resets the rest."""
+        for module in self.children():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        if self.wiring != "head":
+            self.output.weight *= _LAST
+            self.down.weight *= _LAST
+        if self.decay:
+            self.log_decay.fill_(-torch.tensor(_DECAY).log()).log_()
+            self.gain.fill_(1.0)
+        if self.wiring == "head":
+            self.scales.zero_()
+
+    def inject(self, x: Any) -> Injection:
+        """(U x, normed), and all that is known of positions and masks."""
+        return self._injection(x, None)
+
+    def extend(self, x: Any, past: Past | None) -> Injection:
+        if not self.causal:
+            raise ValueError("causal must be True to solve tokens one after another: Transformer has causal=False")
+        return self._injection(x, past or Past(None, 0))
+
+    def remember(self, z: Tensor, injection: Injection) -> Past:
+        store, at = injection.past
+        y = self._enter(z, injection)
+        _, k, v = self._qkv(y if self.wiring == "damped" else self.attention_norm(y), injection)
+        store.write(at, k, v)
+        store.used = at + z.shape[1]
+        return Past(store, store.used)
+
+    def counts(self, injection: Injection) -> Tensor | None:
+        return injection.real
+
+    def initial(self, x: Any, injection: Injection) -> Tensor:
+        return torch.zeros_like(injection.u)
+
+    def forward(self, z: Tensor, injection: Injection) -> Tensor:
+        u, a = injection.u, injection.decay
+        if self.wiring == "damped":
+            y = self._enter(z, injection)
+            _, h = _sum_and_norm(y, self._attention(y, injection), None, self.attention_norm, keep_sum=False)
+            _, n = _sum_and_norm(h, self._ffn(h), None, self.ffn_norm, keep_sum=False)
+            return torch.lerp(z, n, self.damping)
+        first, second = injection.scales or (None, None)
+        y, n = _sum_and_norm(u, z, a, self.attention_norm)
+        branch = self._attention(n, injection)
+        h, n = _sum_and_norm(y, branch, first, self.ffn_norm)
+        if self.wiring == "head":
+            return torch.addcmul(torch.addcmul(u, first, branch), second, self._ffn(n))
+        return _sum_and_norm(h, self._ffn(n), None, self.outer_norm, keep_sum=False)[1]
+
+    def _enter(self, z: Tensor, injection: Injection) -> Tensor:
+        return _sum(injection.u, z, injection.decay)
+
+    def _qkv(self, h: Tensor, injection: Injection) -> tuple[Tensor, Tensor, Tensor]:
+        heads = self.qkv(h).unflatten(-1, (-1, self.width)).transpose(1, 2)
+        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        if injection.angles is not None:
+            q, k = (rotated(t, *injection.angles) for t in (q, k))
+        return q, k, v
+
+    def _attention(self, h: Tensor, injection: Injection) -> Tensor:
+        q, k, v = self._qkv(h, injection)
+        if injection.past is not None:
+            k, v = injection.past.store.write(injection.past.tokens, k, v)
+        shared = self.heads // self.kv_heads
+        if shared > 1 and injection.is_causal:
+            k, v = (t.repeat_interleave(shared, dim=1) for t in (k, v))
+        elif shared > 1:  # the queries that share a key as further tokens: no copy of the keys
+            q = q.unflatten(1, (self.kv_heads, shared)).flatten(2, 3)
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=injection.mask, is_causal=injection.is_causal)
+        if shared > 1 and not injection.is_causal:
+            a = a.unflatten(2, (shared, h.shape[1])).flatten(1, 2)
+        return self.attention_dropout(self.output(a.transpose(1, 2).flatten(2)))
+
+    def _ffn(self, h: Tensor) -> Tensor:
+        act = _ACTIVATIONS[self.activation]
+        if self.activation == "swiglu":
+            gate, h = self.up(h).chunk(2, dim=-1)
+            return self.ffn_dropout(self.down(act(gate) * h))
+        return self.ffn_dropout(self.down(act(self.up(h))))
+
+    def _injection(self, x: Any, past: Past | None) -> Injection:
+        x, real = tokens_of(x, self.inputs, self)
+        tokens, device = x.shape[1], x.device
+        u = self.input_norm(self.input(x).to(self.input_norm.weight.dtype))
+        decay = scales = None
+        if self.decay:
+            decay, u = torch.exp(-torch.exp(self.log_decay)), self.gain * u
+        if self.wiring == "head":
+            scales = tuple(self.gamma_max * torch.sigmoid(self.scales))
+        at = 0 if past is None else past.tokens
+        angles = None if self.rotary is None else rotary_angles(at, tokens, self.width, self.rotary, u)
+        if past is not None:
+            past, keys = self._room(past, u, real)
+        else:
+            keys = real
+        mask, is_causal = None, False
+        if self.causal and keys is None and (at == 0 or tokens <= 1):
+            is_causal = at == 0
+        elif self.causal or keys is not None:
+            mask = attention_mask(at, tokens, keys, self.causal, device)
+            if mask.shape[2] > 1:
+                mask = mask.repeat(1, 1, self.heads // self.kv_heads, 1)
+        return Injection(u, decay, scales, angles, real, mask, is_causal, past)
+
+    def _room(self, past: Past, u: Tensor, real: Tensor | None) -> tuple[Past, Tensor | None]:
+        """(the past with room for the tokens of u, which of all tokens are no padding)."""
+        store, at = past
+        batch, tokens, _ = u.shape
+        kind, dtype = u.device.type, self.qkv.weight.dtype
+        if torch.is_autocast_enabled(kind) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(kind)
+        if store is None:
+            store = Store(batch, self.kv_heads, self.width, tokens, dtype, u.device)
+        elif store.keys.dtype != dtype:
+            raise ValueError(f"cache holds keys in {store.keys.dtype}, and this step makes them in {dtype}")
+        store = store.room(at, tokens)
+        store.real[:, at : at + tokens] = True if real is None else real
+        store.padded |= real is not None
+        return Past(store, at), store.real[:, : at + tokens] if store.padded else None
+
+    def extra_repr(self) -> str:
+        said = [f"{self.features}", f"inputs={self.inputs}", f"heads={self.heads}", f"kv_heads={self.kv_heads}"]
+        said += [f"hidden={self.hidden}", f"wiring={self.wiring!r}", f"activation={self.activation!r}"]
+        said += [f"{name}={getattr(self, name)}" for name in ("causal", "rotary", "decay", "damping", "gamma_max")]
+        return ", ".join(said)
+
+
+def _sum(a: Tensor, b: Tensor, gamma: Tensor | None) -> Tensor:
+    return a + b if gamma is None else torch.addcmul(a, gamma, b)
+
+
+def _sum_and_norm(
+    a: Tensor, b: Tensor, gamma: Tensor | None, norm: nn.Module, keep_sum: bool = True
+) -> tuple[Tensor | None, Tensor]:
+    """(s, norm(s)) with s = a + gamma b; in one kernel where no gradient and no compiler looks on."""
+    plain = type(norm) is nn.RMSNorm and norm.eps is not None
+    if plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        autocast = torch.is_autocast_enabled(a.device.type)
+        operands = {"a": a, "b": b, "gamma": gamma, "weight": norm.weight}
+        op, _ = dispatch.pick("residual_rms", a.device, autocast=autocast, **operands)
+        if op is not None:
+            return op.run(**operands, eps=norm.eps, keep_sum=keep_sum)
+    s = _sum(a, b, gamma)
+    return s, norm(s)
+
+
+def _one_of(name: str, value: str, options: Any) -> str:
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}")
+    return value
+
+
+def _of_wiring(name: str, value: float | None, wiring: str, own: str, default: float) -> float | None:
+    """The option of one wiring, None in others."""
+    if wiring != own:
+        if value is not None:
+            raise ValueError(f"{name} is for wiring={own!r}, got {name}={value!r} with wiring={wiring!r}")
+        return None
+    value = default if value is None else value
+    number(name, value, 0)
+    return value

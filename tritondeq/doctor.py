@@ -16,6 +16,7 @@ from .solvers import Anderson, Broyden, Picard
 
 EXTRAS = {"matplotlib": "matplotlib", "scikit-learn": "sklearn", "tqdm": "tqdm", "torchdeq": "torchdeq"}
 WIDTHS = (64, 256, 512)
+TOL = 1e-3
 CELLS = {
     "float32": {},
     "bf16 operands": {"operands": "bf16"},
@@ -143,7 +144,7 @@ def _answer(whole: dispatch.WholeSolve, solver: Picard | Anderson, device: torch
     if fused is None:
         return f"the loop: no whole-solve kernel does {_name(solver)}"
     try:
-        op, why = whole.pick(device, fused["memory"])
+        op, why = whole.pick(device, fused["memory"], TOL)
     except (ImportError, RuntimeError) as error:
         return f"an error: {error}"
     return why if op else f"the loop: {why}"

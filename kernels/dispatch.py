@@ -44,14 +44,26 @@ class StepsOp:
     says: str
 
 
-_ops: dict[str, Op | StepsOp] = {}
+@dataclass(frozen=True)
+class CellOp:
+    """One cell's solve step by step: `solve` and `adjoint` take what an Op's do and make the steps (steps.py) of a solve
+    for the loop to drive. They evaluate the cell themselves."""
+
+    solve: Callable
+    adjoint: Callable
+    refuses: Callable[..., str | None]
+    says: str
 
 
-def register(name: str, op: Op | StepsOp) -> Op | StepsOp:
+AnyOp = Op | StepsOp | CellOp
+_ops: dict[str, AnyOp] = {}
+
+
+def register(name: str, op: AnyOp) -> AnyOp:
     return _ops.setdefault(name, op)
 
 
-def load(name: str) -> Op | StepsOp:
+def load(name: str) -> AnyOp:
     """The op of kernels/<name>.py; imports Triton."""
     if name not in _ops:
         importlib.import_module(f"{__package__}.{name}")
@@ -116,7 +128,7 @@ def interpreting() -> bool:
     return has_triton() and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
-def pick(name: str, device: torch.device, **problem) -> tuple[Op | StepsOp | None, str]:
+def pick(name: str, device: torch.device, **problem) -> tuple[AnyOp | None, str]:
     """The op for this problem or None, and the reason in one line either way.
 
     Args:
@@ -153,7 +165,7 @@ def pick(name: str, device: torch.device, **problem) -> tuple[Op | StepsOp | Non
 
 @dataclass(frozen=True)
 class WholeSolve:
-    """What a cell asks of a whole-solve op.
+    """What a cell asks of an op that solves it: an Op or a CellOp.
 
     Attributes:
         op: Name of the op.
@@ -169,5 +181,5 @@ class WholeSolve:
     at: Callable[[Tensor], tuple[Tensor, ...]]
     options: Callable[[float], dict[str, Any]]
 
-    def pick(self, device: torch.device, solver_memory: int) -> tuple[Op | None, str]:
+    def pick(self, device: torch.device, solver_memory: int) -> tuple[Op | CellOp | None, str]:
         return pick(self.op, device, solver_memory=solver_memory, **self.problem)

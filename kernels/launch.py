@@ -59,7 +59,41 @@ def steps(*, width: int, itemsize: int) -> dict:
     return {"BLOCK_N": block, "SPLITS": splits, "num_warps": max(1, block * itemsize // 1024)}
 
 
-SHAPES: dict[str, Callable[..., dict | None]] = {"affine": affine, "picard": steps, "anderson": steps, "broyden": steps}
+TILES = {  # of the output, by terms of W: the largest first, each with the depth of a stage and how many are in flight
+    1: ((128, 256, 64, 3), (64, 64, 64, 4), (16, 32, 128, 4)),
+    2: ((256, 128, 32, 4), (64, 64, 64, 4), (16, 32, 128, 4)),
+    3: ((256, 128, 32, 3), (64, 64, 64, 3), (16, 32, 128, 3)),
+}
+ENOUGH = 100  # tiles that keep a GPU busy
+
+
+def affine_steps(*, batch: int, features: int, terms: int) -> dict:
+    """Of a step of the affine cell with its GEMM: the largest tile of which there are ENOUGH, else the smallest.
+
+    Large tiles read less from L2 for each FLOP, by 1 / BLOCK_M + 1 / (terms BLOCK_N). The epilogue takes them in SUB
+    parts, so that no register is spilled, as tests/kernels/test_offline_affine_steps.py checks.
+    """
+    for block_m, block_n, block_k, stages in TILES[terms]:
+        if -(-batch // block_m) * -(-features // block_n) >= ENOUGH:
+            break
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "GROUP": 8,
+        "SUB": {512: 1, 4096: 2, 32768: 8}[block_m * block_n],
+        "num_warps": 8 if block_m * block_n > 64 * 64 else 4,
+        "num_stages": stages,
+    }
+
+
+SHAPES: dict[str, Callable[..., dict | None]] = {
+    "affine": affine,
+    "affine_steps": affine_steps,
+    "picard": steps,
+    "anderson": steps,
+    "broyden": steps,
+}
 
 
 def parameters(op: str, **shape) -> dict | None:

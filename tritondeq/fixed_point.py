@@ -11,10 +11,10 @@ from torch import Tensor
 from .adjoints import Adjoint, BackwardSolves, Implicit, Unrolled, attach
 from .capture import Linearised
 from .graphs import Call, CapturedPoint
-from .kernels.dispatch import WholeSolve
+from .kernels.dispatch import CellOp, Op, WholeSolve
 from .kernels.rules import Rules
 from .layout import Layout
-from .loop import Estimate, Settings, iterate
+from .loop import Estimate, Settings, drive, iterate
 from .solution import Solution
 from .solvers import Broyden, Picard, Solver
 from .solvers.base import count, number
@@ -90,9 +90,9 @@ def _fixed_point(f, z0, args, solver, adjoint, tol, max_steps, batch_dims, mask,
         flat, solution = _unroll(apply, start, settings, adjoint, trace)
     else:
         whole = getattr(f, "whole_solve", None)
-        op, path = _plan(whole, layout, settings, trace)
-        backward = _for_adjoint(settings, adjoint)
         graphs, captured = getattr(f, "graphs", None), None
+        op, path = _plan(whole, layout, settings, trace, graphs is not None)
+        backward = _for_adjoint(settings, adjoint)
         start = start.detach()
         if op is None and graphs is not None:
             call = Call(f, layout, start, args, settings, backward)
@@ -104,7 +104,7 @@ def _fixed_point(f, z0, args, solver, adjoint, tol, max_steps, batch_dims, mask,
                 plan = replace(settings, tail=_tail(f, layout, args))
                 flat, solution = iterate(apply, start, plan, trace)
             else:
-                flat, solution = _launch(op.solve, (*whole.operands, start), whole, settings)
+                flat, solution = _run(op, op.solve, (*whole.operands, start), whole, settings, trace)
         solution.path = path if op else f"{solution.path}: {path}"
         if torch.is_grad_enabled():
             at = CapturedPoint(captured, call, flat) if captured else Linearised(f, layout, flat, args)
@@ -166,13 +166,13 @@ class _Backward(BackwardSolves):
         settings, whole = self.settings, self.whole
         with torch.no_grad():
             g, scale = _normalised(g)
-            op, path = _plan(whole, self.layout, settings, trace=False)
+            op, path = _plan(whole, self.layout, settings)
             if isinstance(at, CapturedPoint):
                 op, (u, solution) = None, at.adjoint(g)
             elif op is None:
                 u, solution = iterate(lambda u: at.vjp(u) + g, g, settings)
             else:
-                u, solution = _launch(op.adjoint, (*whole.at(self.z), g), whole, settings)
+                u, solution = _run(op, op.adjoint, (*whole.at(self.z), g), whole, settings)
             solution.path = path if op else f"{solution.path}: {path}"
             _shape(solution, self.layout)
             self.record[:] = [solution]
@@ -193,24 +193,35 @@ def _normalised(g: Tensor) -> tuple[Tensor, Tensor]:
     return g / scale, scale
 
 
-def _plan(whole: WholeSolve | None, layout: Layout, settings: Settings, trace: bool):
-    """(op, how) if one launch can do it, else (None, why not)."""
+def _plan(
+    whole: WholeSolve | None, layout: Layout, settings: Settings, trace: bool = False, graph: bool = False
+) -> tuple[Op | CellOp | None, str]:
+    """(op, how) if kernels that hold the cell can do it, else (None, why not)."""
     fused = settings.solver.fused()
     if whole is None:
         return None, "the cell names no whole-solve kernel"
-    if settings.keep is not None or settings.group is not None or trace:
-        return None, "whole-solve kernels take no mask, group or trace"
     if fused is None:
         return None, f"no whole-solve kernel has {type(settings.solver).__name__}"
-    return whole.pick(layout.device, fused["memory"])
+    op, how = whole.pick(layout.device, fused["memory"])
+    stepwise = isinstance(op, CellOp)
+    if op is not None and settings.keep is not None:
+        return None, "kernels that hold the cell take no mask"
+    if stepwise and graph:
+        return None, "kernels that hold the cell take no graph"
+    if op is not None and not stepwise and (settings.group is not None or trace):
+        return None, "whole-solve kernels take no group or trace"
+    return op, how
 
 
-def _launch(
-    op: Callable, operands: tuple[Tensor, ...], whole: WholeSolve, settings: Settings
+def _run(
+    op: Op | CellOp, work: Callable, operands: tuple[Tensor, ...], whole: WholeSolve, settings: Settings, trace=False
 ) -> tuple[Tensor, Solution]:
-    """One whole solve by a kernel."""
+    """One solve by kernels that hold the cell."""
     options = whole.options(settings.tol) | settings.solver.fused()
-    value, *outcome = op(*operands, tol=settings.tol, max_steps=settings.max_steps, **options)
+    made = work(*operands, tol=settings.tol, max_steps=settings.max_steps, **options)
+    if isinstance(op, CellOp):
+        return drive(made, settings, trace)
+    value, *outcome = made
     return value, _solution(*outcome)
 
 

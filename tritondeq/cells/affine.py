@@ -15,6 +15,7 @@ from .contraction import SpectralBound
 
 _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu": F.gelu, "sin": torch.sin, "identity": lambda x: x}
 _SLOPES = {"gelu": 1.1289}  # largest |act'|, where it is not 1
+_RESIDENT = 256  # features up to which one launch solves it
 _GAIN = 0.9  # of the Lipschitz bound at initialisation
 
 
@@ -22,8 +23,9 @@ class Affine(Cell):
     """z = act(W z + U x + b), on each row by itself: every row stops alone.
 
     Contractive at initialisation: ||W||_2 max|act'| = 0.9. Up to 256 features, and on a GPU, a solve by Picard or
-    Anderson(memory <= 4) is one Triton launch, and so is its adjoint; wider cells take the loop, whose
-    steps apply the activation as they read W z + u.
+    Anderson(memory <= 4) is one Triton launch, and so is its adjoint. Wider cells take the loop: up to
+    4096 features, and by Picard, a step is one launch, the product with W and all (where that is predicted to be faster
+    than cuBLAS and a step after it); else the steps apply the activation as they read W z + u.
 
     Args:
         features: Width D of the state; z is [..., D].
@@ -100,6 +102,7 @@ class Affine(Cell):
         u, w = (t.detach() for t in injection)
         kind = w.device.type
         narrow = self.operands == "bf16" or w.dtype.itemsize < 4 or torch.is_autocast_enabled(kind)
+        cell = _multiplies_in(w.dtype, kind)
         double = torch.float64 in (u.dtype, w.dtype)
         wide = torch.float64 if double else torch.float32
         u, w = u.reshape(-1, self.features).to(wide), w.to(wide)
@@ -107,9 +110,12 @@ class Affine(Cell):
         def terms(tol: float) -> int:
             return 1 if narrow else 2 if tol >= 1e-5 else 3
 
+        problem = {"features": self.features, "dtype": wide}
+        if self.features > _RESIDENT:
+            problem |= {"rows": len(u), "terms": 1 if narrow else 2, "cell": cell}
         return WholeSolve(
-            op="affine",
-            problem={"features": self.features, "dtype": wide},
+            op="affine" if self.features <= _RESIDENT else "affine_steps",
+            problem=problem,
             operands=(w, u),
             at=lambda z: (w, torch.addmm(u, z, w.mT)),
             options=lambda tol: {"activation": self.activation, "terms": terms(tol)},
@@ -120,3 +126,10 @@ class Affine(Cell):
 
     def extra_repr(self) -> str:
         return f"{self.features}, inputs={self.inputs}, activation={self.activation!r}, operands={self.operands!r}"
+
+
+def _multiplies_in(dtype: torch.dtype, kind: str) -> str:
+    """What torch multiplies matrices of this dtype in, as kernels/affine_steps.py names it."""
+    if dtype.itemsize < 4 or torch.is_autocast_enabled(kind):
+        return "bf16"
+    return "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"

@@ -99,6 +99,7 @@ def _step_kernel(
     left_ptr,  # []
     B,
     limit,
+    depth,  # D, or up to the end of its last BLOCK_K
     damping,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -146,7 +147,7 @@ def _step_kernel(
     if START:
         if tl.load(moved_ptr) != 0:
             z_rows = kept_ptr + last * B * D + inside * D
-            for i in range(0, DEPTH, BLOCK_K):
+            for i in range(0, DEPTH if INTERP else depth, BLOCK_K):
                 cols = i + offs_k[None, :]
                 rest = tl.load(z_rows + cols, mask=cols < D, other=0.0)
                 for _ in tl.static_range(3):  # bf16 parts hold all bits of a float32
@@ -158,7 +159,8 @@ def _step_kernel(
                 w += BLOCK_K
     else:
         d = d_ptr + now * B * WIDTH + inside * WIDTH + offs_k[None, :]
-        for _ in range(0, DEPTH, BLOCK_K):
+        # a depth that the compiler knew would be unrolled, and spill registers
+        for _ in range(0, DEPTH if INTERP else depth, BLOCK_K):
             part = tl.load(d)
             for t in tl.static_range(TERMS):
                 term = tl.load(w + t * WIDTH * WIDTH)
@@ -249,18 +251,23 @@ class AffineSteps(Samples):
     def __init__(self, w, u, start, pre, activation, tol, limit, damping, terms):
         batch, features = u.shape
         super().__init__(batch, u.dtype, u.device, tol)
-        config = launch.parameters("affine_steps", batch=batch, features=features, terms=terms)
-        wide = max(config["BLOCK_N"], config["BLOCK_K"])
-        width, splits = triton.cdiv(features, wide) * wide, triton.cdiv(features, config["BLOCK_N"])
-        self.grid = (triton.cdiv(batch, config["BLOCK_M"]) * splits,)
-        self.config = config | {"D": features, "WIDTH": width, "ACT": activation, "ADJ": pre is not None}
-        self.config |= {"TERMS": terms, "BLOCK_S": triton.next_power_of_2(splits), "INTERP": interpreting()}
-        self.numbers = (batch, limit, damping)
+        shape = {"batch": batch, "features": features, "terms": terms, "shared": launch.shared_memory(u.device)}
+        configs = [launch.parameters("affine_steps", start=start, **shape) for start in (False, True)]
+        wide = max(config[block] for config in configs for block in ("BLOCK_N", "BLOCK_K"))
+        width = triton.cdiv(features, wide) * wide
+        known = {"D": features, "WIDTH": width, "ACT": activation, "ADJ": pre is not None, "TERMS": terms}
+        self.launches, splits = [], []
+        for config in configs:
+            splits.append(triton.cdiv(features, config["BLOCK_N"]))
+            grid = (triton.cdiv(batch, config["BLOCK_M"]) * splits[-1],)
+            numbers = (batch, limit, triton.cdiv(features, config["BLOCK_K"]) * config["BLOCK_K"], damping)
+            known |= {"BLOCK_S": triton.next_power_of_2(splits[-1]), "INTERP": interpreting()}
+            self.launches.append((grid, numbers, config | known))
         self.weight, self.u, self.pre = w, u, None if pre is None else pre.contiguous()
         self.w = u.new_zeros((terms, width, width), dtype=torch.bfloat16)
         self.d = u.new_zeros((2, batch, width), dtype=torch.bfloat16)
         self.kept, self.other, self.best = u.new_empty((2, *u.shape)), *(u.new_empty(u.shape) for _ in range(2))
-        self.part = u.new_empty(2, splits, batch)
+        self.part = u.new_empty(2, max(splits), batch)
         self.moved = torch.empty((), dtype=torch.bool, device=u.device)
         self.reset(start)
 
@@ -283,8 +290,9 @@ class AffineSteps(Samples):
         """Launches an evaluation, and the step before it."""
         tensors = (self.d, self.w, self.kept, self.other, self.best if self.pre is None else self.pre, self.best)
         tensors += (self.moved, self.stats, self.flags, self.part, self.count)
+        grid, numbers, config = self.launches[self.start]
         with launch.on(self.u.device):
-            _step_kernel[self.grid](*tensors, *self.numbers, START=self.start, enable_fp_fusion=True, **self.config)
+            _step_kernel[grid](*tensors, *numbers, START=self.start, enable_fp_fusion=True, **config)
         self.start = False
 
     def onward(self, left: int | None = None) -> None:

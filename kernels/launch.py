@@ -67,22 +67,26 @@ TILES = {  # of the output, by terms of W: the largest first, each with the dept
 ENOUGH = 100  # tiles that keep a GPU busy
 
 
-def affine_steps(*, batch: int, features: int, terms: int) -> dict:
-    """Of a step of the affine cell with its GEMM: the largest tile of which there are ENOUGH, else the smallest.
+def affine_steps(*, batch: int, features: int, terms: int, start: bool = False, shared: int = SHARED) -> dict:
+    """Of a step of the affine cell with its GEMM: the largest tile that fits in `shared` bytes and of which there are
+    ENOUGH, else the smallest. `start` is the first step, whose rows are float32 and split as they come.
 
     Large tiles read less from L2 for each FLOP, by 1 / BLOCK_M + 1 / (terms BLOCK_N). The epilogue takes them in SUB
     parts, so that no register is spilled, as tests/kernels/test_offline_affine_steps.py checks.
     """
-    for block_m, block_n, block_k, stages in TILES[terms]:
-        if -(-batch // block_m) * -(-features // block_n) >= ENOUGH:
+    for block_m, block_n, block_k, stages in TILES[terms][start:]:
+        stage = block_k * ((4 if start else 2) * block_m + 2 * terms * block_n)
+        enough = -(-batch // block_m) * -(-features // block_n) >= ENOUGH
+        if enough and stages * stage <= shared:
             break
+    warps = 8 if block_m * block_n > 64 * 64 else 4
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
         "GROUP": 8,
-        "SUB": {512: 1, 4096: 2, 32768: 8}[block_m * block_n],
-        "num_warps": 8 if block_m * block_n > 64 * 64 else 4,
+        "SUB": max(1, block_m * block_n // (512 * warps)),  # 16 elements a thread in each
+        "num_warps": warps,
         "num_stages": stages,
     }
 

@@ -27,11 +27,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .affine import ACTIVATIONS, FEATURES, affine_adjoint_ref, affine_solve_ref, bf16_terms
+from .affine import ACTIVATIONS, FEATURES, bf16_terms
 from .dispatch import CellOp, interpreting, register
 from .steps import Samples
-from .tl_common import FLOOR, act, act_slope, bf16_pair, row_sums, rules_update
-from .tl_steps import ACTIVE, ARRIVED, BAR, BEFORE, BEST, DONE, FIRST, IMPROVED, MARK, PEAK, PHASE, REL, STEPS, R, S
+from .tl_common import act, act_slope, bf16_pair, row_sums
+from .tl_steps import ACTIVE, ARRIVED, BEFORE, DONE, IMPROVED, PHASE, STEPS, judge_rows
 
 MOST = 4096  # features: above, the epilogue is so small a part that cuBLAS and a step of its own are as fast
 
@@ -46,42 +46,6 @@ def _columns(x, SUB: tl.constexpr):
     else:
         left, right = tl.split(tl.permute(tl.reshape(x, (M, 2, N // 2)), (0, 2, 1)))
         return _columns(left, SUB // 2) + _columns(right, SUB // 2)
-
-
-@triton.jit
-def _judge(stats_ptr, flags_ptr, part_ptr, left_ptr, rows, active, k, B, limit, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Applies the rules to evaluation k of the active rows."""
-    offs_s = tl.arange(0, BLOCK_S)
-    parts = part_ptr + offs_s[:, None].to(tl.int64) * B + rows[None, :]
-    mask = (offs_s < SPLITS)[:, None] & active[None, :]
-    r = tl.sqrt(tl.sum(tl.load(parts, mask=mask, other=0.0), 0))
-    s = tl.sqrt(tl.sum(tl.load(parts + SPLITS * B, mask=mask, other=0.0), 0))
-    stats = stats_ptr + rows
-    flags = flags_ptr + rows
-    before = tl.load(flags + IMPROVED * B, mask=active, other=0)
-    best = tl.load(stats + BEST * B, mask=active, other=0.0)
-    bar = tl.load(stats + BAR * B, mask=active, other=0.0)
-    first = tl.load(stats + FIRST * B, mask=active, other=0.0)
-    peak = tl.load(stats + PEAK * B, mask=active, other=0.0)
-    mark = tl.load(stats + MARK * B, mask=active, other=0.0)
-    tl.debug_barrier()  # every warp has read what another is about to overwrite
-    rel, improved, state = rules_update((best, bar, first, peak, mark), k, r, s, active, FLOOR)
-    best, bar, first, peak, mark = state
-    count = tl.zeros_like(before) + k
-    stopped = active & ((best <= bar) | (count >= limit))
-    tl.store(stats + BEST * B, best, mask=active)
-    tl.store(stats + BAR * B, bar, mask=active)
-    tl.store(stats + FIRST * B, first, mask=active)
-    tl.store(stats + PEAK * B, peak, mask=active)
-    tl.store(stats + MARK * B, mark, mask=active)
-    tl.store(stats + R * B, r, mask=active)
-    tl.store(stats + S * B, s, mask=active)
-    tl.store(stats + REL * B, rel, mask=active)
-    tl.store(flags + STEPS * B, count, mask=active)
-    tl.store(flags + BEFORE * B, before, mask=active)
-    tl.store(flags + IMPROVED * B, improved.to(tl.int32), mask=active)
-    tl.store(flags + PHASE * B, tl.zeros_like(before) + DONE, mask=stopped)
-    tl.atomic_add(left_ptr, -tl.sum(stopped.to(tl.int32), 0))
 
 
 @triton.jit(do_not_specialize=["B", "limit"])
@@ -219,7 +183,7 @@ def _step_kernel(
     arrived = flags_ptr + ARRIVED * B + tile
     if tl.atomic_add(arrived, 1, sem="acq_rel") == SPLITS - 1:
         tl.store(arrived, 0)
-        _judge(stats_ptr, flags_ptr, part_ptr, left_ptr, rows, active, k, B, limit, SPLITS, BLOCK_S)
+        judge_rows(stats_ptr, flags_ptr, part_ptr, left_ptr, rows, active, k, B, limit, SPLITS, BLOCK_S)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -335,32 +299,8 @@ def affine_steps_adjoint(w, pre, g, *, activation, tol, max_steps, damping=1.0, 
     return AffineSteps(w, g, None, pre, activation, tol, max_steps, damping, terms)
 
 
-# What the rule below reckons with, on an H200: FLOP/s of cuBLAS by what the cell multiplies in, bytes/s, the seconds of
-# a launch, multiprocessors, and the share of cuBLAS' rate that the kernel reaches.
-RATES = {"fp32": 60e12, "tf32": 395e12, "bf16": 790e12}
-BANDWIDTH, LAUNCH, PROCESSORS, SHARE = 4.3e12, 2e-6, 132, 0.7
-
-
-def seconds(*, rows: int, features: int, terms: int, cell: str) -> tuple[float, float]:
-    """(of a launch here, of cuBLAS and a fused step after it): a prediction, which no GPU has measured.
-
-    Here: waves of tiles on PROCESSORS, each 2 BLOCK_M BLOCK_N D FLOP a term, or W's bytes if they take longer, then
-    22 bytes an element. Apart: 2 B D^2 FLOP in `cell`, a key of RATES, or W's bytes, then 24 bytes an element (z and u
-    read, y written; y and z read, z written) and a second launch.
-    """
-    config = launch.parameters("affine_steps", batch=rows, features=features, terms=terms)
-    block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
-    waves = triton.cdiv(triton.cdiv(rows, block_m) * triton.cdiv(features, block_n), PROCESSORS)
-    tile = 2 * block_m * block_n * features * terms / (SHARE * RATES["bf16"] / PROCESSORS)
-    here = max(waves * tile, 2 * terms * features**2 / BANDWIDTH)
-    itemsize = 2 if cell == "bf16" else 4
-    apart = max(2 * rows * features**2 / RATES[cell], itemsize * features**2 / BANDWIDTH)
-    state = rows * features / BANDWIDTH
-    return LAUNCH + here + 22 * state, 2 * LAUNCH + apart + 24 * state
-
-
 def refuses(*, rows, features, dtype, terms, cell, activation="tanh", solver_memory=0) -> str | None:
-    """Why the loop must call the cell, or None; `cell` is what torch would multiply in, a key of RATES."""
+    """Why the loop must call the cell, or None; `cell` is what torch would multiply in, a key of launch.RATES."""
     if rows == 0:
         return "an empty batch"
     if not FEATURES < features <= MOST:
@@ -371,7 +311,7 @@ def refuses(*, rows, features, dtype, terms, cell, activation="tanh", solver_mem
         return f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}"
     if solver_memory:
         return f"Anderson memory {solver_memory}, and the steps with the GEMM in them are Picard's"
-    here, apart = seconds(rows=rows, features=features, terms=terms, cell=cell)
+    here, apart = launch.affine_seconds(rows=rows, features=features, terms=terms, cell=cell)
     if here > apart:
         return f"{rows} x {features} in {cell}: cuBLAS and a step after it are predicted to be faster"
     return None
@@ -379,5 +319,5 @@ def refuses(*, rows, features, dtype, terms, cell, activation="tanh", solver_mem
 
 affine_steps = register(
     "affine_steps",
-    CellOp(affine_steps_solve, affine_steps_adjoint, refuses, "loop, one launch a step and its GEMM"),
+    CellOp(affine_steps_solve, affine_steps_adjoint, refuses, "one launch a step and its GEMM"),
 )

@@ -46,8 +46,8 @@ class StepsOp:
 
 @dataclass(frozen=True)
 class CellOp:
-    """One cell's solve step by step: `solve` and `adjoint` take what an Op's do and make the steps (steps.py) of a solve
-    for the loop to drive. They evaluate the cell themselves."""
+    """One cell's solve step by step: `solve` and `adjoint` take what an Op's do, and make steps (steps.py) that evaluate
+    the cell themselves, for the loop to drive."""
 
     solve: Callable
     adjoint: Callable

@@ -52,8 +52,8 @@ def inspect(kernel: str, chip: int, types: dict, constants: dict, **options) -> 
         options: num_warps, num_stages.
     Returns:
         registers, shared (bytes), hot: instruction counts of the innermost loop that has tensor-core instructions and a
-        square root, that is a solver's step with its norms; gemm: of the one that has tensor-core instructions, whatever
-        else; total: counts of the whole kernel. Or `error`.
+        square root, that is a solver's step with its norms; gemm: of the innermost with tensor-core instructions;
+        total: counts of the whole kernel. Or `error`.
     """
     import triton
     from triton.backends.compiler import GPUTarget

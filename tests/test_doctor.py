@@ -45,7 +45,7 @@ def op(monkeypatch):
 
     monkeypatch.setattr(dispatch, "has_triton", lambda: True)
     monkeypatch.setattr(dispatch, "too_old", lambda: None)
-    for name, says, why in (("affine", "one Triton launch", refuses), ("affine_steps", "loop, GEMM", refuses_wide)):
+    for name, says, why in (("affine", "one Triton launch", refuses), ("affine_steps", "with its GEMM", refuses_wide)):
         monkeypatch.setitem(dispatch._ops, name, types.SimpleNamespace(refuses=why, says=says))
 
 
@@ -95,7 +95,7 @@ def test_solves_are_what_the_dispatcher_answers(gpu):
         "Affine, float32, 64/256 features, by Picard",
         "Affine, bf16 operands, 64/256 features, by Picard",
     ]
-    assert answers["loop, GEMM"] == ["Affine, float32, 512 features, by Picard"]
+    assert answers["with its GEMM"] == ["Affine, float32, 512 features, by Picard"]
     assert answers["the loop: cuBLAS is faster"] == ["Affine, bf16 operands, 512 features, by Picard"]
     assert answers["the loop: 64 features in torch.float64 are too many"]
     assert len(answers["the loop: too much history"]) == 3
@@ -107,8 +107,8 @@ def test_real_op_answers_without_a_gpu(no_gpu):
     _, _, text = section("Solves").partition("a CUDA device, if there were one\n")
     taken, _, refused = text.partition("the loop: ")
     assert "one Triton launch" in taken and "Affine, float32, 64/256 features, by Picard" in taken
-    assert "512" not in taken.partition("loop, one launch a step and its GEMM")[0]
-    assert "loop, one launch a step and its GEMM\n" in taken and "Affine, float32, 512 features, by Picard" in taken
+    assert "512" not in taken.partition("one launch a step and its GEMM")[0]
+    assert "one launch a step and its GEMM\n" in taken and "Affine, float32, 512 features, by Picard" in taken
     assert "512 features, by Anderson(4)" in refused
 
 

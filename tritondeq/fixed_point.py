@@ -90,13 +90,20 @@ def _fixed_point(f, z0, args, solver, adjoint, tol, max_steps, batch_dims, mask,
         flat, solution = _unroll(apply, start, settings, adjoint, trace)
     else:
         whole = getattr(f, "whole_solve", None)
-        graphs, captured = getattr(f, "graphs", None), None
-        op, path = _plan(whole, layout, settings, trace, graphs is not None)
+        op, path = _plan(whole, layout, settings, trace)
         backward = _for_adjoint(settings, adjoint)
+        graphs, captured = getattr(f, "graphs", None), None
         start = start.detach()
-        if op is None and graphs is not None:
+        stepwise = op if isinstance(op, CellOp) else None
+        if graphs is not None and op is stepwise:
             call = Call(f, layout, start, args, settings, backward)
-            captured, path = graphs.find(call)
+            if whole is not None:
+                backward_op, _ = _plan(whole, layout, backward)
+                call.options, call.op = whole.options, stepwise
+                call.backward_op = backward_op if isinstance(backward_op, CellOp) else None
+            captured, how = graphs.find(call)
+            if captured is not None or op is None:
+                op, path = None, how
         with torch.no_grad():
             if captured is not None:
                 flat, solution = captured.solve(call)
@@ -105,7 +112,7 @@ def _fixed_point(f, z0, args, solver, adjoint, tol, max_steps, batch_dims, mask,
                 flat, solution = iterate(apply, start, plan, trace)
             else:
                 flat, solution = _run(op, op.solve, (*whole.operands, start), whole, settings, trace)
-        solution.path = path if op else f"{solution.path}: {path}"
+        solution.path = _path(op, path, solution)
         if torch.is_grad_enabled():
             at = CapturedPoint(captured, call, flat) if captured else Linearised(f, layout, flat, args)
             if at.differentiable:
@@ -173,7 +180,7 @@ class _Backward(BackwardSolves):
                 u, solution = iterate(lambda u: at.vjp(u) + g, g, settings)
             else:
                 u, solution = _run(op, op.adjoint, (*whole.at(self.z), g), whole, settings)
-            solution.path = path if op else f"{solution.path}: {path}"
+            solution.path = _path(op, path, solution)
             _shape(solution, self.layout)
             self.record[:] = [solution]
             return u * scale
@@ -194,7 +201,7 @@ def _normalised(g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _plan(
-    whole: WholeSolve | None, layout: Layout, settings: Settings, trace: bool = False, graph: bool = False
+    whole: WholeSolve | None, layout: Layout, settings: Settings, trace: bool = False
 ) -> tuple[Op | CellOp | None, str]:
     """(op, how) if kernels that hold the cell can do it, else (None, why not)."""
     fused = settings.solver.fused()
@@ -203,14 +210,18 @@ def _plan(
     if fused is None:
         return None, f"no whole-solve kernel has {type(settings.solver).__name__}"
     op, how = whole.pick(layout.device, fused["memory"])
-    stepwise = isinstance(op, CellOp)
     if op is not None and settings.keep is not None:
         return None, "kernels that hold the cell take no mask"
-    if stepwise and graph:
-        return None, "kernels that hold the cell take no graph"
-    if op is not None and not stepwise and (settings.group is not None or trace):
+    if isinstance(op, Op) and (settings.group is not None or trace):
         return None, "whole-solve kernels take no group or trace"
     return op, how
+
+
+def _path(op: Op | CellOp | None, how: str, solution: Solution) -> str:
+    """What solved it, for whoever reads `Solution.path`."""
+    if op is None:
+        return f"{solution.path}: {how}"
+    return f"loop, {how}" if isinstance(op, CellOp) else how
 
 
 def _run(

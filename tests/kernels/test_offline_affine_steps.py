@@ -25,21 +25,25 @@ TYPES = {
     "depth": "i32",
     "damping": "fp32",
 }
-# Local loads and stores that we live with, of some 5,000 instructions; none in the loop over K.
+# Local loads and stores that we live with, of some thousand instructions; none in the loop over the depth.
 SPILLS = {}
-ROWS = {"large": 1 << 16, "middle": 2048, "small": 16}
+ROWS = {"large": 1 << 16, "wide": 3200, "middle": 2048, "small": 16}
 
 
 def step_jobs():
     forward, backward, start = (False, False), (True, False), (False, True)
+    chips = (80, 90, 100)
     cases = [
-        *itertools.product((80, 90, 100), (1, 2, 3), ROWS, ("tanh",), (forward, backward, start), (512,)),
-        *itertools.product((90,), (2,), ("large",), ("relu", "gelu", "sin", "identity"), (forward, backward), (512,)),
-        *itertools.product((90,), (2,), ("large", "small"), ("tanh",), (forward, start), (4096, 300)),
+        *itertools.product((90,), (1, 2, 3), ROWS, ("tanh",), (forward, backward), (512,)),
+        *itertools.product((80, 100), (2,), ROWS, ("tanh",), (forward, backward), (512,)),
+        *itertools.product((80, 100), (1, 3), ("large", "small"), ("tanh",), (forward,), (512,)),
+        *itertools.product(chips, (1, 2, 3), ("middle", "small"), ("tanh",), (start,), (512,)),
+        *itertools.product((90,), (2,), ("large",), ("gelu", "sin"), (forward, backward), (512,)),
+        *itertools.product((90,), (2,), ("large", "small"), ("tanh",), (forward,), (4096, 300)),
     ]
     jobs = {}
     for chip, terms, rows, act, (adj, first), features in cases:
-        shape = {"batch": ROWS[rows], "features": features, "terms": terms}
+        shape = {"batch": ROWS[rows], "features": features, "terms": terms, "shared": offline.SHARED[chip]}
         config = launch.parameters("affine_steps", start=first, **shape)
         options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
         splits = triton.cdiv(features, config["BLOCK_N"])
@@ -76,7 +80,7 @@ def found():
 def test_machine_code(found, name):
     seen, job = found[name], JOBS[name]
     assert "error" not in seen, seen["error"]
-    assert seen["shared"] <= min(launch.SHARED, offline.SHARED[job["chip"]])
+    assert seen["shared"] <= offline.SHARED[job["chip"]]
     gemm, total = seen["gemm"], seen["total"]
     assert gemm is not None and gemm.get("LDL", 0) + gemm.get("STL", 0) == 0
     assert total.get("LDL", 0) + total.get("STL", 0) <= SPILLS.get(name, 0)

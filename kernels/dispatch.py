@@ -46,8 +46,8 @@ class StepsOp:
 
 @dataclass(frozen=True)
 class CellOp:
-    """One cell's solve step by step: `solve` and `adjoint` take what an Op's do, and make steps (steps.py) that evaluate
-    the cell themselves, for the loop to drive."""
+    """One cell's solve step by step: `solve` and `adjoint` take what an Op's do, and make steps (steps.py) for the loop
+    to drive, which evaluate the cell themselves."""
 
     solve: Callable
     adjoint: Callable

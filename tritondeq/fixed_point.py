@@ -39,8 +39,8 @@ def fixed_point(
 
     Args:
         f: Returns a state of the structure, shapes and device of `z0`. What it captures gets gradients too. Its
-            attribute `whole_solve`, if any, is a `WholeSolve`: kernels that hold f, for all of a solve or a step of it; `tail`
-            is (g, name) where f is the activation of that name of g.
+            attribute `whole_solve`, if any, is a `WholeSolve`: kernels that hold f, for a whole solve or for each step;
+            `tail` is (g, name) where f is the activation of that name of g.
         z0: Where to start: a floating-point tensor or a tuple / list / dict of them, in any nesting. The iteration runs
             in float32 (float64 if any tensor is) whatever their dtype and autocast say; f gets and may return theirs.
         args: Further arguments of f.

@@ -36,7 +36,7 @@ def test_small_batches_get_small_tiles():
 
 @pytest.mark.parametrize("shared", [launch.SHARED, 101376, 232448])
 def test_affine_steps_fit_and_keep_a_gpu_busy(shared):
-    """The largest tile of which there are enough, if it fits; a first step, whose rows are float32, has smaller ones."""
+    """Tiles of which there are enough and that fit; a first step, whose rows are float32, has smaller ones."""
     sizes = itertools.product((257, 1000, 4096), (1, 2, 3), (1, 64, 2048, 1 << 20), (False, True))
     for features, terms, batch, start in sizes:
         config = launch.parameters(

@@ -18,7 +18,9 @@ returned, z or in the adjoint acc, whose value of evaluation k-2 is saved before
 Which buffer it is follows from the row's own count of steps: every launch has the same arguments, as a graph needs.
 
 Bytes of a launch: 22 B D (acc, z read and written, d read twice and written; 26 in the adjoint, which reads pre) and W
-once. No GEMM is done for a start at zero. The reference is affine.py's, step by step.
+once. No GEMM is done for a start at zero; another start is multiplied as three bf16 parts, which hold all its bits.
+A row's bits do not depend on its batch mates, but through the tile that launch.py picks on how many they are.
+The reference is affine.py's, step by step.
 """
 
 import torch
@@ -33,12 +35,12 @@ from .steps import Samples
 from .tl_common import act, act_slope, bf16_pair, row_sums
 from .tl_steps import ACTIVE, ARRIVED, BEFORE, DONE, IMPROVED, PHASE, STEPS, judge_rows
 
-MOST = 4096  # features: above, the epilogue is so small a part that cuBLAS and a step of its own are as fast
+MOST = 4096  # features; wider cells are left to cuBLAS
 
 
 @triton.jit
 def _columns(x, SUB: tl.constexpr):
-    """x [M, N] as a tuple of SUB tiles [M, N / SUB], left to right; SUB is 1, 2 or 4."""
+    """x [M, N] as a tuple of SUB tiles [M, N / SUB], left to right; SUB is a power of two."""
     M: tl.constexpr = x.shape[0]
     N: tl.constexpr = x.shape[1]
     if SUB == 1:
@@ -108,7 +110,9 @@ def _step_kernel(
     else:
         w = w_ptr + offs_n[None, :] * WIDTH + offs_k[:, None]
     dot = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if START:
+    if START and ADJ:
+        pass  # v starts at zero
+    elif START:
         if tl.load(moved_ptr) != 0:
             z_rows = kept_ptr + last * B * D + inside * D
             for i in range(0, DEPTH if INTERP else depth, BLOCK_K):
@@ -247,7 +251,7 @@ class AffineSteps(Samples):
         else:
             self.other.copy_(self.u)
             torch.any(self.kept[0], out=self.moved)
-        self.start = z is not None
+        self.start = True
         self.forget()
 
     def take(self, y: None = None) -> None:

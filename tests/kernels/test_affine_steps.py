@@ -331,7 +331,7 @@ def test_a_stopped_row_is_stored_no_more(device, tile):
 @torch.no_grad()
 @pytest.mark.skipif(torch.cuda.is_available(), reason="watches the interpreter")
 def test_tiles_whose_rows_have_all_stopped_return(device, tile, monkeypatch):
-    """They multiply no more."""
+    """They multiply no more; nor does the first step from zero."""
     w, u = problem(20, 40, device)
     steps = op.affine_steps_solve(w, u, torch.zeros_like(u), **options())
     while int(steps.left()):
@@ -341,7 +341,15 @@ def test_tiles_whose_rows_have_all_stopped_return(device, tile, monkeypatch):
     monkeypatch.setattr("numpy.matmul", lambda *args, **options: products.append(None) or matmul(*args, **options))
     steps.take()
     assert not products and all(torch.equal(a, b) for a, b in zip(steps.finish(), before, strict=True))
-    steps.reset(torch.ones_like(u))
+    steps.reset(torch.zeros_like(u))
+    steps.take()
+    assert not products  # a start at zero
+    steps.take()
+    assert products
+    products.clear()
+    steps = op.affine_steps_adjoint(w, u, u, **options())
+    steps.take()
+    assert not products
     steps.take()
     assert products
 

@@ -44,7 +44,7 @@ def test_affine_steps_fit_and_keep_a_gpu_busy(shared):
         )
         m, n, k, stages = (config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_stages"))
         assert (m, n, k, stages) in launch.TILES[terms] and not (start and m > 64)
-        assert stages * k * ((4 if start else 2) * m + 2 * terms * n) <= shared
+        assert stages * k * ((4 if start else 2) * m + 2 * terms * n) + m * n <= shared
         assert m == 16 or -(-batch // m) * -(-features // n) >= launch.ENOUGH
 
 

@@ -60,11 +60,11 @@ def steps(*, width: int, itemsize: int) -> dict:
 
 
 # Tiles of the output by terms of W, the largest first, each with the depth of a stage and how many are in flight. The
-# first ones take the shared memory of sm_90: on sm_80 registers would spill in the loop over the depth.
+# ones of 256 take the shared memory of sm_90: on sm_80 registers would spill in the loop over the depth.
 TILES = {
     1: ((128, 256, 64, 4), (128, 128, 64, 4), (64, 64, 64, 4), (16, 32, 128, 4)),
     2: ((256, 128, 32, 6), (128, 128, 64, 3), (64, 64, 32, 5), (16, 32, 128, 4)),
-    3: ((256, 128, 32, 4), (128, 128, 32, 4), (64, 64, 32, 4), (16, 32, 128, 3)),
+    3: ((128, 128, 32, 4), (64, 64, 32, 4), (16, 32, 128, 3)),  # of 256 x 128 Triton 3.6 makes nothing on sm_100
 }
 ENOUGH = 100  # tiles that keep a GPU busy
 
@@ -76,7 +76,7 @@ def affine_steps(*, batch: int, features: int, terms: int, start: bool = False, 
     Large tiles read less from L2 for each FLOP, by 1 / BLOCK_M + 1 / (terms BLOCK_N). The epilogue takes them in SUB
     parts, so that no register is spilled, as tests/kernels/test_offline_affine_steps.py checks.
     """
-    for block_m, block_n, block_k, stages in TILES[terms][2 if start else 0 :]:
+    for block_m, block_n, block_k, stages in TILES[terms][-2:] if start else TILES[terms]:
         stage = block_k * ((4 if start else 2) * block_m + 2 * terms * block_n)
         enough = -(-batch // block_m) * -(-features // block_n) >= ENOUGH
         if enough and stages * stage + block_m * block_n <= shared:  # the latter for a part on its way between layouts

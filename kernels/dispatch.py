@@ -54,7 +54,18 @@ class RowOp:
     says: str
 
 
-AnyOp = Op | StepsOp | RowOp
+@dataclass(frozen=True)
+class CellOp:
+    """One cell's solve step by step: `solve` and `adjoint` take what an Op's do, and make steps (steps.py) for the loop
+    to drive, which evaluate the cell themselves."""
+
+    solve: Callable
+    adjoint: Callable
+    refuses: Callable[..., str | None]
+    says: str
+
+
+AnyOp = Op | StepsOp | RowOp | CellOp
 _ops: dict[str, AnyOp] = {}
 
 
@@ -164,7 +175,7 @@ def pick(name: str, device: torch.device, **problem) -> tuple[AnyOp | None, str]
 
 @dataclass(frozen=True)
 class WholeSolve:
-    """What a cell asks of a whole-solve op.
+    """What a cell asks of an op that solves it: an Op or a CellOp.
 
     Attributes:
         op: Name of the op.
@@ -180,6 +191,6 @@ class WholeSolve:
     at: Callable[[Tensor], tuple[Tensor, ...]]
     options: Callable[[float], dict[str, Any]]
 
-    def pick(self, device: torch.device, solver_memory: int, tol: float) -> tuple[Op | None, str]:
+    def pick(self, device: torch.device, solver_memory: int, tol: float) -> tuple[Op | CellOp | None, str]:
         terms = self.options(tol)["terms"]
         return pick(self.op, device, solver_memory=solver_memory, terms=terms, **self.problem)

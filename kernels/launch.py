@@ -78,11 +78,70 @@ def whole_rows(*, features: int) -> dict:
     return {"BLOCK_R": block_r, "BLOCK_D": block_d, "num_warps": block_r * block_d // 512}
 
 
+# Tiles of the output by terms of W, the largest first, each with the depth of a stage and how many are in flight. The
+# ones of 256 take the shared memory of sm_90: on sm_80 registers would spill in the loop over the depth.
+TILES = {
+    1: ((128, 256, 64, 4), (128, 128, 64, 4), (64, 64, 64, 4), (16, 32, 128, 4)),
+    2: ((256, 128, 32, 6), (128, 128, 64, 3), (64, 64, 32, 5), (16, 32, 128, 4)),
+    3: ((128, 128, 32, 4), (64, 64, 32, 4), (16, 32, 128, 3)),  # of 256 x 128 Triton 3.6 makes nothing on sm_100
+}
+ENOUGH = 100  # tiles that keep a GPU busy
+
+
+def affine_steps(*, batch: int, features: int, terms: int, start: bool = False, shared: int = SHARED) -> dict:
+    """Of a step of the affine cell with its GEMM: the largest tile that fits in `shared` bytes and of which there are
+    ENOUGH, else the smallest. `start` is the first step, whose rows are float32 and split as they come.
+
+    Large tiles read less from L2 for each FLOP, by 1 / BLOCK_M + 1 / (terms BLOCK_N). The epilogue takes them in SUB
+    parts, so that no register is spilled, as tests/kernels/test_offline_affine_steps.py checks.
+    """
+    for block_m, block_n, block_k, stages in TILES[terms][-2:] if start else TILES[terms]:
+        stage = block_k * ((4 if start else 2) * block_m + 2 * terms * block_n)
+        enough = -(-batch // block_m) * -(-features // block_n) >= ENOUGH
+        if enough and stages * stage + block_m * block_n <= shared:  # the latter for a part on its way between layouts
+            break
+    warps = 8 if block_m * block_n > 64 * 64 else 4
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "GROUP": 8,
+        "SUB": max(1, block_m * block_n // (512 * warps)),  # 16 elements a thread in each
+        "num_warps": warps,
+        "num_stages": stages,
+    }
+
+
+# What the rule below reckons with, of an H200: FLOP/s of cuBLAS by what the cell multiplies in, bytes/s, the seconds of
+# a launch, multiprocessors, and the share of cuBLAS' rate that the kernel reaches.
+RATES = {"fp32": 60e12, "tf32": 395e12, "bf16": 790e12}
+BANDWIDTH, LAUNCH, PROCESSORS, SHARE = 4.3e12, 2e-6, 132, 0.7
+
+
+def affine_seconds(*, rows: int, features: int, terms: int, cell: str) -> tuple[float, float]:
+    """(of a launch here, of cuBLAS and a fused step after it): a prediction, which no GPU has measured.
+
+    Here: waves of tiles on PROCESSORS, each 2 BLOCK_M BLOCK_N D FLOP a term, or W's bytes if they take longer, then
+    22 bytes an element. Apart: 2 B D^2 FLOP in `cell`, a key of RATES, or W's bytes, then 24 bytes an element (z and u
+    read, y written; y and z read, z written) and a second launch.
+    """
+    config = affine_steps(batch=rows, features=features, terms=terms)
+    block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
+    waves = -(-(-(-rows // block_m) * -(-features // block_n)) // PROCESSORS)
+    tile = 2 * block_m * block_n * features * terms / (SHARE * RATES["bf16"] / PROCESSORS)
+    here = max(waves * tile, 2 * terms * features**2 / BANDWIDTH)
+    itemsize = 2 if cell == "bf16" else 4
+    apart = max(2 * rows * features**2 / RATES[cell], itemsize * features**2 / BANDWIDTH)
+    state = rows * features / BANDWIDTH
+    return LAUNCH + here + 22 * state, 2 * LAUNCH + apart + 24 * state
+
+
 SHAPES: dict[str, Callable[..., dict | None]] = {
     "affine": rows,
     "mlp": rows,
     "gated": rows,
     "residual_rms": whole_rows,
+    "affine_steps": affine_steps,
     "picard": steps,
     "anderson": steps,
     "broyden": steps,

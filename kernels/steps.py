@@ -12,7 +12,48 @@ from .rules import FLOOR, FLOOR_FP64, Rules
 from .tl_steps import ACTIVE, BAR, BEST, MARK, PHASE, REL, STEPS, finish_kernel
 
 
-class Steps:
+class Samples:
+    """What is known of each of B samples, on the device: statistics, flags and how many go on."""
+
+    def __init__(self, batch: int, dtype: torch.dtype, device: torch.device, tol: float):
+        self.tol = tol
+        self.stats = torch.empty(8, batch, dtype=dtype, device=device)
+        self.flags = torch.empty(5, batch, dtype=torch.int32, device=device)
+        self.count = torch.empty((), dtype=torch.int32, device=device)
+        self.rules = Rules(batch, dtype, device, tol)
+        names = ("best", "bar", "first", "peak", "mark", "r", "s", "rel")  # as tl_steps.py numbers them
+        for name, row in zip(names, self.stats, strict=True):
+            setattr(self.rules, name, row)
+        self.rel = self.stats[REL.value]
+
+    def forget(self) -> None:
+        """Nothing is known, and all are active."""
+        self.stats.zero_()
+        self.stats[BEST.value].fill_(math.inf)
+        self.stats[MARK.value].fill_(math.inf)
+        self.stats[BAR.value].fill_(self.tol)
+        self.flags.zero_()
+        self.flags[PHASE.value].fill_(ACTIVE.value)
+        self.count.fill_(self.flags.shape[1])
+
+    def left(self) -> Tensor:
+        """Samples that go on, a scalar tensor of the caller's own."""
+        return self.count.clone()
+
+    def outcome(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(status, steps, residual), each [B]."""
+        return self.rules.status(), self.flags[STEPS.value], self.stats[BEST.value]
+
+    def estimate(self) -> tuple[Tensor, Tensor] | None:
+        """As the solver's."""
+        return None
+
+    def resume(self, estimate: tuple[Tensor, Tensor]) -> None:
+        """As the solver's."""
+        raise NotImplementedError(f"{type(self).__name__} make no estimate")
+
+
+class Steps(Samples):
     """The steps of one solve.
 
     `take` launches what follows an evaluation and `onward` hands out the next iterate. Three buffers rotate: what
@@ -30,12 +71,10 @@ class Steps:
 
     def __init__(self, op: str, z: Tensor, keep: Tensor | None, tol: float, limit: int, tail: str, numbers, parts):
         batch, width = z.shape
-        self.tol, self.limit = tol, limit
+        super().__init__(batch, z.dtype, z.device, tol)
+        self.limit = limit
         self.z, self.prev, self.next, self.best = (z.new_empty(z.shape) for _ in range(4))
         self.keep = self.z if keep is None else keep.to(torch.uint8)
-        self.stats = z.new_empty(8, batch)
-        self.flags = torch.empty(5, batch, dtype=torch.int32, device=z.device)
-        self.count = torch.empty((), dtype=torch.int32, device=z.device)
         self.numbers = z.new_empty(len(numbers))
         for i, number in enumerate(numbers):
             self.numbers[i].fill_(number)
@@ -49,45 +88,22 @@ class Steps:
             "FLOOR": FLOOR_FP64 if z.dtype == torch.float64 else FLOOR,
         }
         self.part = z.new_empty(batch, parts, config["SPLITS"])
-        self.rules = Rules(batch, z.dtype, z.device, tol)
-        names = ("best", "bar", "first", "peak", "mark", "r", "s", "rel")  # as tl_steps.py numbers them
-        for name, row in zip(names, self.stats, strict=True):
-            setattr(self.rules, name, row)
-        self.rel = self.stats[REL.value]
         self.reset(z)
 
     def reset(self, z: Tensor) -> None:
         """Begins a solve at `z`, in the same memory."""
         self.z.copy_(z)
         self.best.copy_(z)
-        self.stats.zero_()
-        self.stats[BEST.value].fill_(math.inf)
-        self.stats[MARK.value].fill_(math.inf)
-        self.stats[BAR.value].fill_(self.tol)
-        self.flags.zero_()
-        self.flags[PHASE.value].fill_(ACTIVE.value)
-        self.count.fill_(z.shape[0])
+        self.forget()
 
     def take(self, y: Tensor) -> None:
         """Launches the step after y = f(z)."""
         raise NotImplementedError
 
-    def left(self) -> Tensor:
-        """Samples that go on, a scalar tensor of the caller's own."""
-        return self.count.clone()
-
     def onward(self, left: int | None = None) -> Tensor:
         """The next iterate, [B, N]."""
         self.z, self.prev, self.next = self.next, self.z, self.prev
         return self.z
-
-    def estimate(self) -> tuple[Tensor, Tensor] | None:
-        """As the solver's."""
-        return None
-
-    def resume(self, estimate: tuple[Tensor, Tensor]) -> None:
-        """As the solver's."""
-        raise NotImplementedError(f"{type(self).__name__} make no estimate")
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(best iterate [B, N], status, steps, residual, each [B]) after the last `take`."""
@@ -95,7 +111,7 @@ class Steps:
         config["num_warps"] = self.config["num_warps"]
         with launch.on(self.best.device):
             finish_kernel[self.grid](self.z, self.prev, self.best, self.flags, *self.best.shape, **config)
-        return self.best, self.rules.status(), self.flags[STEPS.value], self.stats[BEST.value]
+        return self.best, *self.outcome()
 
 
 def refuses(*, width: int, dtype: torch.dtype, memory: int = 0) -> str | None:

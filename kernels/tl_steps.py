@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .tl_common import FLOOR as FLOOR_FP32
 from .tl_common import act, add2, rules_update
 
 # Rows of `stats` [8, B], in the dtype of the state.
@@ -69,6 +70,45 @@ def judge(stats_ptr, flags_ptr, left_ptr, b, B, limit, rr, ss, FLOOR: tl.constex
         tl.store(flags + PHASE * B, STOPPED)
         tl.atomic_add(left_ptr, -1)
     return go, rel, best
+
+
+@triton.jit
+def judge_rows(
+    stats_ptr, flags_ptr, part_ptr, left_ptr, rows, active, k, B, limit, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr
+):
+    """As `judge`, for evaluation k of the active rows, in float32: adds up their parts [2, SPLITS, B], always in the
+    same order, and marks as DONE who stopped."""
+    offs_s = tl.arange(0, BLOCK_S)
+    parts = part_ptr + offs_s[:, None].to(tl.int64) * B + rows[None, :]
+    mask = (offs_s < SPLITS)[:, None] & active[None, :]
+    r = tl.sqrt(tl.sum(tl.load(parts, mask=mask, other=0.0), 0))
+    s = tl.sqrt(tl.sum(tl.load(parts + SPLITS * B, mask=mask, other=0.0), 0))
+    stats = stats_ptr + rows
+    flags = flags_ptr + rows
+    before = tl.load(flags + IMPROVED * B, mask=active, other=0)
+    best = tl.load(stats + BEST * B, mask=active, other=0.0)
+    bar = tl.load(stats + BAR * B, mask=active, other=0.0)
+    first = tl.load(stats + FIRST * B, mask=active, other=0.0)
+    peak = tl.load(stats + PEAK * B, mask=active, other=0.0)
+    mark = tl.load(stats + MARK * B, mask=active, other=0.0)
+    tl.debug_barrier()  # every warp has read what another is about to overwrite
+    rel, improved, state = rules_update((best, bar, first, peak, mark), k, r, s, active, active, FLOOR_FP32)
+    best, bar, first, peak, mark = state
+    count = tl.zeros_like(before) + k
+    stopped = active & ((best <= bar) | (count >= limit))
+    tl.store(stats + BEST * B, best, mask=active)
+    tl.store(stats + BAR * B, bar, mask=active)
+    tl.store(stats + FIRST * B, first, mask=active)
+    tl.store(stats + PEAK * B, peak, mask=active)
+    tl.store(stats + MARK * B, mark, mask=active)
+    tl.store(stats + R * B, r, mask=active)
+    tl.store(stats + S * B, s, mask=active)
+    tl.store(stats + REL * B, rel, mask=active)
+    tl.store(flags + STEPS * B, count, mask=active)
+    tl.store(flags + BEFORE * B, before, mask=active)
+    tl.store(flags + IMPROVED * B, improved.to(tl.int32), mask=active)
+    tl.store(flags + PHASE * B, tl.zeros_like(before) + DONE, mask=stopped)
+    tl.atomic_add(left_ptr, -tl.sum(stopped.to(tl.int32), 0))
 
 
 @triton.jit

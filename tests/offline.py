@@ -54,7 +54,8 @@ def inspect(kernel: str, chip: int, types: dict, constants: dict, multiples: tup
         options: num_warps, num_stages.
     Returns:
         registers, shared (bytes), hot: instruction counts of the innermost loop that has tensor-core instructions and a
-        square root, that is a solver's step with its norms; total: counts of the whole kernel. Or `error`.
+        square root, that is a solver's step with its norms; gemm: of the innermost with tensor-core instructions;
+        total: counts of the whole kernel. Or `error`.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -81,17 +82,20 @@ def inspect(kernel: str, chip: int, types: dict, constants: dict, multiples: tup
             for flag in ("-res-usage", "--dump-sass")
         )
     code = [(int(at, 16), op, rest) for at, op, rest in _INSTRUCTION.findall(sass)]
-    loops = []
+    loops, gemms = [], []
     for at, op, rest in code:
         target = re.search(r"0x([0-9a-f]+)", rest)
         if op.startswith("BRA") and target and int(target[1], 16) < at:
             body = _count(code, int(target[1], 16), at)
-            if any(body[m] for m in MMA[chip]) and _has_root(code, int(target[1], 16), at):
-                loops.append((body.total(), body))
+            if any(body[m] for m in MMA[chip]):
+                gemms.append((body.total(), body))
+                if _has_root(code, int(target[1], 16), at):
+                    loops.append((body.total(), body))
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "shared": made.metadata.shared,
         "hot": min(loops, key=lambda loop: loop[0])[1] if loops else None,
+        "gemm": min(gemms, key=lambda loop: loop[0])[1] if gemms else None,
         "total": _count(code, 0, 1 << 30),
     }
 

@@ -30,16 +30,23 @@ def no_gpu(monkeypatch):
 
 @pytest.fixture
 def op(monkeypatch):
-    """Stands in for the affine op, so that the answers are known: it takes up to 256 features, and no Anderson."""
+    """Stands in for the affine ops, so that the answers are known: one takes up to 256 features, and no Anderson; the
+    other's rule is against bf16."""
 
     def refuses(*, features, dtype, solver_memory):
         if solver_memory:
             return "too much history"
         return None if features <= 256 and dtype == torch.float32 else f"{features} features in {dtype} are too many"
 
+    def refuses_wide(*, solver_memory, dtype, terms, **problem):
+        if solver_memory or dtype == torch.float64:
+            return refuses(solver_memory=solver_memory, dtype=dtype, features=problem["features"])
+        return "cuBLAS is faster" if terms == 1 else None
+
     monkeypatch.setattr(dispatch, "has_triton", lambda: True)
     monkeypatch.setattr(dispatch, "too_old", lambda: None)
-    monkeypatch.setitem(dispatch._ops, "affine", types.SimpleNamespace(refuses=refuses, says="one Triton launch"))
+    for name, says, why in (("affine", "one Triton launch", refuses), ("affine_steps", "with its GEMM", refuses_wide)):
+        monkeypatch.setitem(dispatch._ops, name, types.SimpleNamespace(refuses=why, says=says))
 
 
 @pytest.fixture
@@ -88,10 +95,8 @@ def test_solves_are_what_the_dispatcher_answers(gpu):
         "Affine, float32, 64/256 features, by Picard",
         "Affine, bf16 operands, 64/256 features, by Picard",
     ]
-    assert answers["the loop: 512 features in torch.float32 are too many"] == [
-        "Affine, float32, 512 features, by Picard",
-        "Affine, bf16 operands, 512 features, by Picard",
-    ]
+    assert answers["with its GEMM"] == ["Affine, float32, 512 features, by Picard"]
+    assert answers["the loop: cuBLAS is faster"] == ["Affine, bf16 operands, 512 features, by Picard"]
     assert answers["the loop: 64 features in torch.float64 are too many"]
     assert len(answers["the loop: too much history"]) == 3
 
@@ -102,7 +107,9 @@ def test_real_op_answers_without_a_gpu(no_gpu):
     _, _, text = section("Solves").partition("a CUDA device, if there were one\n")
     taken, _, refused = text.partition("the loop: ")
     assert "one Triton launch" in taken and "Affine, float32, 64/256 features, by Picard" in taken
-    assert "512" in refused and "512" not in taken
+    assert "512" not in taken.partition("one launch a step and its GEMM")[0]
+    assert "one launch a step and its GEMM\n" in taken and "Affine, float32, 512 features, by Picard" in taken
+    assert "512 features, by Anderson(4)" in refused
 
 
 def test_triton_missing(monkeypatch, gpu):

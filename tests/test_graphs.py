@@ -25,6 +25,9 @@ from tritondeq import (
     Unrolled,
     graphs,
 )
+from tritondeq.cells import Affine
+from tritondeq.kernels import launch
+from tritondeq.kernels.affine_steps import AffineSteps
 
 WIDTH = 6
 
@@ -335,3 +338,31 @@ def test_what_does_not_go_together(options, says):
         DEQ(Cell(), graph=True, **options)
     with pytest.raises(TypeError, match="graph must be a bool"):
         DEQ(Cell(), graph=1)
+
+
+@pytest.mark.parametrize("operands", ["fp32", "bf16"])
+def test_a_cell_whose_steps_evaluate_it_themselves(monkeypatch, operands):
+    """Two calls before one backward, then again with other inputs and weights."""
+    monkeypatch.setattr(launch, "TILES", {terms: ((16, 128, 64, 2),) * 3 for terms in (1, 2, 3)})
+    cell = Affine(257, 4, operands=operands)
+    options = {"tol": 1e-4, "max_steps": 7}
+    layers = DEQ(copy.deepcopy(cell), graph=True, **options), DEQ(cell, **options)
+
+    def work(layer):
+        out = []
+        for scale in (1.0, 0.3):
+            x, y = torch.randn(2, 4).requires_grad_(), scale * torch.randn(2, 4)
+            first, second = layer.solve(x), layer.solve(y)
+            grads = torch.autograd.grad((first.value * second.value).sum(), [x, *layer.parameters()])
+            out += [first.value, second.value, first.steps, second.steps, first.residual, first.status, *grads]
+            with torch.no_grad():
+                layer.cell.weight.mul_(0.5)
+        return out
+
+    both(layers, work)
+    captured, plain = layers[0].last.path, layers[1].last.path
+    assert captured == "loop: graphs of 3 steps, one launch a step and its GEMM"
+    assert plain == "loop, one launch a step and its GEMM, interpreted"
+    assert len(layers[0]._graphs.solves) == 1
+    (solve,) = layers[0]._graphs.solves.values()
+    assert type(solve.forward.steps) is type(solve.adjoint.steps) is AffineSteps

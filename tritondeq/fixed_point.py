@@ -11,10 +11,10 @@ from torch import Tensor
 from .adjoints import Adjoint, BackwardSolves, Implicit, Unrolled, attach
 from .capture import Linearised
 from .graphs import Call, CapturedPoint
-from .kernels.dispatch import WholeSolve
+from .kernels.dispatch import CellOp, Op, WholeSolve
 from .kernels.rules import Rules
 from .layout import Layout
-from .loop import Estimate, Settings, iterate
+from .loop import Estimate, Settings, drive, iterate
 from .solution import Solution
 from .solvers import Broyden, Picard, Solver
 from .solvers.base import count, number
@@ -40,9 +40,9 @@ def fixed_point(
 
     Args:
         f: Returns a state of the structure, shapes and device of `z0`. What it captures gets gradients too. Its
-            attribute `whole_solve`, if any, is a `WholeSolve`: a kernel that does the whole solve in one launch; `tail`
-            is (g, name) where f is the activation of that name of g; `splitting` is what solvers that split operators
-            need to know.
+            attribute `whole_solve`, if any, is a `WholeSolve`: kernels that hold f, for a whole solve or for each step;
+            `tail` is (g, name) where f is the activation of that name of g; `splitting` is what solvers that split
+            operators need to know.
         z0: Where to start: a floating-point tensor or a tuple / list / dict of them, in any nesting. The iteration runs
             in float32 (float64 if any tensor is) whatever their dtype and autocast say; f gets and may return theirs.
         args: Further arguments of f.
@@ -97,9 +97,16 @@ def _fixed_point(f, z0, args, solver, adjoint, tol, max_steps, batch_dims, mask,
         splitting = _splitting(f, settings.solver, backward.solver)
         graphs, captured = getattr(f, "graphs", None), None
         start = start.detach()
-        if op is None and graphs is not None:
+        stepwise = op if isinstance(op, CellOp) else None
+        if graphs is not None and op is stepwise:
             call = Call(f, layout, start, args, settings, backward)
-            captured, path = graphs.find(call)
+            if whole is not None:
+                backward_op, _ = _plan(whole, layout, backward)
+                call.options, call.op = whole.options, stepwise
+                call.backward_op = backward_op if isinstance(backward_op, CellOp) else None
+            captured, how = graphs.find(call)
+            if captured is not None or op is None:
+                op, path = None, how
         with torch.no_grad():
             if captured is not None:
                 flat, solution = captured.solve(call)
@@ -109,8 +116,8 @@ def _fixed_point(f, z0, args, solver, adjoint, tol, max_steps, batch_dims, mask,
                 plan = replace(settings, tail=_tail(f, layout, args))
                 flat, solution = iterate(apply, start, plan, trace)
             else:
-                flat, solution = _launch(op.solve, (*whole.operands, start), whole, settings)
-        solution.path = path if op else f"{solution.path}: {path}"
+                flat, solution = _run(op, op.solve, (*whole.operands, start), whole, settings, trace)
+        solution.path = _path(op, path, solution)
         if torch.is_grad_enabled():
             at = CapturedPoint(captured, call, flat) if captured else Linearised(f, layout, flat, args)
             if at.differentiable:
@@ -172,7 +179,7 @@ class _Backward(BackwardSolves):
         settings, whole = self.settings, self.whole
         with torch.no_grad():
             g, scale = _normalised(g)
-            op, path = _plan(whole, self.layout, settings, trace=False)
+            op, path = _plan(whole, self.layout, settings)
             if isinstance(at, CapturedPoint):
                 op, (u, solution) = None, at.adjoint(g)
             elif isinstance(settings.solver, SplittingSolver):
@@ -180,8 +187,8 @@ class _Backward(BackwardSolves):
             elif op is None:
                 u, solution = iterate(lambda u: at.vjp(u) + g, g, settings)
             else:
-                u, solution = _launch(op.adjoint, (*whole.at(self.z), g), whole, settings)
-            solution.path = path if op else f"{solution.path}: {path}"
+                u, solution = _run(op, op.adjoint, (*whole.at(self.z), g), whole, settings)
+            solution.path = _path(op, path, solution)
             _shape(solution, self.layout)
             self.record[:] = [solution]
             return u * scale
@@ -211,16 +218,21 @@ def _normalised(g: Tensor) -> tuple[Tensor, Tensor]:
     return g / scale, scale
 
 
-def _plan(whole: WholeSolve | None, layout: Layout, settings: Settings, trace: bool):
-    """(op, how) if one launch can do it, else (None, why not)."""
+def _plan(
+    whole: WholeSolve | None, layout: Layout, settings: Settings, trace: bool = False
+) -> tuple[Op | CellOp | None, str]:
+    """(op, how) if kernels that hold the cell can do it, else (None, why not)."""
     fused = settings.solver.fused()
     if whole is None:
         return None, "the cell names no whole-solve kernel"
-    if settings.keep is not None or settings.group is not None or trace:
-        return None, "whole-solve kernels take no mask, group or trace"
     if fused is None:
         return None, f"no whole-solve kernel has {type(settings.solver).__name__}"
-    return whole.pick(layout.device, fused["memory"], settings.tol)
+    op, how = whole.pick(layout.device, fused["memory"], settings.tol)
+    if op is not None and settings.keep is not None:
+        return None, "kernels that hold the cell take no mask"
+    if isinstance(op, Op) and (settings.group is not None or trace):
+        return None, "whole-solve kernels take no group or trace"
+    return op, how
 
 
 def _splitting(f: Callable, *solvers: Solver) -> Splitting | None:
@@ -245,19 +257,29 @@ def _split(
             w, solution = iterate(lambda w: p.act(p.linear(w)), p.enter(start), settings, trace)
             y = p.linear(w)
         elif p.pre is None:
-            w, solution = _launch(op.solve, (*whole.operands, p.enter(start)), whole, settings)
+            w, solution = _run(op, op.solve, (*whole.operands, p.enter(start)), whole, settings, trace)
             y = p.linear(w)
         else:
-            y, solution = _launch(op.adjoint, (*whole.at(start), p.shift), whole, settings)
+            y, solution = _run(op, op.adjoint, (*whole.at(start), p.shift), whole, settings)
         return p.leave(y), solution, op, path
 
 
-def _launch(
-    op: Callable, operands: tuple[Tensor, ...], whole: WholeSolve, settings: Settings
+def _path(op: Op | CellOp | None, how: str, solution: Solution) -> str:
+    """What solved it, for whoever reads `Solution.path`."""
+    if op is None:
+        return f"{solution.path}: {how}"
+    return f"loop, {how}" if isinstance(op, CellOp) else how
+
+
+def _run(
+    op: Op | CellOp, work: Callable, operands: tuple[Tensor, ...], whole: WholeSolve, settings: Settings, trace=False
 ) -> tuple[Tensor, Solution]:
-    """One whole solve by a kernel."""
+    """One solve by kernels that hold the cell."""
     options = whole.options(settings.tol) | settings.solver.fused()
-    value, *outcome = op(*operands, tol=settings.tol, max_steps=settings.max_steps, **options)
+    made = work(*operands, tol=settings.tol, max_steps=settings.max_steps, **options)
+    if isinstance(op, CellOp):
+        return drive(made, settings, trace)
+    value, *outcome = made
     return value, _solution(*outcome)
 
 

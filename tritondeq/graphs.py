@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .capture import Linearised
+from .kernels.dispatch import CellOp
 from .layout import Layout, describe
 from .loop import Look, Settings, keep_autocast, plan_steps
 from .solution import Solution
@@ -60,10 +61,12 @@ class Call:
     """What one call brings along, and a captured solve copies.
 
     Args:
-        f: Its map: f(state, *args), with `cell`, `masks`, `twin` and `opaque` as deq.py has them.
+        f: Its map: f(state, *args), with `cell`, `masks`, `twin`, `opaque` and `whole_solve` as deq.py has them.
         start: [B, N].
-        args: Further arguments of f.
+        args: Further arguments of f: its injection.
         settings, backward: Of the two solves.
+        options: Arguments of ops that hold the cell, for a tolerance.
+        op, backward_op: Such ops, where they take the two solves.
     """
 
     f: Any
@@ -72,6 +75,9 @@ class Call:
     args: tuple
     settings: Settings
     backward: Settings
+    options: Callable[[float], dict[str, Any]] | None = None
+    op: CellOp | None = None
+    backward_op: CellOp | None = None
 
     def key(self) -> tuple:
         """All that a captured solve depends on beside the numbers in its tensors."""
@@ -86,6 +92,7 @@ class Call:
         return (
             *(spec, tuple(map(_describe, leaves)), shape, self.start.device, self.settings.keep is not None),
             *(plans, autocast, weights, training, torch.is_grad_enabled(), id(self.f.evaluate)),
+            *(self.op, self.backward_op),
         )
 
 
@@ -117,7 +124,9 @@ class Graphs:
         device = call.start.device
         if not can_record(device):
             return None, f"graphs are for CUDA, outside of other graphs, and tensors are on {device.type}"
-        op, how = plan_steps(call.settings.solver, device, call.layout.width, call.layout.dtype)
+        op, how = call.op, call.op.says if call.op else ""
+        if op is None:
+            op, how = plan_steps(call.settings.solver, device, call.layout.width, call.layout.dtype)
         if op is None or not call.layout.batch:
             return None, f"no graph: {how}"
         if not call.f.masks.drawn:
@@ -152,6 +161,7 @@ class Captured:
         self.layout, self.map = call.layout, call.f.twin()
         self.start = call.start.detach().clone(memory_format=torch.contiguous_format)
         self.args = pytree.tree_map_only(Tensor, _static, call.args)
+        (self.map.injection,) = self.args
         self.holder: Any = None
         at_home, outside = keep_autocast(self.map, self.start.device.type, caches=False)
 
@@ -160,7 +170,10 @@ class Captured:
 
         with outside:
             with torch.no_grad():
-                self.forward = _Chunks(record, apply, self.start, call.settings)
+                if call.op is None:
+                    self.forward = _Chunks(record, apply, self.start, call.settings)
+                else:
+                    self.forward = self._by_cell(record, call.op.solve, call, call.settings)
             self.differentiable = False
             if torch.is_grad_enabled():
                 at_home.opaque = self.map.opaque
@@ -190,8 +203,30 @@ class Captured:
                 "graph=False"
             )
         with torch.no_grad():
-            self.adjoint = _Chunks(record, lambda u: self.at.vjp(u) + self.g, self.g, call.backward)
+            if call.backward_op is None:
+                self.adjoint = _Chunks(record, lambda u: self.at.vjp(u) + self.g, self.g, call.backward)
+            else:
+                self.adjoint = self._by_cell(record, call.backward_op.adjoint, call, call.backward, adjoint=True)
             self.pull = record(pull)
+
+    def _by_cell(self, record: Recorder, make: Callable, call: Call, settings: Settings, adjoint: bool = False):
+        """A captured solve by steps that evaluate the cell themselves."""
+
+        def operands() -> tuple[Tensor, ...]:
+            whole = self.map.whole_solve
+            return whole.at(self.z) if adjoint else whole.operands
+
+        held = operands()
+        options = call.options(settings.tol) | settings.solver.fused()
+        start = self.g if adjoint else self.start
+        steps = make(*held, start, tol=settings.tol, max_steps=settings.max_steps, **options)
+
+        def renew() -> None:
+            for mine, new in zip(held, operands(), strict=True):
+                if mine.data_ptr() != new.data_ptr():  # else it is a view of the static arguments
+                    mine.copy_(new)
+
+        return _Chunks(record, None, None if adjoint else self.start, settings, steps, renew)
 
     def hold(self, owner: Any, args: tuple, masks: Any) -> None:
         """Copies in what a call brought along; `owner` is a token, for this outlives the call."""
@@ -211,24 +246,37 @@ class Captured:
 
 
 class _Chunks:
-    """A captured solve of z = f(z), from the static `start` on."""
+    """A captured solve of z = f(z), from the static `start` on; or by `steps` that evaluate the cell themselves, after
+    `renew` has brought what they read up to date."""
 
-    def __init__(self, record: Recorder, f: Callable[[Tensor], Tensor], start: Tensor, settings: Settings):
-        op, why = plan_steps(settings.solver, start.device, start.shape[1], start.dtype)
-        if op is None:
-            raise Refused(f"graph=True needs a solver whose steps are fused: {why}")
-        options = asdict(settings.solver)
-        steps = self.steps = op.start(start, settings.keep, settings.tol, settings.max_steps, "identity", **options)
-        self.most = -(-settings.max_steps // CHUNK)
+    def __init__(
+        self,
+        record: Recorder,
+        f: Callable[[Tensor], Tensor] | None,
+        start: Tensor | None,
+        settings: Settings,
+        steps: Any = None,
+        renew: Work | None = None,
+    ):
+        if steps is None:
+            op, why = plan_steps(settings.solver, start.device, start.shape[1], start.dtype)
+            if op is None:
+                raise Refused(f"graph=True needs a solver whose steps are fused: {why}")
+            options = asdict(settings.solver)
+            steps = op.start(start, settings.keep, settings.tol, settings.max_steps, "identity", **options)
+        self.steps, self.most = steps, -(-settings.max_steps // CHUNK)
 
         def begin() -> None:
+            if renew is not None:
+                renew()
             steps.reset(start)
-            steps.take(f(steps.z))
+            steps.take(f(steps.z) if f else None)
             evaluate(CHUNK - 1)
 
         def evaluate(times: int = CHUNK) -> None:
             for _ in range(times):
-                steps.take(f(steps.onward()))
+                z = steps.onward()
+                steps.take(f(z) if f else None)
 
         def end() -> None:
             self.outcome = steps.finish()
@@ -239,7 +287,7 @@ class _Chunks:
         if keep is not None:
             self.steps.keep.copy_(keep)
         self.begin()
-        look = Look(self.steps.z.device, None, every=1)
+        look = Look(self.steps.rel.device, None, every=1)
         for _ in range(self.most - 1):
             if look(self.steps.left) == 0:
                 break

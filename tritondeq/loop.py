@@ -44,22 +44,31 @@ def iterate(
     op, how = plan_steps(settings.solver, z.device, z.shape[1], z.dtype) if z.shape[0] else (None, "")
     tail = settings.tail if op and z.dtype == torch.float32 else None
     f, outside = keep_autocast(tail[0] if tail else f, z.device.type)
-    residuals = []
     with outside:
         steps = _start(op, z, settings, tail[1] if tail else "identity")
-        look = Look(z.device, settings.group)
-        for k in range(1, settings.max_steps + 1):
-            steps.take(f(z))
-            if trace:
-                residuals.append(steps.rel.clone())
-            left = look(steps.left)
-            if k == settings.max_steps or left == 0:
-                break
-            z = steps.onward(left)
-        best, status, count, residual = steps.finish()
+        best, solution = drive(steps, settings, trace, f, z)
         if settings.leaves is not None:
-            settings.leaves.rings = tuple(_oldest_first(ring, count) for ring in steps.estimate())
-    solution = Solution(None, status, count, residual, path=f"loop, {how}" if op else "loop")
+            settings.leaves.rings = tuple(_oldest_first(ring, solution.steps) for ring in steps.estimate())
+    solution.path = f"loop, {how}" if op else "loop"
+    return best, solution
+
+
+def drive(
+    steps: Any, settings: Settings, trace: bool = False, f: Callable | None = None, z: Tensor | None = None
+) -> tuple[Tensor, Solution]:
+    """As `iterate`, for these steps, of f from z on; steps that evaluate the cell themselves need neither."""
+    residuals = []
+    look = Look(steps.rules.best.device, settings.group)
+    for k in range(1, settings.max_steps + 1):
+        steps.take(f(z) if f else None)
+        if trace:
+            residuals.append(steps.rel.clone())
+        left = look(steps.left)
+        if k == settings.max_steps or left == 0:
+            break
+        z = steps.onward(left)
+    best, status, count, residual = steps.finish()
+    solution = Solution(None, status, count, residual)
     solution.trace = torch.stack(residuals) if trace else None
     return best, solution
 

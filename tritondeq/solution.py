@@ -45,7 +45,7 @@ class Solution:
         steps: int32, evaluations of f for that sample.
         residual: ||f(z) - z|| / ||f(z)|| of `value` before it is cast to z0's dtype; float32 (float64 in float64).
         trace: Residual of each evaluation, [steps, *batch], or None unless asked for.
-        path: What solved it: "one Triton launch", or "loop" and why.
+        path: What solved it: "one Triton launch", "loop, " and the kernels of its steps, or "loop: " and why.
         adjoint: The last backward solve's Solution (without value), once a backward through `value` has solved one.
     """
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tritondeq import DEQ, Anderson, Implicit, Unrolled
+from tritondeq import DEQ, Anderson, Implicit, Picard, Unrolled
 from tritondeq.cells import Affine
 from tritondeq.cells.contraction import norm_bound
 
@@ -105,8 +105,9 @@ def test_bf16_operands_round_the_weight_and_nothing_else():
     assert 1e-3 < layer.last.residual.max() <= 1e-2 and rounded.weight.grad.norm() > 0
 
 
-def test_wide_cells_take_the_loop_and_say_so():
-    layer = DEQ(Affine(300), solver=Anderson())
+@pytest.mark.parametrize("solver", [Picard(), Anderson()], ids=str)
+def test_wide_cells_take_the_loop_and_say_so(solver):
+    layer = DEQ(Affine(300), solver=solver)
     layer(torch.randn(2, 300))
     assert layer.last.path.startswith("loop")
 

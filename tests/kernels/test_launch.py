@@ -32,3 +32,29 @@ def test_small_batches_get_small_tiles():
         shape = {"shapes": [(features, features)], "terms": 1, "memory": 0}
         assert launch.parameters("affine", batch=64, **shape)["BLOCK_B"] == 16
         assert launch.parameters("affine", batch=1 << 20, **shape)["BLOCK_B"] > 16
+
+
+@pytest.mark.parametrize("shared", [launch.SHARED, 101376, 232448])
+def test_affine_steps_fit_and_keep_a_gpu_busy(shared):
+    """Tiles of which there are enough and that fit; a first step, whose rows are float32, has smaller ones."""
+    sizes = itertools.product((257, 1000, 4096), (1, 2, 3), (1, 64, 2048, 1 << 20), (False, True))
+    for features, terms, batch, start in sizes:
+        config = launch.parameters(
+            "affine_steps", batch=batch, features=features, terms=terms, start=start, shared=shared
+        )
+        m, n, k, stages = (config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_stages"))
+        assert (m, n, k, stages) in launch.TILES[terms] and not (start and m > 64)
+        assert stages * k * ((4 if start else 2) * m + 2 * terms * n) + m * n <= shared
+        assert m == 16 or -(-batch // m) * -(-features // n) >= launch.ENOUGH
+
+
+def test_affine_steps_of_many_rows_take_the_largest_tile_that_fits():
+    def tiles(shared, start=False):
+        shape = {"batch": 1 << 20, "features": 512, "start": start, "shared": shared}
+        configs = [launch.parameters("affine_steps", terms=terms, **shape) for terms in (1, 2, 3)]
+        return [(config["BLOCK_M"], config["BLOCK_N"], config["SUB"]) for config in configs]
+
+    assert tiles(232448) == [(128, 256, 8), (256, 128, 8), (128, 128, 4)]
+    assert tiles(launch.SHARED) == [(128, 128, 4)] * 3
+    assert tiles(101376) == [(64, 64, 2)] * 3
+    assert tiles(232448, start=True) == [(64, 64, 2)] * 3

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from ..kernels.dispatch import WholeSolve
 from ..kernels.formulas import ACTIVATIONS
 from ..solvers.base import count, number
-from ..solvers.splitting import bf16_terms
+from ..solvers.splitting import affine_problem, bf16_terms
 from .base import Cell, features_of
 from .contraction import SpectralBound
 
@@ -23,8 +23,9 @@ class Affine(Cell):
     """z = act(W z + U x + b), on each row by itself: every row stops alone.
 
     Contractive at initialisation: ||W||_2 max|act'| = 0.9. Up to 256 features, and on a GPU, a solve by Picard or
-    Anderson(memory <= 4) is one Triton launch, and so is its adjoint; wider cells take the loop, whose
-    steps apply the activation as they read W z + u.
+    Anderson(memory <= 4) is one Triton launch, and so is its adjoint. Wider cells take the loop: up to
+    4096 features, and by Picard, a step is one launch, the product with W and all (where that is predicted to be faster
+    than cuBLAS and a step after it); else the steps apply the activation as they read W z + u.
 
     Args:
         features: Width D of the state; z is [..., D].
@@ -99,9 +100,11 @@ class Affine(Cell):
 
     def whole_solve(self, injection: tuple[Tensor, Tensor]) -> WholeSolve:
         w, u, narrow = self._operands(injection)
+        half = injection[1].dtype.itemsize < 4 or torch.is_autocast_enabled(w.device.type)
+        op, problem = affine_problem(w, len(u), self.activation, half)
         return WholeSolve(
-            op="affine",
-            problem={"features": self.features, "dtype": w.dtype},
+            op=op,
+            problem=problem,
             operands=(w, u),
             at=lambda z: (w, torch.addmm(u, z, w.mT)),
             options=lambda tol: {"activation": self.activation, "terms": bf16_terms(tol, narrow)},

@@ -75,7 +75,7 @@ class Cell(nn.Module):
         return pytree.tree_unflatten(found, spec)
 
     def whole_solve(self, injection: Any) -> WholeSolve | None:
-        """The kernel that solves this cell in one launch, if there is one."""
+        """The op whose kernels hold this cell, if there is one: they solve it in one launch, or in one a step."""
         return None
 
     def tail(self) -> tuple[Callable[[Any, Any], Any], str] | None:

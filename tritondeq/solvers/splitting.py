@@ -18,6 +18,7 @@ from torch import Tensor
 from ..kernels.dispatch import WholeSolve
 from .base import Solver
 
+RESIDENT = 256  # features up to which one launch holds an affine cell
 NEWTON = 16  # steps of prox: enough for float64 and alpha between 0.01 and 100
 
 
@@ -110,13 +111,24 @@ class Reformulation:
         if self.name is None:
             return None
         matrix, pre = (self.matrix, None) if self.pre is None else (self.matrix.mT, self.pre)
+        op, problem = affine_problem(matrix, len(self.shift), self.name)
         return WholeSolve(
-            op="affine",
-            problem={"features": len(matrix), "dtype": matrix.dtype, "activation": self.name},
+            op=op,
+            problem=problem,
             operands=(matrix, self.shift),
             at=lambda _: (matrix, pre),
             options=lambda tol: {"activation": self.name, "terms": bf16_terms(tol, self.narrow)},
         )
+
+
+def affine_problem(w: Tensor, rows: int, activation: str, half: bool = False) -> tuple[str, dict[str, Any]]:
+    """(the op that holds act(W z + u), what it is told of the problem); `half`: torch would multiply in 16 bits."""
+    features = len(w)
+    problem: dict[str, Any] = {"features": features, "dtype": w.dtype, "activation": activation}
+    if features <= RESIDENT:
+        return "affine", problem
+    exact = torch.get_float32_matmul_precision() == "highest"
+    return "affine_steps", problem | {"rows": rows, "cell": "bf16" if half else "fp32" if exact else "tf32"}
 
 
 def bf16_terms(tol: float, narrow: bool) -> int:

@@ -1,0 +1,329 @@
+"""Solver steps of the affine cell, one launch each: the GEMM with the step in its epilogue.
+
+    z* = act(W z* + u)                          z, u [B, D] rows, W [D, D]; act has act(0) = 0
+    u* = W' (s u*) + g,  s = act'(pre)          its adjoint, pre = W z* + u; iterated as v = s (v W + g), v = s u
+
+Delta form, as in affine.py: acc = W z + u and z are float32, and only the bf16 increments d of z go through the tensor
+cores, so that the fixed point is accurate to fp32 at their speed. W is a sum of TERMS bf16 terms. The launch of
+evaluation k, by programs that own a tile of the output each, computes
+
+    acc_k = acc_(k-1) + d_k W',   z_k = z_(k-1) + d_k,   g = act(acc_k) - z_k,   d_(k+1) = bf16(damping g)
+
+and the sums of g^2 and act(acc_k)^2 over the tile's columns. The last program of a row tile to end adds these in a
+fixed order and applies `rules.py` to its rows: bits do not depend on timing, the parts are read once, and what is known
+after the launch is known of its own evaluation. Rows that have stopped are stored no more, and tiles of them return.
+
+d alternates between two buffers, for a program reads whole rows of d_k and writes its tile of d_(k+1); so does what is
+returned, z or in the adjoint acc, whose value of evaluation k-2 is saved before it is overwritten if it is the best.
+Which buffer it is follows from the row's own count of steps: every launch has the same arguments, as a graph needs.
+
+Bytes of a launch: 22 B D (acc, z read and written, d read twice and written; 26 in the adjoint, which reads pre) and W
+once. No GEMM is done for a start at zero; another start is multiplied as three bf16 parts, which hold all its bits.
+A row's bits do not depend on its batch mates, but through the tile that launch.py picks on how many they are.
+The reference is affine.py's, step by step.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .affine import FEATURES
+from .dispatch import CellOp, interpreting, register
+from .formulas import ACTIVATIONS
+from .rows import bf16_terms
+from .steps import Samples
+from .tl_common import act, act_slope, bf16_pair, row_sums
+from .tl_steps import ACTIVE, ARRIVED, BEFORE, DONE, IMPROVED, PHASE, STEPS, judge_rows
+
+MOST = 4096  # features; wider cells are left to cuBLAS
+
+
+@triton.jit
+def _columns(x, SUB: tl.constexpr):
+    """x [M, N] as a tuple of SUB tiles [M, N / SUB], left to right; SUB is a power of two."""
+    M: tl.constexpr = x.shape[0]
+    N: tl.constexpr = x.shape[1]
+    if SUB == 1:
+        return (x,)
+    else:
+        left, right = tl.split(tl.permute(tl.reshape(x, (M, 2, N // 2)), (0, 2, 1)))
+        return _columns(left, SUB // 2) + _columns(right, SUB // 2)
+
+
+@triton.jit(do_not_specialize=["B", "limit"])
+def _step_kernel(
+    d_ptr,  # [2, B, WIDTH] bf16
+    w_ptr,  # [TERMS, WIDTH, WIDTH] bf16, zero beyond D
+    kept_ptr,  # [2, B, D]: z; acc in the adjoint
+    other_ptr,  # [B, D]: acc; v in the adjoint
+    pre_ptr,  # [B, D], adjoint only
+    best_ptr,  # [B, D]: of kept
+    moved_ptr,  # []: whether the start is not zero, if START
+    stats_ptr,  # [8, B]
+    flags_ptr,  # [5, B]
+    part_ptr,  # [2, SPLITS, B]
+    left_ptr,  # []
+    B,
+    limit,
+    depth,  # D, or up to the end of its last BLOCK_K
+    damping,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ACT: tl.constexpr,
+    ADJ: tl.constexpr,
+    START: tl.constexpr,
+    TERMS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    SUB: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    INTERP: tl.constexpr,
+):
+    SPLITS: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
+    DEPTH: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K * BLOCK_K
+    # GROUP row tiles side by side share the columns of W in L2
+    pid = tl.program_id(0)
+    first = pid // (GROUP * SPLITS) * GROUP
+    group = tl.minimum((B + BLOCK_M - 1) // BLOCK_M - first, GROUP)
+    tile = first + pid % (GROUP * SPLITS) % group
+    column = pid % (GROUP * SPLITS) // group
+
+    rows = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    flags = flags_ptr + rows
+    active = tl.load(flags + PHASE * B, mask=rows < B, other=DONE) == ACTIVE
+    if tl.max(active.to(tl.int32), 0) == 0:
+        return
+    k = tl.max(tl.load(flags + STEPS * B, mask=active, other=0), 0) + 1  # the same for all that are active
+    fading = active & (tl.load(flags + BEFORE * B, mask=active, other=0) != 0)
+    fading = fading & (tl.load(flags + IMPROVED * B, mask=active, other=1) == 0)  # evaluation k - 2 was the best
+    fades = tl.max(fading.to(tl.int32), 0) != 0
+    last = ((k + 1) % 2).to(tl.int64)
+    now = (k % 2).to(tl.int64)
+
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = tl.minimum(rows, B - 1)[:, None]  # what lies beyond is not stored
+    if ADJ:
+        w = w_ptr + offs_k[:, None] * WIDTH + offs_n[None, :]
+    else:
+        w = w_ptr + offs_n[None, :] * WIDTH + offs_k[:, None]
+    dot = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if START and ADJ:
+        pass  # v starts at zero
+    elif START:
+        if tl.load(moved_ptr) != 0:
+            z_rows = kept_ptr + last * B * D + inside * D
+            for i in range(0, DEPTH if INTERP else depth, BLOCK_K):
+                cols = i + offs_k[None, :]
+                rest = tl.load(z_rows + cols, mask=cols < D, other=0.0)
+                for _ in tl.static_range(3):  # bf16 parts hold all bits of a float32
+                    part, near = bf16_pair(rest, INTERP)
+                    rest -= near
+                    for t in tl.static_range(TERMS):
+                        term = tl.load(w + t * WIDTH * WIDTH)
+                        dot = tl.dot(part, term.to(tl.float32) if INTERP else term, dot)
+                w += BLOCK_K
+    else:
+        d = d_ptr + now * B * WIDTH + inside * WIDTH + offs_k[None, :]
+        # a depth that the compiler knew would be unrolled, and spill registers
+        for _ in range(0, DEPTH if INTERP else depth, BLOCK_K):
+            part = tl.load(d)
+            for t in tl.static_range(TERMS):
+                term = tl.load(w + t * WIDTH * WIDTH)
+                if INTERP:
+                    dot = tl.dot(part.to(tl.float32), term.to(tl.float32), dot)
+                else:
+                    dot = tl.dot(part, term, dot)
+            d += BLOCK_K
+            w += BLOCK_K * WIDTH if ADJ else BLOCK_K
+
+    # offsets in a tile are 32 bits wide: 64 of each element would take its registers
+    origin = tile.to(tl.int64) * BLOCK_M
+    fresh_ptr = kept_ptr + (now * B + origin) * D
+    kept_ptr += (last * B + origin) * D
+    other_ptr += origin * D
+    pre_ptr += origin * D
+    best_ptr += origin * D
+    onward_ptr = d_ptr + (last * B + origin) * WIDTH
+    d_ptr += (now * B + origin) * WIDTH
+    offs_m = tl.arange(0, BLOCK_M)[:, None]
+    dots = _columns(dot, SUB)
+    rr = tl.zeros((BLOCK_M,), tl.float32)
+    ss = tl.zeros((BLOCK_M,), tl.float32)
+    for i in tl.static_range(SUB):
+        cols = column * BLOCK_N + i * (BLOCK_N // SUB) + tl.arange(0, BLOCK_N // SUB)
+        mask = active[:, None] & (cols < D)[None, :]
+        offs = offs_m * D + cols[None, :]
+        offs_d = offs_m * WIDTH + cols[None, :]
+        near = tl.load(d_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)
+        kept = tl.load(kept_ptr + offs, mask=mask, other=0.0)
+        other = tl.load(other_ptr + offs, mask=mask, other=0.0)
+        if ADJ:
+            kept += dots[i]
+            other += near
+            f = act_slope(tl.load(pre_ptr + offs, mask=mask, other=0.0), ACT, INTERP) * kept
+            g = f - other
+        else:
+            other += dots[i]
+            kept += near
+            f = act(other, ACT, INTERP)
+            g = f - kept
+        onward, near = bf16_pair(damping * g, INTERP)
+        if fades:
+            old = fading[:, None] & (cols < D)[None, :]
+            tl.store(best_ptr + offs, tl.load(fresh_ptr + offs, mask=old, other=0.0), mask=old)
+        tl.store(fresh_ptr + offs, kept, mask=mask)
+        tl.store(other_ptr + offs, other, mask=mask)
+        tl.store(onward_ptr + offs_d, onward, mask=mask)
+        sums = row_sums((g * g, f * f), 2, INTERP)
+        rr += sums[0]
+        ss += sums[1]
+    tl.store(part_ptr + column.to(tl.int64) * B + rows, rr, mask=active)
+    tl.store(part_ptr + (SPLITS + column).to(tl.int64) * B + rows, ss, mask=active)
+
+    tl.debug_barrier()
+    arrived = flags_ptr + ARRIVED * B + tile
+    if tl.atomic_add(arrived, 1, sem="acq_rel") == SPLITS - 1:
+        tl.store(arrived, 0)
+        judge_rows(stats_ptr, flags_ptr, part_ptr, left_ptr, rows, active, k, B, limit, SPLITS, BLOCK_S)
+
+
+@triton.jit(do_not_specialize=["B"])
+def _finish_kernel(
+    kept_ptr,  # [2, B, D]
+    best_ptr,  # [B, D]
+    flags_ptr,  # [5, B]
+    B,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Leaves in `best` the best iterate of a row: that of its last evaluation or of the one before, if not saved."""
+    row = tl.program_id(0).to(tl.int64)
+    improved = tl.load(flags_ptr + IMPROVED * B + row) != 0
+    if improved | (tl.load(flags_ptr + BEFORE * B + row) != 0):
+        steps = tl.load(flags_ptr + STEPS * B + row)
+        where = tl.where(improved, steps, steps + 1) % 2
+        cols = tl.arange(0, BLOCK_D)
+        kept = tl.load(kept_ptr + (where.to(tl.int64) * B + row) * D + cols, mask=cols < D, other=0.0)
+        tl.store(best_ptr + row * D + cols, kept, mask=cols < D)
+
+
+class AffineSteps(Samples):
+    """The steps of one solve, evaluation and all; steps.py documents the protocol, in which `take` needs no y here.
+
+    What is kept of u and W is read again by `reset`, so that a captured solve sees them change.
+    """
+
+    def __init__(self, w, u, start, pre, activation, tol, limit, damping, terms):
+        batch, features = u.shape
+        super().__init__(batch, u.dtype, u.device, tol)
+        shape = {"batch": batch, "features": features, "terms": terms, "shared": launch.shared_memory(u.device)}
+        configs = [launch.parameters("affine_steps", start=start, **shape) for start in (False, True)]
+        wide = max(config[block] for config in configs for block in ("BLOCK_N", "BLOCK_K"))
+        width = triton.cdiv(features, wide) * wide
+        known = {"D": features, "WIDTH": width, "ACT": activation, "ADJ": pre is not None, "TERMS": terms}
+        self.launches, splits = [], []
+        for config in configs:
+            splits.append(triton.cdiv(features, config["BLOCK_N"]))
+            grid = (triton.cdiv(batch, config["BLOCK_M"]) * splits[-1],)
+            numbers = (batch, limit, triton.cdiv(features, config["BLOCK_K"]) * config["BLOCK_K"], damping)
+            known |= {"BLOCK_S": triton.next_power_of_2(splits[-1]), "INTERP": interpreting()}
+            self.launches.append((grid, numbers, config | known))
+        self.weight, self.u, self.pre = w, u, None if pre is None else pre.contiguous()
+        self.w = u.new_zeros((terms, width, width), dtype=torch.bfloat16)
+        self.d = u.new_zeros((2, batch, width), dtype=torch.bfloat16)
+        self.kept, self.other, self.best = u.new_empty((2, *u.shape)), *(u.new_empty(u.shape) for _ in range(2))
+        self.part = u.new_empty(2, max(splits), batch)
+        self.moved = torch.empty((), dtype=torch.bool, device=u.device)
+        self.reset(start)
+
+    def reset(self, z: Tensor | None) -> None:
+        """Begins a solve at `z`, in the same memory; the adjoint begins at zero, and asks for None."""
+        features = self.u.shape[1]
+        self.w[:, :features, :features] = bf16_terms(self.weight, len(self.w))
+        self.d[1].zero_()
+        self.kept[0] = self.u if z is None else z
+        self.best.copy_(self.kept[0])
+        if z is None:
+            self.other.zero_()
+        else:
+            self.other.copy_(self.u)
+            torch.any(self.kept[0], out=self.moved)
+        self.start = True
+        self.forget()
+
+    def take(self, y: None = None) -> None:
+        """Launches an evaluation, and the step before it."""
+        tensors = (self.d, self.w, self.kept, self.other, self.best if self.pre is None else self.pre, self.best)
+        tensors += (self.moved, self.stats, self.flags, self.part, self.count)
+        grid, numbers, config = self.launches[self.start]
+        with launch.on(self.u.device):
+            _step_kernel[grid](*tensors, *numbers, START=self.start, enable_fp_fusion=True, **config)
+        self.start = False
+
+    def onward(self, left: int | None = None) -> None:
+        """Nothing: the next evaluation knows its iterate."""
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(z or u* [B, D], status, steps, residual, each [B]) after the last `take`."""
+        batch, features = self.u.shape
+        with launch.on(self.u.device):
+            block = triton.next_power_of_2(features)
+            _finish_kernel[(batch,)](self.kept, self.best, self.flags, batch, features, block, num_warps=4)
+        return self.best, *self.outcome()
+
+
+def affine_steps_solve(w, u, z0, *, activation, tol, max_steps, damping=1.0, memory=0, terms=2) -> AffineSteps:
+    """The steps of z* = act(W z* + u) from z0; what they end with is what affine.py's `affine_solve` returns.
+
+    Args:
+        w: W, [D, D] fp32; row n gives output n.
+        u: [B, D] fp32.
+        z0: Start, [B, D] fp32; only read.
+        activation: "tanh", "relu", "gelu" (exact), "sin" or "identity".
+        tol: Relative residual at which a row has converged.
+        max_steps: Most evaluations, at least 1.
+        damping: Factor of the step, in (0, 2).
+        memory: 0, which is Picard.
+        terms: bf16 terms of W: 1 (W is bf16), 2 or 3.
+    """
+    return AffineSteps(w, u, z0, None, activation, tol, max_steps, damping, terms)
+
+
+def affine_steps_adjoint(w, pre, g, *, activation, tol, max_steps, damping=1.0, memory=0, terms=2) -> AffineSteps:
+    """The steps of u* = W' (act'(pre) u*) + g; residuals are those of v = act'(pre) u, which starts at zero.
+
+    Args:
+        w: As in `affine_steps_solve`, and so are the options.
+        pre: W z* + u, [B, D] fp32.
+        g: [B, D] fp32.
+    """
+    return AffineSteps(w, g, None, pre, activation, tol, max_steps, damping, terms)
+
+
+def refuses(*, rows, features, dtype, terms, cell, activation="tanh", solver_memory=0) -> str | None:
+    """Why the loop must call the cell, or None; `cell` is what torch would multiply in, a key of launch.RATES."""
+    if rows == 0:
+        return "an empty batch"
+    if not FEATURES < features <= MOST:
+        return f"{features} features, and the steps with the GEMM in them are for {FEATURES + 1} to {MOST}"
+    if dtype == torch.float64:
+        return "float64 state, and the kernel's is float32"
+    if activation not in ACTIVATIONS:
+        return f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}"
+    if solver_memory:
+        return f"Anderson memory {solver_memory}, and the steps with the GEMM in them are Picard's"
+    here, apart = launch.affine_seconds(rows=rows, features=features, terms=terms, cell=cell)
+    if here > apart:
+        return f"{rows} x {features} in {cell}: cuBLAS and a step after it are predicted to be faster"
+    return None
+
+
+affine_steps = register(
+    "affine_steps",
+    CellOp(affine_steps_solve, affine_steps_adjoint, refuses, "one launch a step and its GEMM"),
+)

@@ -23,8 +23,8 @@ PUBLIC = {
     *("Implicit", "Neumann", "Phantom", "OneStep", "Unrolled"),
 }
 # A module imports what stands before it or in its own folder; one not named here stands last and imports any.
-ORDER = ["kernels", "layout", "solution", "capture", "solvers", "adjoints", "cells"]
-ORDER += ["loop", "graphs", "fixed_point", "dropout", "deq"]
+ORDER = ["kernels", "layout", "solution", "capture", "solvers", "adjoints", "dropout", "cells"]
+ORDER += ["loop", "graphs", "fixed_point", "deq"]
 HIDE_TRITON = "import sys; sys.modules['triton'] = None\n"
 
 

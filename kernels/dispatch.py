@@ -44,14 +44,25 @@ class StepsOp:
     says: str
 
 
-_ops: dict[str, Op | StepsOp] = {}
+@dataclass(frozen=True)
+class RowOp:
+    """An op inside a cell, each sample by itself, without gradients: `run`, its torch reference, what it can take."""
+
+    run: Callable
+    ref: Callable
+    refuses: Callable[..., str | None]
+    says: str = "one Triton launch"
 
 
-def register(name: str, op: Op | StepsOp) -> Op | StepsOp:
+AnyOp = Op | StepsOp | RowOp
+_ops: dict[str, AnyOp] = {}
+
+
+def register(name: str, op: AnyOp) -> AnyOp:
     return _ops.setdefault(name, op)
 
 
-def load(name: str) -> Op | StepsOp:
+def load(name: str) -> AnyOp:
     """The op of kernels/<name>.py; imports Triton."""
     if name not in _ops:
         importlib.import_module(f"{__package__}.{name}")
@@ -116,7 +127,7 @@ def interpreting() -> bool:
     return has_triton() and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
-def pick(name: str, device: torch.device, **problem) -> tuple[Op | StepsOp | None, str]:
+def pick(name: str, device: torch.device, **problem) -> tuple[AnyOp | None, str]:
     """The op for this problem or None, and the reason in one line either way.
 
     Args:

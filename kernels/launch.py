@@ -7,6 +7,7 @@ from functools import cache
 import torch
 
 SHARED = 166912  # bytes of shared memory a block can have on sm_80, the least of the chips we aim at
+GROUP = 8192  # values that one program of group_norm holds at most
 LARGE = 4096  # rows from which throughput matters more than latency
 PROGRAMS = {16: 8, 32: 8, 64: 8, 128: 4, 256: 1}  # on one multiprocessor, by width
 
@@ -59,7 +60,18 @@ def steps(*, width: int, itemsize: int) -> dict:
     return {"BLOCK_N": block, "SPLITS": splits, "num_warps": max(1, block * itemsize // 1024)}
 
 
-SHAPES: dict[str, Callable[..., dict | None]] = {"affine": affine, "picard": steps, "anderson": steps, "broyden": steps}
+def group_norm(*, pixels: int, width: int) -> dict | None:
+    """Of GroupNorm, by the pixels and channels of one group; None where the channels of a pixel don't fit a program."""
+    block_d = 1 << (width - 1).bit_length()
+    if block_d > GROUP:
+        return None
+    block_p = min(GROUP // block_d, 1 << (pixels - 1).bit_length())
+    warps = min(16, max(1, block_p * block_d // 512))
+    return {"BLOCK_P": block_p, "BLOCK_D": block_d, "SPLITS": -(-pixels // block_p), "num_warps": warps}
+
+
+SHAPES: dict[str, Callable[..., dict | None]] = {"affine": affine, "group_norm": group_norm}
+SHAPES |= {"picard": steps, "anderson": steps, "broyden": steps}
 
 
 def parameters(op: str, **shape) -> dict | None:

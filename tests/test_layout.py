@@ -63,6 +63,7 @@ def test_nesting_with_formats_and_dtypes_of_its_own():
     assert back["b"][1].dtype == torch.bfloat16 and torch.equal(back["b"][1], z["b"][1])
     for leaf in (back["a"], back["b"][1]):
         assert leaf.stride(1) == 1
+    assert Layout(back).channels_last == layout.channels_last  # a start from the last value
 
 
 def test_a_mask_lies_where_its_elements_do():

@@ -134,6 +134,10 @@ class Layout:
 
 
 def _channels_last(leaf: Tensor) -> bool:
-    """Whether it is in a memory format that convolutions keep, and that differs from the plain one."""
+    """Whether each sample is in a memory format that convolutions keep, and that differs from the plain one; samples
+    may lie apart, as those of a leaf in a matrix do."""
     form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(leaf.ndim)
-    return form is not None and leaf.is_contiguous(memory_format=form) and not leaf.is_contiguous()
+    if form is None:
+        return False
+    sample = leaf[:1]
+    return sample.is_contiguous(memory_format=form) and not sample.is_contiguous()

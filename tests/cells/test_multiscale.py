@@ -181,7 +181,7 @@ def test_channels_last_inside_and_out():
 
 @torch.no_grad()
 @pytest.mark.parametrize("channels, groups", [((16, 16), 4), ((32, 32, 64), 8), ((32, 64, 128, 256), 8)])
-@pytest.mark.parametrize("pixels", [2, 7, 16])
+@pytest.mark.parametrize("pixels", [8, 13])
 def test_contractive_at_initialisation(channels, groups, pixels):
     for seed in range(2):
         torch.manual_seed(seed)
@@ -216,8 +216,8 @@ def test_training(narrow):
     """300 steps on handwritten digits, read from the coarse resolution."""
     pytest.importorskip("sklearn")
     x, labels = digits()
-    layer, head = DEQ(MultiScale((8, 16), 1, groups=2), max_steps=100), nn.Linear(16 * 16, 10)
-    optimizer = torch.optim.Adam([*layer.parameters(), *head.parameters()], lr=2e-3)
+    layer, head = DEQ(MultiScale((16, 16), 1, groups=4), max_steps=100), nn.Linear(16 * 16, 10)
+    optimizer = torch.optim.Adam([*layer.parameters(), *head.parameters()], lr=1e-3)
     losses, steps = [], []
     for i in range(300):
         rows = torch.arange(16 * i, 16 * i + 16) % len(x)

@@ -31,8 +31,9 @@ class MultiScale(Cell):
     coarse pixel then stands for fewer fine ones at the lower and right edge.
 
     Contractive at initialisation: what a block makes weighs six times the state it is added to, and all that comes from
-    a resolution without an injection a tenth. Measured with four channels or more to a group: random images of 2 to 32
-    pixels a side take 6 to 9 steps to 1e-3 (spectral radius 0.30 to 0.54); constant ones may not contract.
+    a resolution without an injection a tenth. Measured with four channels or more to a group: random images of 8 to 32
+    pixels a side take 6 to 9 steps to 1e-3 (spectral radius 0.30 to 0.54). Constant images, and groups that hold a
+    handful of values at the coarsest resolution, may not contract.
 
     The published f, with its options, by number of parameters (`input` and `inputs` apart, since there a stem stands
     before f):

@@ -216,7 +216,8 @@ def test_training(narrow):
     """300 steps on handwritten digits, read from the coarse resolution."""
     pytest.importorskip("sklearn")
     x, labels = digits()
-    layer, head = DEQ(MultiScale((16, 16), 1, groups=4), max_steps=100), nn.Linear(16 * 16, 10)
+    cell, head = MultiScale((32, 32), 1, groups=4), nn.Linear(32 * 16, 10)
+    layer = DEQ(cell, solver=Anderson(memory=4), max_steps=100)
     optimizer = torch.optim.Adam([*layer.parameters(), *head.parameters()], lr=1e-3)
     losses, steps = [], []
     for i in range(300):

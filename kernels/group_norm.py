@@ -77,7 +77,7 @@ def _tile(
 
 @triton.jit
 def _moments(x, mask, n, INTERP: tl.constexpr):
-    """(m, o, sum of squared deviations from m + o), m + o the mean of the n elements under the mask; x is 0 elsewhere."""
+    """(m, o, squared deviations from m + o, summed), m + o the mean of the n elements under the mask."""
     first = tl.sum(tl.sum(x, 1), 0) / n
     d = tl.where(mask, x - first, 0.0)
     if INTERP:

@@ -212,8 +212,9 @@ def test_training(narrow):
     """300 steps on handwritten digits: the loss falls, and every solve ends well in a bounded number of steps."""
     pytest.importorskip("sklearn")
     x, labels = digits()
-    layer, head = DEQ(Conv(16, 1, groups=4), max_steps=100), nn.Linear(16 * 64, 10)
-    optimizer = torch.optim.Adam([*layer.parameters(), *head.parameters()], lr=3e-3)
+    cell, head = Conv(32, 1, groups=4), nn.Linear(32 * 64, 10)
+    layer = DEQ(cell, solver=Anderson(memory=4), max_steps=100)
+    optimizer = torch.optim.Adam([*layer.parameters(), *head.parameters()], lr=1e-3)
     losses, steps = [], []
     for i in range(300):
         rows = torch.arange(32 * i, 32 * i + 32) % len(x)

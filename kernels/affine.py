@@ -14,32 +14,33 @@ import triton.language as tl
 from . import launch
 from .dispatch import Op, register
 from .formulas import ACTIVATIONS, SLOPES
-from .rows import MEMORY, Rows, iterate
+from .reference import iterate
+from .rows import MEMORY, Rows
 from .tl_common import act, act_slope
 from .tl_rows import dot
 
 FEATURES = 256  # most of them
 
 
-def affine_solve_ref(w, u, z0=None, *, activation, tol, max_steps, damping=1.0, memory=0, ridge=1e-8, terms=2):
+def affine_solve_ref(w, u, z0=None, *, activation, terms=2, **options):
     """`affine_solve` in torch, in the dtype of `u`; `terms` means nothing here."""
 
     def f(z):
         return ACTIVATIONS[activation](torch.addmm(u, z, w.T))
 
     z0 = torch.zeros_like(u) if z0 is None else z0
-    z, rules = iterate(f, z0, tol, max_steps, damping, memory, ridge)
+    z, rules = iterate(f, z0, **options)
     return z, rules.steps, rules.best, rules.status()
 
 
-def affine_adjoint_ref(w, pre, g, *, activation, tol, max_steps, damping=1.0, memory=0, ridge=1e-8, terms=2):
+def affine_adjoint_ref(w, pre, g, *, activation, terms=2, **options):
     """`affine_adjoint` in torch, in the dtype of `g`; `terms` means nothing here."""
     slope = SLOPES[activation](pre)
 
     def f(v):
         return slope * torch.addmm(g, v, w)
 
-    v, rules = iterate(f, torch.zeros_like(g), tol, max_steps, damping, memory, ridge)
+    v, rules = iterate(f, torch.zeros_like(g), **options)
     return torch.addmm(g, v, w), rules.steps, rules.best, rules.status()
 
 

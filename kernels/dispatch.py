@@ -46,12 +46,12 @@ class StepsOp:
 
 @dataclass(frozen=True)
 class RowOp:
-    """A part of a cell that maps the rows of [.., D], without gradients; its torch reference, and what it can take."""
+    """A part of a cell that maps rows or groups one by one, without gradients; its torch reference, what it can take."""
 
     run: Callable
-    reference: Callable
+    ref: Callable
     refuses: Callable[..., str | None]
-    says: str
+    says: str = "one Triton launch"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ import triton.language as tl
 from . import launch
 from .dispatch import Op, register
 from .formulas import gru
-from .rows import MEMORY, Rows, iterate
+from .reference import iterate
+from .rows import MEMORY, Rows
 from .tl_common import sigmoid, tanh
 from .tl_rows import dot, feed
 
@@ -31,7 +32,7 @@ def gated_solve_ref(weights, inputs, z0=None, *, terms=2, **options):
         _, s, c = gru(weights, inputs, z)
         return z + s * (c - z)
 
-    z, rules = _iterate(f, torch.zeros_like(inputs[0]) if z0 is None else z0, **options)
+    z, rules = iterate(f, torch.zeros_like(inputs[0]) if z0 is None else z0, **options)
     return z, rules.steps, rules.best, rules.status()
 
 
@@ -44,12 +45,8 @@ def gated_adjoint_ref(weights, saved, g, *, terms=2, **options):
         q = (kc * u) @ wc
         return g + keep * u + r * q + (kr * q) @ wr + (ks * u) @ ws
 
-    u, rules = _iterate(f, torch.zeros_like(g), **options)
+    u, rules = iterate(f, torch.zeros_like(g), **options)
     return u, rules.steps, rules.best, rules.status()
-
-
-def _iterate(f, z, *, tol, max_steps, damping=1.0, memory=0, ridge=1e-8):
-    return iterate(f, z, tol, max_steps, damping, memory, ridge)
 
 
 @triton.jit

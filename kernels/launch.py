@@ -7,6 +7,7 @@ from functools import cache
 import torch
 
 SHARED = 166912  # bytes of shared memory a block can have on sm_80, the least of the chips we aim at
+GROUP = 8192  # values that one program of group_norm holds at most
 LARGE = 4096  # rows from which throughput matters more than latency
 PROGRAMS = {16: 8, 32: 8, 64: 8, 128: 4, 256: 1}  # on one multiprocessor, by width
 
@@ -136,12 +137,23 @@ def affine_seconds(*, rows: int, features: int, terms: int, cell: str) -> tuple[
     return LAUNCH + here + 22 * state, 2 * LAUNCH + apart + 24 * state
 
 
+def group_norm(*, pixels: int, width: int) -> dict | None:
+    """Of GroupNorm, by the pixels and channels of one group; None where the channels of a pixel don't fit a program."""
+    block_d = 1 << (width - 1).bit_length()
+    if block_d > GROUP:
+        return None
+    block_p = min(GROUP // block_d, 1 << (pixels - 1).bit_length())
+    warps = min(16, max(1, block_p * block_d // 512))
+    return {"BLOCK_P": block_p, "BLOCK_D": block_d, "SPLITS": -(-pixels // block_p), "num_warps": warps}
+
+
 SHAPES: dict[str, Callable[..., dict | None]] = {
     "affine": rows,
     "mlp": rows,
     "gated": rows,
     "residual_rms": whole_rows,
     "affine_steps": affine_steps,
+    "group_norm": group_norm,
     "picard": steps,
     "anderson": steps,
     "broyden": steps,

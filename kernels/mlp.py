@@ -20,7 +20,8 @@ import triton.language as tl
 from . import launch
 from .dispatch import Op, register
 from .formulas import RMS_EPS, mlp, rms_pull
-from .rows import MEMORY, Rows, iterate
+from .reference import iterate
+from .rows import MEMORY, Rows
 from .tl_common import act
 from .tl_rows import dot, feed
 
@@ -31,7 +32,7 @@ ACTS = ("relu", "gelu", "silu")
 def mlp_solve_ref(weights, biases, scale, u, z0=None, *, form, activation, terms=2, **options):
     """`mlp_solve` in torch, in the dtype of `u`; `terms` means nothing here."""
     z = torch.zeros_like(u) if z0 is None else z0
-    z, rules = _iterate(lambda z: mlp(form, activation, weights, biases, scale, u, z), z, **options)
+    z, rules = iterate(lambda z: mlp(form, activation, weights, biases, scale, u, z), z, **options)
     return z, rules.steps, rules.best, rules.status()
 
 
@@ -49,12 +50,8 @@ def mlp_adjoint_ref(weights, scale, saved, g, *, form, activation, terms=2, **op
             return g + dy + into(dy)
         return g + scale * u + rms_pull(at, into(u))
 
-    u, rules = _iterate(f, torch.zeros_like(g), **options)
+    u, rules = iterate(f, torch.zeros_like(g), **options)
     return u, rules.steps, rules.best, rules.status()
-
-
-def _iterate(f, z, *, tol, max_steps, damping=1.0, memory=0, ridge=1e-8):
-    return iterate(f, z, tol, max_steps, damping, memory, ridge)
 
 
 @triton.jit

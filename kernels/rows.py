@@ -39,53 +39,13 @@ from torch import Tensor
 
 from . import launch
 from .dispatch import interpreting
-from .rules import SAFEGUARD, Rules
+from .reference import RIDGE
 from .tl_anderson import anderson_step
 from .tl_common import FLOOR, WINDOW, bf16_pair, row_sums, rules_start, rules_status, rules_update
 from .tl_rows import choose, copies, dot_streamed, load_inputs, load_terms, load_vector
 
 MEMORY = 4  # most differences that Anderson can store in registers
-RIDGE = 4e-7  # least ridge in fp32: the rounding of a Gram matrix of unit diagonal
 LAG = tl.constexpr(16.0)
-
-
-def iterate(f, z: Tensor, tol, max_steps, damping, memory, ridge) -> tuple[Tensor, Rules]:
-    """The kernel's loop in torch: (kept z, rules) of z = f(z) for rows z [B, D]."""
-    rules = Rules(len(z), z.dtype, z.device, tol)
-    kept, pairs, step, last = z, [], None, None
-    for k in range(1, max_steps + 1):
-        image = f(z)
-        defect = image - z
-        rel, improved = rules.update(k, defect.norm(dim=-1), image.norm(dim=-1))
-        kept = torch.where(improved[:, None], z, kept)
-        if k == max_steps or not rules.active.any():
-            break
-        if memory and k > 1:
-            pairs = [*pairs, (step, defect - last)][-memory:]
-        step, last = damping * defect, defect
-        if pairs:
-            dx, dg = (torch.stack(side, -1) for side in zip(*pairs, strict=True))
-            gamma = _anderson_weights(dg, defect, ridge)
-            plain = (rel > SAFEGUARD * rules.best) | ~gamma.isfinite().all(-1)
-            gamma = torch.where(plain[:, None], 0.0, gamma)
-            step = step - ((dx + damping * dg) @ gamma[..., None])[..., 0]
-        step = torch.where(rules.active[:, None], step, 0.0)
-        z = z + step
-    return kept, rules
-
-
-def _anderson_weights(dg: Tensor, defect: Tensor, ridge: float) -> Tensor:
-    """argmin || defect - dg gamma || for dg [B, D, m], the Gram matrix scaled to a unit diagonal plus ridge."""
-    if dg.dtype == torch.float32:
-        ridge = max(ridge, RIDGE)
-    gram = dg.mT @ dg
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
-    gram = gram * scale[..., None] * scale[..., None, :]
-    gram.diagonal(dim1=-2, dim2=-1).fill_(1 + ridge)
-    factor, _ = torch.linalg.cholesky_ex(gram)
-    dots = (dg.mT @ defect[..., None]) * scale[..., None]
-    return torch.cholesky_solve(dots, factor)[..., 0] * scale
 
 
 @triton.jit(do_not_specialize=["B", "max_steps"])

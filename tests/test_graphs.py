@@ -251,6 +251,25 @@ def test_each_shape_is_captured_and_the_oldest_forgotten():
         assert Recorder.made > made
 
 
+def test_each_memory_format_is_captured():
+    class Conv(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(2, 2, 3, padding=1)
+
+        def forward(self, z, x):
+            return torch.tanh(0.5 * self.conv(z) + x)
+
+    cell = Conv()
+    layers = DEQ(cell, graph=True, tol=1e-5), DEQ(cell, tol=1e-5)
+    x = torch.randn(2, 2, 3, 4)
+    for form in (torch.contiguous_format, torch.channels_last):
+        z0 = torch.zeros_like(x, memory_format=form)
+        z = both(layers, lambda layer, z0=z0: [layer(x, z0=z0)])[0]
+        assert z.is_contiguous(memory_format=form)
+    assert len(layers[0]._graphs.solves) == 2
+
+
 def test_a_cell_that_cannot_be_captured(monkeypatch):
     """It is said, nothing is kept, and the layer goes on."""
     layer, _ = pair()

@@ -87,7 +87,8 @@ class Call:
         cell = self.f.cell
         weights = tuple((t.data_ptr(), t.requires_grad) for t in (*cell.parameters(), *cell.buffers()))
         plans = tuple((s.solver, s.tol, s.max_steps) for s in (self.settings, self.backward))
-        shape = self.layout.spec, tuple(self.layout.shapes), tuple(self.layout.dtypes), self.layout.batch
+        layout = self.layout
+        shape = layout.spec, layout.batch, *map(tuple, (layout.shapes, layout.dtypes, layout.channels_last))
         training = tuple(module.training for module in cell.modules())
         return (
             *(spec, tuple(map(_describe, leaves)), shape, self.start.device, self.settings.keep is not None),

@@ -17,6 +17,9 @@ def describe(x: Any) -> str:
 class Layout:
     """Packs states of one structure into [B, N] matrices and back; differentiable both ways.
 
+    A leaf of the example that is channels_last (or channels_last_3d) lies in the matrix as in memory, channels last: f
+    gets that format, and packing what it returns in that format copies nothing.
+
     Args:
         state: The example: a floating-point tensor, or a tuple / list / dict of them in any nesting.
         batch_dims: How many leading dims index samples; negative counts from the end of the first tensor's dims.
@@ -51,6 +54,7 @@ class Layout:
         self.batch = self.batch_shape.numel()
         self.sizes = [leaf.shape[dims:].numel() for leaf in leaves]
         self.width = sum(self.sizes)
+        self.channels_last = [dims == 1 and _channels_last(leaf) for leaf in leaves]
         self.single = self.spec == pytree.tree_structure(0)
         self.flat = self.single and first.shape == (self.batch, self.width) and first.dtype == self.dtype
 
@@ -62,21 +66,20 @@ class Layout:
         """
         if self.single:
             self._check(state, 0, name)
-            return state if self.flat and state.dtype == self.dtype else self._flatten(state, self.width)
+            return state if self.flat and state.dtype == self.dtype else self._flatten(state, 0)
         leaves, spec = pytree.tree_flatten(state)
         if spec != self.spec:
             raise ValueError(f"{name} must have the structure of z0: wanted {self.spec}, got {spec}")
         for i, leaf in enumerate(leaves):
             self._check(leaf, i, name)
-        return torch.cat([self._flatten(leaf, n) for leaf, n in zip(leaves, self.sizes, strict=True)], dim=1)
+        return torch.cat([self._flatten(leaf, i) for i, leaf in enumerate(leaves)], dim=1)
 
     def unpack(self, flat: Tensor) -> Any:
         """The state that [B, N] `flat` holds, each leaf in its own dtype."""
         if self.single:
-            return flat.view_as(flat) if self.flat else flat.view(self.shapes[0]).to(self.dtypes[0])
+            return flat.view_as(flat) if self.flat else self._unflatten(flat, 0)
         parts = flat.split(self.sizes, dim=1)
-        leaves = [p.reshape(s).to(d) for p, s, d in zip(parts, self.shapes, self.dtypes, strict=True)]
-        return pytree.tree_unflatten(leaves, self.spec)
+        return pytree.tree_unflatten([self._unflatten(part, i) for i, part in enumerate(parts)], self.spec)
 
     def per_sample(self, vector: Tensor) -> Tensor:
         """[..., B] as [..., *batch shape]."""
@@ -97,7 +100,7 @@ class Layout:
             if spec != self.spec:
                 raise ValueError(f"mask must be a tensor or have the structure of z0: wanted {self.spec}, got {spec}")
         flat = []
-        for m, shape, size in zip(masks, self.shapes, self.sizes, strict=True):
+        for i, (m, shape) in enumerate(zip(masks, self.shapes, strict=True)):
             if not isinstance(m, Tensor) or m.dtype != torch.bool:
                 raise TypeError(f"mask must be made of bool tensors (True: counts), got {describe(m)}")
             wide = m.reshape(m.shape + (1,) * max(0, len(shape) - m.ndim))
@@ -105,11 +108,20 @@ class Layout:
                 raise ValueError(
                     f"mask of shape {tuple(m.shape)} must broadcast, first dims first, to z0's {tuple(shape)}"
                 )
-            flat.append(wide.to(self.device).expand(shape).reshape(self.batch, size))
+            flat.append(self._rows(wide.to(self.device).expand(shape), i))
         return torch.cat(flat, dim=1)
 
-    def _flatten(self, leaf: Tensor, width: int) -> Tensor:
-        return leaf.reshape(self.batch, width).to(self.dtype)
+    def _flatten(self, leaf: Tensor, i: int) -> Tensor:
+        return self._rows(leaf, i).to(self.dtype)
+
+    def _unflatten(self, rows: Tensor, i: int) -> Tensor:
+        shape = self.shapes[i]
+        if not self.channels_last[i]:
+            return rows.reshape(shape).to(self.dtypes[i])
+        return rows.reshape(shape[:1] + shape[2:] + shape[1:2]).movedim(-1, 1).to(self.dtypes[i])
+
+    def _rows(self, leaf: Tensor, i: int) -> Tensor:
+        return (leaf.movedim(1, -1) if self.channels_last[i] else leaf).reshape(self.batch, self.sizes[i])
 
     def _check(self, leaf: Any, i: int, name: str) -> None:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
@@ -119,3 +131,13 @@ class Layout:
                 f"{name} must keep the shape and device of z0: wanted {tuple(self.shapes[i])} on {self.device}, "
                 f"got {describe(leaf)}"
             )
+
+
+def _channels_last(leaf: Tensor) -> bool:
+    """Whether each sample is in a memory format that convolutions keep, and that differs from the plain one; samples
+    may lie apart, as those of a leaf in a matrix do."""
+    form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(leaf.ndim)
+    if form is None:
+        return False
+    sample = leaf[:1]
+    return sample.is_contiguous(memory_format=form) and not sample.is_contiguous()

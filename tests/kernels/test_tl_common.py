@@ -5,7 +5,7 @@ import triton.language as tl
 
 from tritondeq.kernels import tl_common as tc
 from tritondeq.kernels.dispatch import interpreting
-from tritondeq.kernels.rows import _anderson_weights
+from tritondeq.kernels.reference import anderson_weights
 from tritondeq.kernels.rules import SAFEGUARD
 from tritondeq.kernels.tl_anderson import anderson_step, cholesky_solve
 
@@ -166,7 +166,7 @@ def test_anderson_step(device, ridge):
     step = torch.empty_like(g)
     _mix[(1,)](g, dx, dg, rel, step, 0.7, ridge, ROWS=16, COLS=16)
     pairs = [d.double().permute(1, 2, 0) for d in (dx, dg)]
-    gamma = _anderson_weights(pairs[1], g.double(), ridge)
+    gamma = anderson_weights(pairs[1], g.double(), ridge)
     exact = 0.7 * g.double() - ((pairs[0] + 0.7 * pairs[1]) @ gamma[..., None])[..., 0]
     torch.testing.assert_close(step[1:].double(), exact[1:], rtol=1e-4, atol=1e-4)
     assert torch.equal(step[0], 0.7 * g[0])

@@ -46,7 +46,7 @@ class StepsOp:
 
 @dataclass(frozen=True)
 class RowOp:
-    """A part of a cell that maps rows or groups one by one, without gradients; its torch reference, what it can take."""
+    """A part of a cell that maps rows or groups one by one, without gradients; its reference, what it can take."""
 
     run: Callable
     ref: Callable

@@ -90,9 +90,10 @@ def gru(weights: Sequence[Tensor], inputs: Sequence[Tensor], z: Tensor) -> tuple
     wr, ws, wc = weights
     ur, us, uc = inputs
     r = torch.sigmoid(torch.addmm(ur, z, wr.mT))
-    return r, torch.sigmoid(torch.addmm(us, z, ws.mT)), torch.tanh(torch.addmm(uc, r * z, wc.mT))
+    s = (1 + torch.sigmoid(torch.addmm(us, z, ws.mT))) / 2
+    return r, s, torch.tanh(torch.addmm(uc, r * z, wc.mT))
 
 
 def gru_slopes(z: Tensor, r: Tensor, s: Tensor, c: Tensor) -> tuple[Tensor, ...]:
     """(1 - s, r, ks, kc, kr): see gated.py."""
-    return 1 - s, r, (c - z) * s * (1 - s), s * (1 - c * c), z * r * (1 - r)
+    return 1 - s, r, (c - z) * (2 * s - 1) * (1 - s), s * (1 - c * c), z * r * (1 - r)

@@ -1,12 +1,12 @@
 """Whole solve of the gated cell in one launch.
 
-    r = sigmoid(Wr z + ur),  s = sigmoid(Ws z + us),  c = tanh(Wc (r z) + uc)        z, ur, us, uc [B, D] rows
-    z* = (1 - s) z* + s c                                                           Wr, Ws, Wc [D, D]
+    r = sigmoid(Wr z + ur),  s = (1 + sigmoid(Ws z + us)) / 2,  c = tanh(Wc (r z) + uc)
+    z* = (1 - s) z* + s c                               z, ur, us, uc [B, D] rows, Wr, Ws, Wc [D, D]
 
 a gated recurrent unit (Cho et al. 2014) that is run to its equilibrium. Its adjoint u* = J' u* + g is, linearised,
 
     J' u = (1 - s) u + r q + Wr' (kr q) + Ws' (ks u),  q = Wc' (kc u)
-    ks = (c - z*) s (1 - s),  kc = s (1 - c^2),  kr = z* r (1 - r)
+    ks = (c - z*) (2 s - 1) (1 - s),  kc = s (1 - c^2),  kr = z* r (1 - r)
 
 `feed` (tl_rows.py) pushes the increments of r z, and of the products of the adjoint, through the tensor cores. Bytes
 per call: inputs and z once, weights once per program; nothing per step.
@@ -60,7 +60,7 @@ def _step(z, d, go, inputs, vectors, carry, w, D: tl.constexpr, ACT: tl.constexp
     r = dot(r, d, w[0])
     s = dot(s, d, w[1])
     c, pushed = feed(c, sigmoid(r) * z, pushed, go, w[2], INTERP)
-    return z + sigmoid(s) * (tanh(c, INTERP) - z), (r, s, c, pushed)
+    return z + (0.5 + 0.5 * sigmoid(s)) * (tanh(c, INTERP) - z), (r, s, c, pushed)
 
 
 @triton.jit

@@ -4,26 +4,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..kernels.dispatch import WholeSolve
 from ..kernels.formulas import gru, gru_slopes
-from ..solvers.base import count
+from ..solvers.base import count, number
 from ..solvers.splitting import bf16_terms
 from .base import Cell, features_of
+from .contraction import SpectralBound
 
 _NORM = 0.5  # of each W at initialisation
-_OPEN = 1.0  # bias of s at initialisation
+_SHARE = 0.8  # c moves by at most ||Wc|| (1 + ||Wr|| / 4) times what z does
+_WEIGHTS = ("weight_r", "weight_s", "weight_c")
 
 
 class Gated(Cell):
     """A gated recurrent unit (Cho et al. 2014) on each row by itself, run to its equilibrium.
 
-        r = sigmoid(Wr z + ur),  s = sigmoid(Ws z + us),  c = tanh(Wc (r * z) + uc),  (ur, us, uc) = U x + b
+        r = sigmoid(Wr z + ur),  s = (1 + sigmoid(Ws z + us)) / 2,  c = tanh(Wc (r * z) + uc),  (ur, us, uc) = U x + b
         z = (1 - s) * z + s * c
 
-    The gate s is a damping of each element that the layer learns; |z| stays below 1. Equilibria are those of z = c, and
-    s only says how they are reached: the gradient of s at one is zero. At initialisation ||W||_2 = 0.5 for each W, and
-    s is biased towards 0.73, which makes the map contractive.
+    |z| stays below 1. Equilibria are those of z = c, as of the usual unit; s, a damping of each element, only says how
+    they are reached. Its gradient at one is zero up to the tolerance, and what is left is noise, which Adam would
+    follow: that is why s is kept above a half. At initialisation ||W||_2 = 0.5 for each W, which makes the map
+    contractive; large steps of training can take that away, unless `contraction` is given.
 
     On a GPU a solve by Picard or Anderson(memory <= 4) is one Triton launch, and so is its adjoint, as long as the
     bfloat16 terms of the weights fit in a multiprocessor's shared memory: two terms each, one with bfloat16 operands or
@@ -32,6 +36,9 @@ class Gated(Cell):
     Args:
         features: Width D of the state; z is [..., D].
         inputs: Width of x; None is D.
+        contraction: Keeps ||Wr||_2 at most 1 and ||Wc||_2 at most 0.8 times this during training, by a parametrization;
+            below 1, c contracts in z by this much, so there is one equilibrium and plain iteration reaches it. None
+            leaves them free.
         operands: What weights are rounded to inside the iteration: "fp32", or "bf16" for speed (the state stays
             float32).
         bias: Whether there is a b.
@@ -47,6 +54,7 @@ class Gated(Cell):
         features: int,
         inputs: int | None = None,
         *,
+        contraction: float | None = None,
         operands: str = "fp32",
         bias: bool = True,
         device: Any = None,
@@ -58,25 +66,30 @@ class Gated(Cell):
         count("inputs", inputs)
         if operands not in ("fp32", "bf16"):
             raise ValueError(f"operands must be 'fp32' or 'bf16', got {operands!r}")
+        if contraction is not None:
+            number("contraction", contraction, 0)
         self.features, self.inputs, self.operands = features, inputs, operands
-        self.weight = nn.Parameter(torch.empty(3, features, features, device=device, dtype=dtype))
+        for name in _WEIGHTS:
+            self.register_parameter(name, nn.Parameter(torch.empty(features, features, device=device, dtype=dtype)))
         self.input = nn.Linear(inputs, 3 * features, bias=bias, device=device, dtype=dtype)
         self.reset_parameters()
+        if contraction is not None:
+            parametrize.register_parametrization(self, "weight_r", SpectralBound(1.0))
+            parametrize.register_parametrization(self, "weight_c", SpectralBound(_SHARE * float(contraction)))
 
     def reset_parameters(self) -> None:
-        """Draws Wr, Ws and Wc anew, normal and scaled to their norm, and U and b as nn.Linear does, s biased."""
-        w = torch.randn(3, self.features, self.features)
-        w *= _NORM / torch.linalg.matrix_norm(w, 2)[:, None, None]
+        """Draws Wr, Ws and Wc anew, normal and scaled to their norm, and U and b as nn.Linear does."""
         self.input.reset_parameters()
         with torch.no_grad():
-            self.weight.copy_(w)
-            if self.input.bias is not None:
-                self.input.bias[self.features : 2 * self.features] += _OPEN
+            for name in _WEIGHTS:
+                w = torch.randn(self.features, self.features)
+                w = (w * (_NORM / torch.linalg.matrix_norm(w, 2))).to(getattr(self, name))
+                setattr(self, name, w if parametrize.is_parametrized(self, name) else getattr(self, name).copy_(w))
 
     def inject(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """((ur, us, uc) side by side, (Wr, Ws, Wc)), as the iteration uses them."""
         features_of(x, self.inputs, self)
-        w = self.weight
+        w = torch.stack([getattr(self, name) for name in _WEIGHTS])
         return self.input(x), w.bfloat16().to(w.dtype) if self.operands == "bf16" else w
 
     def initial(self, x: Tensor, injection: tuple[Tensor, Tensor]) -> Tensor:

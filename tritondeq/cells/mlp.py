@@ -98,7 +98,8 @@ class MLP(Cell):
         weights = tuple(layer.weight for layer in layers)
         if self.operands == "bf16":
             weights = tuple(w.bfloat16().to(w.dtype) for w in weights)
-        return self.norm(self.input(x)), weights, tuple(layer.bias for layer in layers), self.scale
+        u = self.norm(self.input(x).to(self.norm.weight.dtype))  # autocast made it bfloat16
+        return u, weights, tuple(layer.bias for layer in layers), self.scale
 
     def initial(self, x: Tensor, injection: tuple) -> Tensor:
         return x.new_zeros(injection[0].shape)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import measure, memory, report, solves, steps
+from . import blocks, measure, memory, report, solves, steps, uneven
 
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"  # those that are committed
@@ -95,6 +95,8 @@ def _parts(results, device, arguments, seconds, began) -> list[tuple[str, Iterat
         ("evaluations", steps.evaluations(device, suite)),
         ("time per step", steps.run(device, suite, seconds)),
         ("memory", memory.run(device, suite)),
+        ("transformer", blocks.run(device, suite, seconds)),
+        ("rows of many depths", uneven.run(device, suite, seconds)),
     ]
     return parts + [(str(case), solve(case)) for case in solves.cases(suite, device.type == "cuda")]
 

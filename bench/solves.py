@@ -1,4 +1,4 @@
-"""Whole solves and training steps of the affine cell, beside the rivals (G1 to G5)."""
+"""Whole solves and training steps of cells that treat rows one by one, beside the rivals (G1 to G5, G11)."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,12 +12,13 @@ import tritondeq as tdeq
 from . import measure, rivals
 
 MAX_STEPS = 100
+CELLS = {"Affine": tdeq.cells.Affine, "MLP": tdeq.cells.MLP, "Gated": tdeq.cells.Gated}
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A solve of Affine(width) for `rows` rows.
+    """A solve of a cell of `width` features for `rows` rows.
 
     Attributes:
         goal: Its name among the targets.
@@ -26,6 +27,7 @@ class Case:
         train: Time forward, backward and weight gradients; else the forward under no_grad.
         compiled: Also time torch.compile, which takes half a minute a case; on CUDA only.
         steps: Take exactly as many steps, or stop by `tol` if None.
+        cell: A name in CELLS.
     """
 
     goal: str
@@ -36,16 +38,18 @@ class Case:
     train: bool = False
     compiled: bool = False
     steps: int | None = None
+    cell: str = "Affine"
 
     def __str__(self) -> str:
+        name = "" if self.cell == "Affine" else f" {self.cell}"
         what = "train" if self.train else "forward"
-        return f"{self.goal} {self.rows}x{self.width} {'bf16' if self.low else 'fp32'} {what}"
+        return f"{self.goal}{name} {self.rows}x{self.width} {'bf16' if self.low else 'fp32'} {what}"
 
 
 def cases(suite: str, cuda: bool) -> list[Case]:
     """What a suite ("tiny", "quick" or "full") measures, the most telling first."""
     if suite == "tiny":
-        return [Case("G1", 8, 16), Case("G2", 8, 16, train=True)]
+        return [Case("G1", 8, 16), Case("G2", 8, 16, train=True), Case("G11", 8, 16, cell="MLP")]
     shapes = [(1, 64), (64, 128), (256, 256)]
     if suite == "full":
         shapes = [(1, 64), (64, 64), (1024, 64), (1, 128), (64, 128), (1024, 128), (1, 256), (64, 256), (1024, 256)]
@@ -57,6 +61,8 @@ def cases(suite: str, cuda: bool) -> list[Case]:
     found += [Case("G1", *shape, compiled=shape in heavy) for shape in shapes]
     found += [Case("G2", *shape, train=True, compiled=shape in heavy - {(1, 128)}) for shape in shapes]
     found += [Case("G5", rows, width, steps=20) for width in (256, 1024) for rows in ((1, 64) if cuda else (1,))]
+    rows = 4096 if cuda else 256
+    found += [Case("G11", rows, 128, 1e-2, low=cuda, compiled=suite == "full", cell=cell) for cell in ("MLP", "Gated")]
     if cuda and suite == "full":
         found += [Case("G4", 4096, width, compiled=width == 1024) for width in (512, 1024, 2048)]
         found += [Case("G4", 65536, 1024)]
@@ -69,7 +75,7 @@ class Setup:
     Attributes:
         steps: Evaluations that our slowest row took.
         flops: Of all rows' evaluations of the cell, as our rows needed them; forward only.
-        nbytes: Least traffic of a forward solve: x or its injection once, z once, W once.
+        nbytes: Least traffic of a forward solve: x or its injection once, z once, weights once.
     """
 
     def __init__(self, case: Case, device: torch.device):
@@ -77,22 +83,24 @@ class Setup:
         torch.manual_seed(0)
         tol = 1e-12 if case.steps else case.tol
         most = case.steps or MAX_STEPS
-        cell = tdeq.cells.Affine(case.width, operands="bf16" if case.low else "fp32", device=device)
+        make = CELLS[case.cell]
+        cell = make(case.width, operands="bf16" if case.low else "fp32", device=device)
         self.x = torch.randn(case.rows, case.width, device=device)
         self.layer = tdeq.DEQ(cell, tol=tol, max_steps=most)
         self.anderson = tdeq.DEQ(cell, solver=tdeq.Anderson(memory=4), tol=tol, max_steps=most)
-        self.cell = tdeq.cells.Affine(case.width, device=device)
+        self.cell = make(case.width, device=device)
         self.cell.load_state_dict(cell.state_dict())
         if case.low:
             self.cell.bfloat16()
-        self.there = self.x.to(self.cell.weight.dtype)  # the rivals' input
+        self.there = self.x.bfloat16() if case.low else self.x  # the rivals' input
         self.tol, self.most = tol, most
         with torch.no_grad():
             self.value = self.layer(self.x)
         last = self.layer.last
         self.steps, self.residual, self.path = int(last.steps.max()), float(last.residual.max()), last.path
-        self.flops = 2.0 * case.width**2 * float(last.steps.double().sum())
-        self.nbytes = 4.0 * (2 * case.rows * case.width + case.width**2)
+        weights = sum(p.numel() for name, p in cell.named_parameters() if p.ndim == 2 and not name.startswith("input"))
+        self.flops = 2.0 * weights * float(last.steps.double().sum())
+        self.nbytes = 4.0 * (2 * case.rows * case.width + weights)
 
     def solve(self, solver: Callable, cell: torch.nn.Module) -> Callable[[], tuple[Tensor, int]]:
         def call():

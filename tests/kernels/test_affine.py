@@ -367,6 +367,31 @@ def test_lanes_take_new_rows(device, monkeypatch, programs, refill, memory):
     assert len(configured) == 3
 
 
+def test_cost_follows_the_mean_number_of_steps(device, monkeypatch):
+    """In products with W, of which a program makes one a step: 6 of 64 rows need 66 steps, the others 5."""
+    if device.type != "cpu":
+        pytest.skip("counts what the interpreter does")
+    w = torch.diag(torch.tensor([0.9] + 15 * [0.05]))
+    u = torch.rand(64, 16) + 0.1
+    u[:, 0] = torch.where(torch.arange(64) % 11 == 5, 1.0, 0.0)
+    products = []
+    product = np.matmul
+    monkeypatch.setattr("numpy.matmul", lambda a, b, dtype: products.append(1) or product(a, b, dtype=dtype))
+
+    def cost(refill):
+        rows = launch.rows
+        monkeypatch.setitem(launch.SHAPES, "affine", lambda **shape: rows(**shape) | {"programs": 1, "REFILL": refill})
+        products.clear()
+        steps = op.affine_solve(w, u, **options(activation="identity", terms=1, tol=1e-4, max_steps=200))[1]
+        return len(products), steps
+
+    lockstep, steps = cost(0)
+    refilled, same = cost(8)
+    assert torch.equal(steps, same) and steps.min() <= 6 and steps.max() >= 60
+    assert lockstep >= 4 * steps.max()
+    assert refilled <= 1.6 * steps.max(), (refilled, lockstep)
+
+
 def test_terms_of_w():
     w = torch.randn(31, 31)
     for terms, bound in ((1, 2**-8), (2, 2**-16), (3, 2**-23)):

@@ -167,6 +167,8 @@ def pick(name: str, device: torch.device, **problem) -> tuple[AnyOp | None, str]
             raise RuntimeError(f"backend 'triton' can't run: {reason}")
         return None, reason
     op = load(name)
+    if isinstance(op, Op):
+        problem["device"] = device  # for the size of its shared memory
     reason = op.refuses(**problem)
     if reason:
         return None, reason

@@ -178,7 +178,7 @@ def too_large(op: str, shapes, terms: int, memory: int, device: torch.device | N
 @cache
 def shared_memory(device: torch.device | None) -> int:
     """Bytes of shared memory a block can have on this device."""
-    if device is None or device.type != "cuda":
+    if device is None or device.type != "cuda" or not torch.cuda.is_available():
         return SHARED
     told = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", None)
     if told is not None:

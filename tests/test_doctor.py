@@ -33,7 +33,7 @@ def op(monkeypatch):
     """Stands in for the affine ops, so that the answers are known: one takes up to 256 features, and no Anderson; the
     other's rule is against bf16."""
 
-    def refuses(*, features, dtype, solver_memory):
+    def refuses(*, dtype, solver_memory, features=64, **problem):
         if solver_memory:
             return "too much history"
         return None if features <= 256 and dtype == torch.float32 else f"{features} features in {dtype} are too many"
@@ -45,7 +45,9 @@ def op(monkeypatch):
 
     monkeypatch.setattr(dispatch, "has_triton", lambda: True)
     monkeypatch.setattr(dispatch, "too_old", lambda: None)
-    for name, says, why in (("affine", "one Triton launch", refuses), ("affine_steps", "with its GEMM", refuses_wide)):
+    ops = {"affine": refuses, "mlp": refuses, "gated": refuses, "affine_steps": refuses_wide}
+    for name, why in ops.items():
+        says = "with its GEMM" if name == "affine_steps" else "one Triton launch"
         monkeypatch.setitem(dispatch._ops, name, types.SimpleNamespace(refuses=why, says=says))
 
 
@@ -92,13 +94,14 @@ def test_solves_are_what_the_dispatcher_answers(gpu):
             answer = line.strip()
             answers[answer] = []
     assert answers["one Triton launch"] == [
-        "Affine, float32, 64/256 features, by Picard",
-        "Affine, bf16 operands, 64/256 features, by Picard",
+        "Affine, float32, 64/128/256 features, by Picard",
+        "Affine, bf16 operands, 64/128/256 features, by Picard",
+        *(f"{cell}, 64/128/256/512 features, by Picard" for cell in list(doctor.CELLS)[3:]),
     ]
     assert answers["with its GEMM"] == ["Affine, float32, 512 features, by Picard"]
     assert answers["the loop: cuBLAS is faster"] == ["Affine, bf16 operands, 512 features, by Picard"]
     assert answers["the loop: 64 features in torch.float64 are too many"]
-    assert len(answers["the loop: too much history"]) == 3
+    assert len(answers["the loop: too much history"]) == len(doctor.CELLS)
 
 
 def test_real_op_answers_without_a_gpu(no_gpu):
@@ -106,9 +109,11 @@ def test_real_op_answers_without_a_gpu(no_gpu):
         pytest.skip("needs triton")
     _, _, text = section("Solves").partition("a CUDA device, if there were one\n")
     taken, _, refused = text.partition("the loop: ")
-    assert "one Triton launch" in taken and "Affine, float32, 64/256 features, by Picard" in taken
+    assert "one Triton launch" in taken and "Affine, float32, 64/128/256 features, by Picard" in taken
+    assert "MLP, bf16 operands, 64/128 features, by Picard" in taken
     assert "512" not in taken.partition("one launch a step and its GEMM")[0]
     assert "one launch a step and its GEMM\n" in taken and "Affine, float32, 512 features, by Picard" in taken
+    assert "bytes of weights in 2 bf16 terms do not fit" in text
     assert "512 features, by Anderson(4)" in refused
 
 

@@ -4,23 +4,27 @@ import itertools
 import os
 import platform
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from importlib import metadata, util
 
 import torch
 
-from .cells import Affine
+from .cells import MLP, Affine, Gated
 from .kernels import dispatch
 from .loop import plan_steps
 from .solvers import Anderson, Broyden, Picard
 
 EXTRAS = {"matplotlib": "matplotlib", "scikit-learn": "sklearn", "tqdm": "tqdm", "torchdeq": "torchdeq"}
-WIDTHS = (64, 256, 512)
+WIDTHS = (64, 128, 256, 512)
 TOL = 1e-3
 CELLS = {
-    "float32": {},
-    "bf16 operands": {"operands": "bf16"},
-    "float64": {"dtype": torch.float64},
+    "Affine, float32": Affine,
+    "Affine, bf16 operands": partial(Affine, operands="bf16"),
+    "Affine, float64": partial(Affine, dtype=torch.float64),
+    "MLP, float32": MLP,
+    "MLP, bf16 operands": partial(MLP, operands="bf16"),
+    "Gated, float32": Gated,
+    "Gated, bf16 operands": partial(Gated, operands="bf16"),
 }
 SOLVERS = (Picard(), Anderson(memory=4), Anderson())
 TRITON_PACKAGES = ("triton", "pytorch-triton", "triton-windows")
@@ -126,7 +130,7 @@ def _answers(device: torch.device) -> dict[str, dict[str, list[str]]]:
         for width in WIDTHS:
             widths.setdefault(_answer(wholes[kind, width], solver, device), []).append(str(width))
         for answer, those in widths.items():
-            problem = f"Affine, {kind}, {'/'.join(those)} features,"
+            problem = f"{kind}, {'/'.join(those)} features,"
             answers.setdefault(answer, {}).setdefault(problem, []).append(_name(solver))
     return answers
 
@@ -135,8 +139,8 @@ def _answers(device: torch.device) -> dict[str, dict[str, list[str]]]:
 def _wholes() -> dict[tuple[str, int], dispatch.WholeSolve]:
     """What real cells ask for, by kind and width."""
     with torch.random.fork_rng([]):  # making a cell draws its weights
-        cells = {(kind, width): Affine(width, **options) for kind, options in CELLS.items() for width in WIDTHS}
-    return {key: cell.whole_solve(cell.inject(cell.weight.new_zeros(1, key[1]))) for key, cell in cells.items()}
+        cells = {(kind, width): make(width) for kind, make in CELLS.items() for width in WIDTHS}
+    return {key: cell.whole_solve(cell.inject(cell.input.weight.new_zeros(1, key[1]))) for key, cell in cells.items()}
 
 
 def _answer(whole: dispatch.WholeSolve, solver: Picard | Anderson, device: torch.device) -> str:

@@ -162,7 +162,7 @@ class Captured:
         self.layout, self.map = call.layout, call.f.twin()
         self.start = call.start.detach().clone(memory_format=torch.contiguous_format)
         self.args = pytree.tree_map_only(Tensor, _static, call.args)
-        (self.map.injection,) = self.args
+        self.map.injection = self.args[0]
         self.holder: Any = None
         at_home, outside = keep_autocast(self.map, self.start.device.type, caches=False)
 

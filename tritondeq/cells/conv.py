@@ -34,8 +34,7 @@ class Conv(Cell):
         groups: Groups of every GroupNorm; divides C.
         dims: 2 for images, 1 for sequences.
         dropout: Share of channels that a `FixedDropout` sets to zero before u is added.
-        weight_norm: Whether the two convolutions are weight-normalised (Salimans and Kingma 2016), as in MDEQ; their
-            weights are then made anew at every step.
+        weight_norm: Whether the two convolutions are weight-normalised (Salimans and Kingma 2016), as in MDEQ.
 
     Raises:
         TypeError, ValueError: an option is of the wrong kind or out of range; x does not fit; groups of x's size would

@@ -31,7 +31,7 @@ class Gated(Cell):
 
     On a GPU a solve by Picard or Anderson(memory <= 4) is one Triton launch, and so is its adjoint, as long as the
     bfloat16 terms of the weights fit in a multiprocessor's shared memory: two terms each, one with bfloat16 operands or
-    under autocast, three below a tolerance of 1e-5. On an H100 that is up to 128 features.
+    under autocast, three below a tolerance of 1e-5. That is up to 128 features on an H100.
 
     Args:
         features: Width D of the state; z is [..., D].

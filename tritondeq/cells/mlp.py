@@ -29,7 +29,8 @@ class MLP(Cell):
 
     On a GPU a solve by Picard or Anderson(memory <= 4) is one Triton launch, and so is its adjoint, as long as the
     bfloat16 terms of the weights fit in a multiprocessor's shared memory: two terms each, one with bfloat16 operands or
-    under autocast, three below a tolerance of 1e-5. That is 56,000 weights (27,000 in float32) on an H100.
+    under autocast, three below a tolerance of 1e-5. That is some 100,000 weights in one term on an H100, D and H
+    rounded up to powers of two.
 
     Args:
         features: Width D of the state; z is [..., D].

@@ -58,7 +58,14 @@ def run(device: torch.device, suite: str, seconds: float) -> Iterator[Record]:
     timed = {} if faults else measure.clock(calls, device, seconds)
     for name, call in calls.items():
         record = {"goal": "G9", "case": f"G9 Transformer {'x'.join(map(str, size[:3]))} bf16 train", "contestant": name}
-        record |= {"train": True, "steps": steps, "tol": tol, "path": layer.last.path if name == "tritondeq" else None}
+        record |= {
+            "rows": size[0] * size[1],
+            "width": size[2],
+            "train": True,
+            "steps": steps,
+            "tol": tol,
+            "path": layer.last.path if name == "tritondeq" else None,
+        }
         record |= {"residual": float(layer.last.residual.max()), "wrong": faults.get(name)}
         if name in timed:
             record |= {"seconds": timed[name].seconds, "median": timed[name].median, "least": timed[name].least}

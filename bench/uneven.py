@@ -63,7 +63,7 @@ def run(device: torch.device, suite: str, seconds: float) -> Iterator[Record]:
     timed = {} if fault else measure.clock(calls, device, seconds)
     for name in calls:
         record = {"goal": "G6", "case": f"G6 {rows}x{WIDTH} fp32 forward", "contestant": name, "train": False}
-        record |= {"steps": most, "mean_steps": mean, "tol": TOL, "wrong": fault}
+        record |= {"rows": rows, "width": WIDTH, "steps": most, "mean_steps": mean, "tol": TOL, "wrong": fault}
         if name in timed:
             record |= {"seconds": timed[name].seconds, "median": timed[name].median, "least": timed[name].least}
             record["over_ours"] = timed[name].seconds / timed["tritondeq"].seconds

@@ -520,15 +520,17 @@ def test_the_rule():
 def test_the_cell_says_what_torch_multiplies_in(device, monkeypatch):
     def asks(cell, **autocast):
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bool(autocast)):
-            return cell.whole_solve(cell.inject(torch.zeros(3, cell.features))).problem
+            whole = cell.whole_solve(cell.inject(torch.zeros(3, cell.features)))
+            return whole.problem | {"terms": whole.options(1e-3)["terms"]}
 
     wide = Affine(257)
-    assert asks(wide) == PROBLEM | {"rows": 3, "features": 257}
-    assert asks(Affine(257, operands="bf16")) == PROBLEM | {"rows": 3, "features": 257, "terms": 1}
-    assert asks(wide, autocast=True) == PROBLEM | {"rows": 3, "features": 257, "terms": 1, "cell": "bf16"}
+    problem = PROBLEM | {"rows": 3, "features": 257, "activation": "tanh"}
+    assert asks(wide) == problem
+    assert asks(Affine(257, operands="bf16")) == problem | {"terms": 1}
+    assert asks(wide, autocast=True) == problem | {"terms": 1, "cell": "bf16"}
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     assert asks(wide)["cell"] == "tf32"
-    assert asks(Affine(256)) == {"features": 256, "dtype": torch.float32}
+    assert asks(Affine(256)) == {"features": 256, "dtype": torch.float32, "activation": "tanh", "terms": 2}
 
 
 def test_the_op_is_registered():

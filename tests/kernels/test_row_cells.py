@@ -135,6 +135,7 @@ def test_solve(problem):
 @every
 def test_adjoint_is_the_dense_system_of_autograd(problem):
     z = problem.solve(double=True, tol=1e-13, max_steps=2000)[0]
+    z += 0.05 * torch.randn_like(z)  # at any point: the gate's slope is 0 at a solution
     g = torch.randn_like(problem.like)
     shared, rows = to(problem.shared, torch.float64), to(problem.rows, torch.float64)
 
@@ -150,7 +151,8 @@ def test_adjoint_is_the_dense_system_of_autograd(problem):
     eager, eager_steps, *_ = problem.adjoint(z.float(), g, ref=True)
     assert error(problem.adjoint(z, g, double=True, tol=1e-13, max_steps=2000)[0], exact) < 1e-11
     assert_as_eager(u, eager, exact, problem.options["terms"])
-    assert (steps - eager_steps).abs().max() <= 1
+    slack = torch.where(eager_steps < 4, 2, 1)  # an increment in bf16 takes 2^-8 off an error at best
+    assert ((steps - eager_steps).abs() <= slack).all()
     assert (status == CONVERGED).all() and (residual <= 1e-6).all()
 
 

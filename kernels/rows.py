@@ -157,10 +157,9 @@ def rows_kernel(
                     carry = (acc,) + carry[1:]
         if STREAM:
             lag, drift = choose(begin, (tl.zeros_like(z), tl.zeros_like(r)), (lag, drift))
-        if MEMORY > 0:
+        if MEMORY > 0:  # gram is left: whatever it has of pairs that are zero, their weights are
             dx = choose(begin, copies(none, MEMORY - 1), dx)
             dg = choose(begin, copies(none, MEMORY - 1), dg)
-            gram = choose(begin, copies(tl.zeros_like(r), MEMORY * (MEMORY - 1) // 2), gram)
 
         held = go | begin
         go = held

@@ -24,7 +24,7 @@ PUBLIC = {
 }
 # A module imports what stands before it or in its own folder; one not named here stands last and imports any.
 ORDER = ["kernels", "layout", "solution", "capture", "solvers", "adjoints", "dropout", "cells"]
-ORDER += ["loop", "graphs", "fixed_point", "parametrized", "deq"]
+ORDER += ["loop", "recorder", "graphs", "fixed_point", "parametrized", "deq"]
 HIDE_TRITON = "import sys; sys.modules['triton'] = None\n"
 
 

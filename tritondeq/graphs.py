@@ -2,7 +2,9 @@
 
 For each shape of everything that goes in, a solve is captured once, on memory of its own: `begin` (from the start,
 CHUNK evaluations), `more` (CHUNK evaluations) and `end` (best iterate, outcome); for gradients the cell at z* under
-autograd, the same three of the adjoint solve on it, and the pull to the inputs. A call copies its start, injection and
+autograd, the same three of the adjoint solve on it, and the pull to the inputs. From torch 2.14 on, the three are one
+graph with a conditional WHILE node around `more`, so that a whole solve is one replay and the host waits for nothing. A
+call copies its start, injection and
 dropout masks there and replays. Parameters are read where they lie, so an optimizer may update them in place.
 
 The captures share memory, so a forward replay may overwrite what the cell at z* has saved: whoever differentiates it
@@ -22,38 +24,11 @@ from .capture import Linearised
 from .kernels.dispatch import CellOp
 from .layout import Layout, describe
 from .loop import Look, Settings, keep_autocast, plan_steps
+from .recorder import Recorder, Work, can_record
 from .solution import Solution
 
 CHUNK = 3  # evaluations; as many as buffers that rotate in kernels/steps.py, so that each chunk finds them in place
 CACHE = 8  # solves a layer keeps
-WARM_UP = 2
-
-Work = Callable[[], None]
-
-
-class Recorder:
-    """Turns work into a replay of it, on one CUDA device."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.pool = device, torch.cuda.graph_pool_handle()
-
-    def __call__(self, work: Work) -> Work:
-        with torch.cuda.device(self.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP):  # lazy initialisations can't be captured
-                    work()
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
-                work()
-            graph.replay()  # what it writes has been garbage so far
-        return graph.replay
-
-
-def can_record(device: torch.device) -> bool:
-    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
 
 @dataclass
@@ -172,7 +147,7 @@ class Captured:
         with outside:
             with torch.no_grad():
                 if call.op is None:
-                    self.forward = _Chunks(record, apply, self.start, call.settings)
+                    self.forward = _Solve(record, apply, self.start, call.settings)
                 else:
                     self.forward = self._by_cell(record, call.op.solve, call, call.settings)
             self.differentiable = False
@@ -205,7 +180,7 @@ class Captured:
             )
         with torch.no_grad():
             if call.backward_op is None:
-                self.adjoint = _Chunks(record, lambda u: self.at.vjp(u) + self.g, self.g, call.backward)
+                self.adjoint = _Solve(record, lambda u: self.at.vjp(u) + self.g, self.g, call.backward)
             else:
                 self.adjoint = self._by_cell(record, call.backward_op.adjoint, call, call.backward, adjoint=True)
             self.pull = record(pull)
@@ -227,7 +202,7 @@ class Captured:
                 if mine.data_ptr() != new.data_ptr():  # else it is a view of the static arguments
                     mine.copy_(new)
 
-        return _Chunks(record, None, None if adjoint else self.start, settings, steps, renew)
+        return _Solve(record, None, None if adjoint else self.start, settings, steps, renew)
 
     def hold(self, owner: Any, args: tuple, masks: Any) -> None:
         """Copies in what a call brought along; `owner` is a token, for this outlives the call."""
@@ -246,7 +221,7 @@ class Captured:
         return self.forward(call.settings.keep)
 
 
-class _Chunks:
+class _Solve:
     """A captured solve of z = f(z), from the static `start` on; or by `steps` that evaluate the cell themselves, after
     `renew` has brought what they read up to date."""
 
@@ -282,11 +257,24 @@ class _Chunks:
         def end() -> None:
             self.outcome = steps.finish()
 
-        self.begin, self.more, self.end = record(begin), record(evaluate), record(end)
+        def whole() -> None:
+            begin()
+            torch.gt(steps.count, 0, out=going)
+            record.repeat(going, more)
+            end()
 
-    def __call__(self, keep: Tensor | None) -> tuple[Tensor, Solution]:
-        if keep is not None:
-            self.steps.keep.copy_(keep)
+        def more() -> None:
+            evaluate()
+            torch.gt(steps.count, 0, out=going)  # 0 after `limit` evaluations at the latest
+
+        going = torch.empty((), dtype=torch.bool, device=steps.count.device)
+        if record.repeats:
+            self.replay = record(whole)
+        else:
+            self.begin, self.more, self.end = record(begin), record(evaluate), record(end)
+            self.replay = self._by_chunks
+
+    def _by_chunks(self) -> None:
         self.begin()
         look = Look(self.steps.rel.device, None, every=1)
         for _ in range(self.most - 1):
@@ -294,6 +282,11 @@ class _Chunks:
                 break
             self.more()
         self.end()
+
+    def __call__(self, keep: Tensor | None) -> tuple[Tensor, Solution]:
+        if keep is not None:
+            self.steps.keep.copy_(keep)
+        self.replay()
         value, status, count, residual = (x.clone() for x in self.outcome)
         return value, Solution(None, status, count, residual)
 

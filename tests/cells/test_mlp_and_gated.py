@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import tritondeq as tdeq
 from tritondeq import DEQ, Anderson, Broyden, Implicit, Picard, Status, Unrolled
-from tritondeq.cells import MLP, Gated
+from tritondeq.cells import MLP, Affine, Gated, Monotone
 
 MLPS = [(form, activation) for form in ("post", "pre") for activation in ("relu", "gelu", "silu", "swiglu")]
 MAKE = {
@@ -159,13 +159,20 @@ def test_contraction_of_the_gated_cell_holds():
     assert norms.max() <= 0.9 and torch.linalg.matrix_norm(cell.weight_c, 2) > 0.7
 
 
+CALM = {
+    "MLP, post": lambda: MLP(32),
+    "MLP, pre, swiglu": lambda: MLP(32, form="pre", activation="swiglu"),
+    "Gated": lambda: Gated(32, contraction=0.9),
+    "Monotone": lambda: Monotone(32),
+    "Affine": lambda: Affine(32, contraction=0.95),
+}
+
+
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize(
-    "make", [lambda: MLP(32), lambda: MLP(32, form="pre", activation="swiglu"), lambda: Gated(32, contraction=0.9)]
-)
-def test_training_stays_calm(make, autocast):
+@pytest.mark.parametrize("name", CALM)
+def test_training_stays_calm(name, autocast):
     """300 steps of regression on a rotated sphere; no solve ends but at its tolerance or at the precision's floor."""
-    cell = make()
+    cell = CALM[name]()
     layer, head = DEQ(cell, max_steps=60), torch.nn.Linear(32, 8)
     opt = torch.optim.Adam([*layer.parameters(), *head.parameters()], lr=2e-3)
     mix, losses, steps = torch.randn(32, 8) / 32**0.5, [], []

@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from replays import Recorder
 from torch import nn
 
 import tritondeq as tdeq
@@ -24,33 +25,12 @@ from tritondeq import (
     Picard,
     Unrolled,
     graphs,
-    recorder,
 )
 from tritondeq.cells import Affine
 from tritondeq.kernels import launch
 from tritondeq.kernels.affine_steps import AffineSteps
 
 WIDTH = 6
-
-
-class Recorder:
-    """Stands in for CUDA's; `made` counts."""
-
-    made = 0
-    repeats = False
-
-    def __init__(self, device):
-        pass
-
-    def repeat(self, going, body):
-        while going:
-            body()
-
-    def __call__(self, work):
-        Recorder.made += 1
-        for _ in range(recorder.WARM_UP + 2):
-            work()
-        return work
 
 
 @pytest.fixture(autouse=True, params=[False, True], ids=["chunks", "while"])

@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from replays import Recorder
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -360,7 +361,7 @@ def test_compiled(wiring):
 @pytest.mark.parametrize("wiring", WIRINGS)
 def test_captured(monkeypatch, wiring):
     """As in test_graphs.py, the work itself in place of a replay: other inputs and lengths, nothing captured anew."""
-    monkeypatch.setattr(graphs, "Recorder", lambda device: lambda work: (work(), work)[1])
+    monkeypatch.setattr(graphs, "Recorder", Recorder)
     monkeypatch.setattr(graphs, "can_record", lambda device: True)
     cell = Transformer(D, heads=6, kv_heads=2, wiring=wiring, causal=True, rotary=1e4, decay=True, dropout=0.2)
     layers = DEQ(cell, graph=True, tol=1e-5), DEQ(cell, tol=1e-5)

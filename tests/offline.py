@@ -21,8 +21,9 @@ MMA = {80: ("HMMA",), 90: ("HMMA", "HGMMA"), 100: ("HMMA", "UTCHMMA")}
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);", re.M)
 
 
-def run(jobs: list[dict], processes: int = 1) -> list[dict]:
+def run(jobs: list[dict]) -> list[dict]:
     """Results of `inspect` for each job, made in fresh processes with their own Triton cache."""
+    processes = min(2, os.cpu_count() or 1)
     chunks = [jobs[i::processes] for i in range(processes)]
     with ThreadPoolExecutor(processes) as pool:
         parts = list(pool.map(_in_process, chunks))

@@ -9,9 +9,9 @@ from torch.nn.utils import parametrize
 
 from ..kernels.dispatch import WholeSolve
 from ..kernels.formulas import ACTIVATIONS
-from ..solvers.base import count, number
+from ..solvers.base import number
 from ..solvers.splitting import affine_problem, bf16_terms
-from .base import Cell, features_of
+from .base import Cell, features_of, row_options
 from .contraction import SpectralBound
 
 _ACTIVATIONS = {name: ACTIVATIONS[name] for name in ("tanh", "relu", "gelu", "sin", "identity")}
@@ -55,13 +55,9 @@ class Affine(Cell):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        count("features", features)
-        inputs = features if inputs is None else inputs
-        count("inputs", inputs)
+        inputs = row_options(features, inputs, operands)
         if activation not in _ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
-        if operands not in ("fp32", "bf16"):
-            raise ValueError(f"operands must be 'fp32' or 'bf16', got {operands!r}")
         if contraction is not None:
             number("contraction", contraction, 0)
         self.features, self.inputs, self.activation, self.operands = features, inputs, activation, operands

@@ -11,6 +11,7 @@ from ..kernels.dispatch import WholeSolve
 from ..kernels.rules import EPS
 from ..layout import Layout
 from ..solvers import Picard, Solver
+from ..solvers.base import count
 from ..solvers.splitting import Splitting
 
 
@@ -105,3 +106,13 @@ def features_of(x: Any, features: int, cell: nn.Module) -> None:
         raise ValueError(
             f"x must have {features} features in its last dim for {type(cell).__name__}, got shape {tuple(x.shape)}"
         )
+
+
+def row_options(features: int, inputs: int | None, operands: str) -> int:
+    """`inputs`, or `features` if None, of a cell that treats rows one by one; raises unless all fit."""
+    inputs = features if inputs is None else inputs
+    count("features", features)
+    count("inputs", inputs)
+    if operands not in ("fp32", "bf16"):
+        raise ValueError(f"operands must be 'fp32' or 'bf16', got {operands!r}")
+    return inputs

@@ -8,9 +8,9 @@ from torch.nn.utils import parametrize
 
 from ..kernels.dispatch import WholeSolve
 from ..kernels.formulas import gru, gru_slopes
-from ..solvers.base import count, number
+from ..solvers.base import number
 from ..solvers.splitting import bf16_terms
-from .base import Cell, features_of
+from .base import Cell, features_of, row_options
 from .contraction import SpectralBound
 
 _NORM = 0.5  # of each W at initialisation
@@ -61,11 +61,7 @@ class Gated(Cell):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        count("features", features)
-        inputs = features if inputs is None else inputs
-        count("inputs", inputs)
-        if operands not in ("fp32", "bf16"):
-            raise ValueError(f"operands must be 'fp32' or 'bf16', got {operands!r}")
+        inputs = row_options(features, inputs, operands)
         if contraction is not None:
             number("contraction", contraction, 0)
         self.features, self.inputs, self.operands = features, inputs, operands

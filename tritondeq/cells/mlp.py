@@ -9,7 +9,7 @@ from ..kernels.dispatch import WholeSolve
 from ..kernels.formulas import RMS_EPS, hidden_slopes, mlp, mlp_inner, mlp_outer
 from ..solvers.base import count
 from ..solvers.splitting import bf16_terms
-from .base import Cell, features_of
+from .base import Cell, features_of, row_options
 
 _ACTIVATIONS = ("relu", "gelu", "silu", "swiglu")
 _FORMS = ("post", "pre")
@@ -62,16 +62,12 @@ class MLP(Cell):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        count("features", features)
-        inputs = features if inputs is None else inputs
-        count("inputs", inputs)
+        inputs = row_options(features, inputs, operands)
         hidden = 2 * features if hidden is None else hidden
         count("hidden", hidden)
         for name, value, among in (("form", form, _FORMS), ("activation", activation, _ACTIVATIONS)):
             if value not in among:
                 raise ValueError(f"{name} must be one of {', '.join(among)}, got {value!r}")
-        if operands not in ("fp32", "bf16"):
-            raise ValueError(f"operands must be 'fp32' or 'bf16', got {operands!r}")
         self.features, self.inputs, self.hidden = features, inputs, hidden
         self.form, self.activation, self.operands = form, activation, operands
         like = {"device": device, "dtype": dtype}

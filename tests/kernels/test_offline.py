@@ -41,7 +41,11 @@ def rows_job(chip, op, adj, config, features, shapes, vectors, inputs, terms, me
     rows = rows[form] if form else rows
     config.pop("programs")
     options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
-    kinds = {"w_ptrs": ["*bf16"] * len(shapes), "v_ptrs": ["*fp32"] * len(vectors), "x_ptrs": ["*fp32"] * len(inputs)}
+    kinds = {
+        "w_ptrs": ["*bf16"] * len(shapes),
+        "v_ptrs": ["*fp32"] * max(1, len(vectors)),
+        "x_ptrs": ["*fp32"] * len(inputs),
+    }
     constants = rows.constants(features, shapes, vectors, [(width, width) for width in inputs])
     constants |= config | {"ACT": act, "HAS_Z0": not adj, "TERMS": terms, "MEMORY": memory, "INTERP": False}
     constants |= {name: f"tritondeq.kernels.{op}:{constants[name].__name__}" for name in ("START", "STEP")}

@@ -122,7 +122,8 @@ class Graphs:
                     f"branch on values; take graph=False. {type(error).__name__}: {error}"
                 ) from error
         self.solves.move_to_end(key)
-        return self.solves[key], f"graphs of {CHUNK} steps, {how}"
+        captured = self.solves[key]
+        return captured, f"{captured.forward.says}, {how}"
 
 
 class Refused(RuntimeError):
@@ -269,10 +270,10 @@ class _Solve:
 
         going = torch.empty((), dtype=torch.bool, device=steps.count.device)
         if record.repeats:
-            self.replay = record(whole)
+            self.replay, self.says = record(whole), "one graph"
         else:
             self.begin, self.more, self.end = record(begin), record(evaluate), record(end)
-            self.replay = self._by_chunks
+            self.replay, self.says = self._by_chunks, f"graphs of {CHUNK} steps"
 
     def _by_chunks(self) -> None:
         self.begin()

@@ -199,6 +199,19 @@ def test_kernels_agree_with_torch(solver, activation):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
+def test_wide_cells_take_steps_that_hold_the_product():
+    cell, x, results = Monotone(260), torch.randn(2, 260), []
+    for name in ("torch", "triton"):
+        with tdeq.backend(name):
+            layer = DEQ(cell, tol=1e-5, max_steps=200)
+            z = layer(x)
+            results.append([z, *torch.autograd.grad(z.sin().sum(), list(cell.parameters()))])
+    for path in (layer.last.path, layer.last.adjoint.path):
+        assert path.startswith("loop, one launch a step and its GEMM")
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
 def test_autocast_rounds_no_certificate():
     cell, x = expansive(16, dtype=torch.float32), torch.randn(4, 16)
     exact = cell.weight.detach()

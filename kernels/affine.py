@@ -19,8 +19,6 @@ from .rows import MEMORY, Rows
 from .tl_common import act, act_slope
 from .tl_rows import dot
 
-FEATURES = 256  # most of them
-
 
 def affine_solve_ref(w, u, z0=None, *, activation, terms=2, **options):
     """`affine_solve` in torch, in the dtype of `u`; `terms` means nothing here."""
@@ -100,8 +98,8 @@ def affine_adjoint(w, pre, g, *, activation, **options):
 
 def refuses(*, features, dtype, activation="tanh", terms=3, solver_memory=0, device=None) -> str | None:
     """Why torch must solve this problem, or None; `device` for the size of its shared memory."""
-    if features > FEATURES:
-        return f"{features} features, and a multiprocessor holds W up to {FEATURES}"
+    if features > launch.FEATURES:
+        return f"{features} features, and a multiprocessor holds W up to {launch.FEATURES}"
     if dtype == torch.float64:
         return "float64 state, and the kernel's is float32"
     if activation not in ACTIVATIONS:

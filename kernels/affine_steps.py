@@ -29,7 +29,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .affine import FEATURES
 from .dispatch import CellOp, interpreting, register
 from .formulas import ACTIVATIONS
 from .rows import bf16_terms
@@ -309,8 +308,8 @@ def refuses(*, rows, features, dtype, terms, cell, activation="tanh", solver_mem
     """Why the loop must call the cell, or None; `cell` is what torch would multiply in, a key of launch.RATES."""
     if rows == 0:
         return "an empty batch"
-    if not FEATURES < features <= MOST:
-        return f"{features} features, and the steps with the GEMM in them are for {FEATURES + 1} to {MOST}"
+    if not launch.FEATURES < features <= MOST:
+        return f"{features} features, and the steps with the GEMM in them are for {launch.FEATURES + 1} to {MOST}"
     if dtype == torch.float64:
         return "float64 state, and the kernel's is float32"
     if activation not in ACTIVATIONS:

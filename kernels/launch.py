@@ -8,6 +8,7 @@ import torch
 
 SHARED = 166912  # bytes of shared memory a block can have on sm_80, the least of the chips we aim at
 GROUP = 8192  # values that one program of group_norm holds at most
+FEATURES = 256  # most of an affine cell that one launch holds
 LARGE = 4096  # rows from which throughput matters more than latency
 PROGRAMS = {16: 8, 32: 8, 64: 8, 128: 4, 256: 1}  # on one multiprocessor, by width
 

@@ -289,7 +289,7 @@ class Rows:
             dtype = torch.float32 if interpreting() else torch.bfloat16
             scratch = z.new_empty((programs, config["BLOCK_B"], config["BLOCK_D"]), dtype=dtype)
         inputs = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in inputs)
-        vector_tensors = tuple(v.contiguous() for v in vectors) or (z,)  # a launch takes no empty tuple for granted
+        vector_tensors = tuple(v.contiguous() for v in vectors) or (z,)  # an empty tuple may be no argument of a launch
         tensors = (tuple(bf16_terms(w, terms) for w in matrices), vector_tensors, inputs)
         tensors += (z if z0 is None else z0.contiguous(), scratch, z, steps, residual, status)
         inputs_at = [(x.shape[1], x.stride(0)) for x in inputs]

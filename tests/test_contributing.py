@@ -47,5 +47,5 @@ def test_a_new_cell_is_its_step_its_adjoint_and_its_reference(leaky, device):
 
 
 def test_it_says_what_it_can_not_hold(leaky):
-    op, why = dispatch.pick("leaky", torch.device("cpu"), shapes=[(512, 512)], terms=1)
-    assert op is None and ("bytes of weights" in why or "CUDA" in why)
+    assert "524288 bytes of weights do not fit" in leaky.refuses(shapes=[(512, 512)], terms=1)
+    assert leaky.refuses(shapes=[(128, 128)], terms=2) is None

@@ -175,3 +175,14 @@ def test_a_triton_that_is_too_old_is_said(monkeypatch, device):
         assert dispatch.too_old() is None
     finally:
         dispatch.too_old.cache_clear()
+
+
+def test_whole_solve_ops_hear_of_the_device(monkeypatch):
+    """Whose shared memory decides what fits."""
+    asked = {}
+    op = dispatch.Op(None, None, None, None, lambda **problem: asked.update(problem) or "no")
+    monkeypatch.setitem(dispatch._ops, "probe", op)
+    monkeypatch.setattr(dispatch, "has_triton", lambda: True)
+    monkeypatch.setattr(dispatch, "too_old", lambda: None)
+    assert dispatch.pick("probe", torch.device("cuda", 1), width=3) == (None, "no")
+    assert asked == {"device": torch.device("cuda", 1), "width": 3}

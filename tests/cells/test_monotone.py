@@ -132,12 +132,11 @@ def test_the_residual_bounds_that_of_the_cell():
     for alpha in (0.2, 1.0, 3.0):
         solution = DEQ(cell, solver=PeacemanRachford(alpha), tol=1e-4, max_steps=5000).solve(x)
         z, injection = solution.value, cell.inject(x)
-        v = torch.linalg.inv(eye + alpha * (eye - cell.weight))
         pre = z @ cell.weight.T + injection[0]
         w = z - alpha * (pre - z)  # not the solver's last iterate, but as large as the one at the solution
         factor = (1 / alpha + torch.linalg.matrix_norm(eye - cell.weight, 2)) / 2
         bound = factor * solution.residual * (w.norm(dim=1) * 1.05)
-        assert ((cell(z, injection) - z).norm(dim=1) <= bound).all() and v.isfinite().all()
+        assert ((cell(z, injection) - z).norm(dim=1) <= bound).all()
 
 
 def test_lipschitz_bound_holds_and_is_not_idle():

@@ -58,3 +58,8 @@ def test_affine_steps_of_many_rows_take_the_largest_tile_that_fits():
     assert tiles(launch.SHARED) == [(128, 128, 4)] * 3
     assert tiles(101376) == [(64, 64, 2)] * 3
     assert tiles(232448, start=True) == [(64, 64, 2)] * 3
+
+
+def test_the_widest_tiles_are_for_the_chip_with_wgmma():
+    shape = {"batch": 1 << 20, "shapes": [(64, 64)], "terms": 2, "memory": 0}
+    assert [launch.parameters("affine", **shape, chip=chip)["BLOCK_B"] for chip in (80, 90, 100)] == [32, 64, 32]

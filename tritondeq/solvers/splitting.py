@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..kernels.dispatch import WholeSolve
+from ..kernels.launch import FEATURES
 from .base import Solver
 
-RESIDENT = 256  # features up to which one launch holds an affine cell
 NEWTON = 16  # steps of prox: enough for float64 and alpha between 0.01 and 100
 
 
@@ -125,7 +125,7 @@ def affine_problem(w: Tensor, rows: int, activation: str, half: bool = False) ->
     """(the op that holds act(W z + u), what it is told of the problem); `half`: torch would multiply in 16 bits."""
     features = len(w)
     problem: dict[str, Any] = {"features": features, "dtype": w.dtype, "activation": activation}
-    if features <= RESIDENT:
+    if features <= FEATURES:
         return "affine", problem
     exact = torch.get_float32_matmul_precision() == "highest"
     return "affine_steps", problem | {"rows": rows, "cell": "bf16" if half else "fp32" if exact else "tf32"}

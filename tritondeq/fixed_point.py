@@ -14,7 +14,7 @@ from .graphs import Call, CapturedPoint
 from .kernels.dispatch import CellOp, Op, WholeSolve
 from .kernels.rules import Rules
 from .layout import Layout
-from .loop import Estimate, Settings, drive, iterate
+from .loop import Estimate, Settings, drive, iterate, room
 from .solution import Solution
 from .solvers import Broyden, Picard, Solver
 from .solvers.base import count, number
@@ -276,7 +276,8 @@ def _run(
 ) -> tuple[Tensor, Solution]:
     """One solve by kernels that hold the cell."""
     options = whole.options(settings.tol) | settings.solver.fused()
-    made = work(*operands, tol=settings.tol, max_steps=settings.max_steps, **options)
+    with room(settings.solver, operands[-1]):
+        made = work(*operands, tol=settings.tol, max_steps=settings.max_steps, **options)
     if isinstance(op, CellOp):
         return drive(made, settings, trace)
     value, *outcome = made

@@ -84,19 +84,26 @@ def plan_steps(solver: Solver, device: torch.device, width: int, dtype: torch.dt
 def _start(op: Any, z: Tensor, settings: Settings, tail: str) -> Any:
     """The steps of a solve."""
     solver = settings.solver
-    try:
+    with room(solver, z):
         if op is None:
             steps = _Steps(z, settings)
         else:
             steps = op.start(z, settings.keep, settings.tol, settings.max_steps, tail, **asdict(solver))
+    if settings.estimate is not None:
+        steps.resume(settings.estimate.rings)
+    return steps
+
+
+@contextlib.contextmanager
+def room(solver: Solver, z: Tensor):
+    """Says what to change where there is no room for the states that a solve of `z` keeps."""
+    try:
+        yield
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(
             f"{solver} keeps several states of {z.numel() * z.element_size() / 2**20:.0f} MiB, and there is no room: "
             f"lower its memory, take Picard(), or split the batch. {error}"
         ) from error
-    if settings.estimate is not None:
-        steps.resume(settings.estimate.rings)
-    return steps
 
 
 def _oldest_first(ring: Tensor, steps: Tensor) -> Tensor:

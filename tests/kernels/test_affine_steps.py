@@ -535,3 +535,17 @@ def test_the_cell_says_what_torch_multiplies_in(device, monkeypatch):
 
 def test_the_op_is_registered():
     assert dispatch.load("affine_steps") is op.affine_steps
+
+
+@torch.no_grad()
+def test_no_room_says_what_to_change(monkeypatch):
+    def make(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    broken = dispatch.CellOp(make, make, op.refuses, "never")
+    layer, x = DEQ(Affine(257)), torch.randn(2, 257)
+    with tdeq.backend("triton"), monkeypatch.context() as patch:
+        patch.setitem(dispatch._ops, "affine_steps", broken)
+        with pytest.raises(torch.OutOfMemoryError, match="split the batch. CUDA out of memory"):
+            layer(x)
+    assert layer(x).isfinite().all()

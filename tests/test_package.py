@@ -210,8 +210,9 @@ def test_every_public_name_has_a_docstring():
 def test_readme_gives_the_two_setup_commands():
     readme = (ROOT / "README.md").read_text()
     assert 'pip install -e ".[demo]" && python -m tritondeq demo' in readme
-    assert 'pip install -e ".[test]" && pytest' in readme
-    assert """test_command='pip install -e ".[test]" && pytest'""" in (ROOT / ".ci/run").read_text()
+    command = 'pip install -e ".[test]" && pytest -n auto --dist loadfile'
+    assert f"{command} " in readme
+    assert f"test_command='{command}'" in (ROOT / ".ci/run").read_text()
 
 
 def test_pins_agree():

@@ -9,6 +9,8 @@ from .adjoints import Unrolled as Unrolled
 from .deq import DEQ as DEQ
 from .dropout import FixedDropout as FixedDropout
 from .fixed_point import fixed_point as fixed_point
+from .jacobian import jacobian_penalty as jacobian_penalty
+from .jacobian import spectral_radius as spectral_radius
 from .kernels.dispatch import backend as backend
 from .kernels.dispatch import set_backend as set_backend
 from .solution import Solution as Solution
@@ -38,5 +40,7 @@ __all__ = [
     "backend",
     "cells",
     "fixed_point",
+    "jacobian_penalty",
     "set_backend",
+    "spectral_radius",
 ]

@@ -21,11 +21,11 @@ PUBLIC = {
     *("DEQ", "fixed_point", "Solution", "Status", "cells", "backend", "set_backend"),
     *("Picard", "Anderson", "Broyden", "PeacemanRachford", "ForwardBackward", "FixedDropout"),
     *("Implicit", "Neumann", "Phantom", "OneStep", "Unrolled"),
-    *("jacobian_penalty", "spectral_radius"),
+    *("jacobian_penalty", "spectral_radius", "diagnose"),
 }
 # A module imports what stands before it or in its own folder; one not named here stands last and imports any.
 ORDER = ["kernels", "layout", "solution", "capture", "solvers", "adjoints", "dropout", "cells"]
-ORDER += ["loop", "recorder", "graphs", "fixed_point", "parametrized", "deq", "jacobian"]
+ORDER += ["loop", "recorder", "graphs", "fixed_point", "parametrized", "deq", "jacobian", "diagnose"]
 HIDE_TRITON = "import sys; sys.modules['triton'] = None\n"
 
 

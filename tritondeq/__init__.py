@@ -7,6 +7,7 @@ from .adjoints import OneStep as OneStep
 from .adjoints import Phantom as Phantom
 from .adjoints import Unrolled as Unrolled
 from .deq import DEQ as DEQ
+from .diagnose import diagnose as diagnose
 from .dropout import FixedDropout as FixedDropout
 from .fixed_point import fixed_point as fixed_point
 from .jacobian import jacobian_penalty as jacobian_penalty
@@ -39,6 +40,7 @@ __all__ = [
     "Unrolled",
     "backend",
     "cells",
+    "diagnose",
     "fixed_point",
     "jacobian_penalty",
     "set_backend",

@@ -46,7 +46,7 @@ def jacobian_penalty(
         TypeError, ValueError: an argument or what f returned does not fit; the message names it.
     """
     count("probes", probes)
-    at = _point(f, z, args, batch_dims, mask)
+    at = point(f, z, args, batch_dims, mask)
     graph = torch.is_grad_enabled()
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         flat = at.z.view_as(at.z) if graph and at.z.requires_grad else at.z.detach().requires_grad_()
@@ -84,7 +84,7 @@ def spectral_radius(
         TypeError, ValueError: an argument or what f returned does not fit; the message names it.
     """
     count("products", products)
-    at = _point(f, z, args, batch_dims, mask)
+    at = point(f, z, args, batch_dims, mask)
     return at.layout.per_sample(radius(hessenberg(at, products))).to(at.layout.dtype)
 
 
@@ -106,7 +106,8 @@ class Point:
         return torch.as_tensor(self.layout.width) if self.keep is None else self.keep.sum(dim=1)
 
 
-def _point(f: Any, z: Any, args: tuple, batch_dims: int | None, mask: Any) -> Point:
+def point(f: Any, z: Any, args: tuple, batch_dims: int | None, mask: Any) -> Point:
+    """What the arguments of this file's functions say."""
     if isinstance(f, DEQ):
         if len(args) != 1:
             raise TypeError(f"args must be the layer's input x and nothing else, got {len(args)} arguments after z")

@@ -1,6 +1,7 @@
 """Deep Equilibrium layers for PyTorch: solved, differentiated and fused with Triton."""
 
 from . import cells as cells
+from . import plot as plot
 from .adjoints import Implicit as Implicit
 from .adjoints import Neumann as Neumann
 from .adjoints import OneStep as OneStep
@@ -21,6 +22,7 @@ from .solvers import Broyden as Broyden
 from .solvers import ForwardBackward as ForwardBackward
 from .solvers import PeacemanRachford as PeacemanRachford
 from .solvers import Picard as Picard
+from .watch import Watch as Watch
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,11 +40,13 @@ __all__ = [
     "Solution",
     "Status",
     "Unrolled",
+    "Watch",
     "backend",
     "cells",
     "diagnose",
     "fixed_point",
     "jacobian_penalty",
+    "plot",
     "set_backend",
     "spectral_radius",
 ]

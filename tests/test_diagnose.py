@@ -68,6 +68,19 @@ def test_advice_for_solves_that_fail(name):
     radius = torch.linalg.eigvals(layer.cell.a).abs().max()
     torch.testing.assert_close(found.radius, radius.expand(16), rtol=1e-4, atol=0)
     assert any("jacobian_penalty" in advice.says for advice in found.advice) == (radius > 1)
+    assert not named(found, "adjoint"), "the backward solve goes as the forward one does"
+
+
+def test_advice_for_both_ways_is_for_both():
+    """Anderson finds the equilibrium, and then the backward solve is still too short."""
+    layer, x = DEQ(Block(turning(0.3, 1.5)), adjoint=Implicit(max_steps=2)), torch.randn(16, 2)
+    found = diagnose(layer, x)
+    (there,), (back,) = [a for a in found.advice if a.changes.get("solver") == Anderson()], named(found, "adjoint")
+    assert back.changes["adjoint"] == Implicit(max_steps=8), "with the forward solver, which is Anderson now"
+    layer.solver, layer.adjoint = there.changes["solver"], back.changes["adjoint"]
+    z = layer(x)
+    z.backward(torch.randn_like(z))
+    assert layer.last.converged.all() and layer.last.adjoint.converged.all()
 
 
 def test_growing_needs_an_outer_norm():
@@ -104,6 +117,17 @@ def test_slow_but_sure():
     layer(x)
     assert layer.last.converged.all() and layer.last.steps.median() <= 0.7 * before
     assert f"a median of {layer.last.steps.median()} steps, not {before}" in advice.says
+
+
+@pytest.mark.parametrize("width", [2, 64])
+def test_anderson_is_named_where_it_is_worth_it(width):
+    a, x = 0.7 * torch.linalg.qr(torch.randn(width, width))[0], torch.randn(16, width)
+    plain, faster = DEQ(Block(a)), DEQ(Block(a), solver=Anderson())
+    for layer in (plain, faster):
+        layer(x)
+    before, after = plain.last.steps.median(), faster.last.steps.median()
+    assert before > 15 and (after <= 0.7 * before) == (width == 2)
+    assert bool(named(diagnose(plain, x), "solver")) == (width == 2)
 
 
 def test_a_tolerance_below_the_floor():
@@ -214,6 +238,8 @@ def test_dropout_keeps_its_masks():
     layer = DEQ(Dropped(0.5 * torch.randn(16, 16) / 4)).train()
     found = diagnose(layer, torch.randn(8, 16))
     assert found.advice == [] and found.apart < 1e-4
+    layer.adjoint = Phantom(steps=40, damping=0.9)
+    assert diagnose(layer, torch.randn(8, 16)).cosine > 0.999
 
 
 def test_bad_input():

@@ -108,6 +108,14 @@ def test_radius_under_autocast(half):
     torch.testing.assert_close(found, exact, rtol=2 ** -(6 if half == torch.bfloat16 else 9), atol=0)
 
 
+def test_the_method_itself_is_not_autocast():
+    """Autocast leaves products by element alone, so this J is what it is."""
+    rates, z = torch.linspace(0.1, 0.9, 16), torch.randn(2, 16)
+    exact = spectral_radius(lambda z: rates * z, z)
+    with torch.autocast("cpu"):
+        assert torch.equal(spectral_radius(lambda z: rates * z, z), exact)
+
+
 def net(z, w, b):
     """Not row-separable in any simple way: a smooth map with a dense Jacobian that depends on z."""
     return torch.tanh(z @ w.T + b) * (1 + 0.3 * z.roll(1, -1))
@@ -124,11 +132,13 @@ def estimate(j, probes):
 def test_penalty_is_unbiased_with_the_variance_of_signs():
     w, b, z = (torch.randn(*shape, dtype=torch.float64) for shape in [(5, 5), (5,), (3, 5)])
     mean, spread = estimate(dense(lambda z: net(z, w, b), z), 1)
-    draws = torch.stack([jacobian_penalty(net, z, w, b) for _ in range(2000)])
+    with torch.no_grad():
+        draws = torch.stack([jacobian_penalty(net, z, w, b) for _ in range(2000)])
     error = (draws.mean(0) - mean).abs()
     assert (error < 4 * spread / math.sqrt(2000)).all(), (error, spread)
     torch.testing.assert_close(draws.std(0), spread, rtol=0.1, atol=0)
-    many = torch.stack([jacobian_penalty(net, z, w, b, probes=4) for _ in range(500)])
+    with torch.no_grad():
+        many = torch.stack([jacobian_penalty(net, z, w, b, probes=4) for _ in range(500)])
     assert ((many.mean(0) - mean).abs() < 4 * spread / math.sqrt(2000)).all()
     torch.testing.assert_close(many.std(0), spread / 2, rtol=0.2, atol=0)
 
@@ -184,6 +194,30 @@ def test_penalty_without_a_graph(hadamard):
     assert (jacobian_penalty(lambda z: torch.ones_like(z), z) == 0).all()
     assert (jacobian_penalty(lambda z: w[:3], z) == 0).all(), "f has a gradient, but not by z"
     assert jacobian_penalty(net, z[:0], w, b).shape == (0,)
+
+
+class Once(torch.autograd.Function):
+    """The sine, with a derivative that has none."""
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return z.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0].cos()
+
+
+def test_an_f_that_is_differentiable_once():
+    z = torch.randn(3, 4, dtype=torch.float64)
+    with torch.no_grad():
+        found = jacobian_penalty(Once.apply, z)
+    torch.testing.assert_close(found, z.cos().square().mean(1))  # J is diagonal, so the estimate is exact
+    torch.testing.assert_close(spectral_radius(Once.apply, z), z.cos().abs().amax(1), rtol=2e-5, atol=0)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        jacobian_penalty(Once.apply, z.requires_grad_()).sum().backward()
 
 
 def nested(z):

@@ -44,6 +44,7 @@ def jacobian_penalty(
 
     Raises:
         TypeError, ValueError: an argument or what f returned does not fit; the message names it.
+        RuntimeError: in the backward pass, where f says that it can be differentiated only once.
     """
     count("probes", probes)
     at = point(f, z, args, batch_dims, mask)
@@ -54,6 +55,7 @@ def jacobian_penalty(
     total = at.z.new_zeros(at.layout.batch)
     for _ in range(probes if out.requires_grad else 0):
         v = at.counted(torch.empty_like(out, requires_grad=False).bernoulli_(0.5).mul_(2).sub_(1))
+        v.requires_grad_(graph)  # or an f marked once_differentiable would give no gradient, and say nothing
         (pulled,) = torch.autograd.grad(
             out, flat, v, retain_graph=True, create_graph=graph, allow_unused=True, materialize_grads=True
         )

@@ -1,7 +1,7 @@
 """What holds training together: `python -m tritondeq.bench.stability` prints a table of recipes.
 
-The parity of six bits, all 64 words at once, by an `Affine` cell with relu and Adam at a learning rate too large for it:
-plain training drifts to where solves fail. A column gives the least and the most of the seeds. By the torch backend.
+The parity of six bits, all 64 words at once, by an `Affine` cell with relu, and Adam at a learning rate too large for
+it: plain training drifts to where solves fail. Columns give the least and the most of the seeds. By the torch backend.
 """
 
 import argparse

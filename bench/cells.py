@@ -9,15 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 import tritondeq as tdeq
 from tritondeq import cells
 
 WIDTHS = (16, 64, 256, 1024)
 TOKENS, PIXELS = 32, 8  # of a sequence, and a side of an image
-POWERS = 30
+PRODUCTS = 30
 
 # Of a width: the cell and the shape of one sample of its input.
 MAKE: dict[str, Callable[[int], tuple[nn.Module, tuple[int, ...]]]] = {
@@ -39,20 +38,6 @@ MAKE: dict[str, Callable[[int], tuple[nn.Module, tuple[int, ...]]]] = {
 WIDEST = {"Conv": 256, "MultiScale": 256}
 
 
-def radius(cell: nn.Module, z: Tensor, injection: Tensor, powers: int = POWERS) -> float:
-    """Spectral radius of df/dz at z, by power iteration on its transpose; the largest of a batch of samples."""
-    leaves, spec = pytree.tree_flatten(z)
-    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-    out = pytree.tree_leaves(cell(pytree.tree_unflatten(leaves, spec), injection))
-    v = [torch.randn_like(leaf) for leaf in leaves]
-    sizes = []
-    for _ in range(powers):
-        size = torch.stack([part.norm() for part in v]).norm()
-        v = torch.autograd.grad(out, leaves, [part / size for part in v], retain_graph=True)
-        sizes.append(torch.stack([part.norm() for part in v]).norm())
-    return torch.stack(sizes[powers // 2 :]).log().mean().exp().item()  # its argument may turn from step to step
-
-
 def start(name: str, width: int, samples: int = 4, seeds: int = 3) -> tuple[float, int]:
     """(spectral radius, evaluations to 1e-3) of a cell at initialisation, the most over samples and seeds."""
     found = []
@@ -64,7 +49,7 @@ def start(name: str, width: int, samples: int = 4, seeds: int = 3) -> tuple[floa
         layer.tol = 1e-3
         layer(x)
         steps = layer.last.steps.max().item() if layer.last.converged.all() else float("inf")
-        found.append((radius(cell, z, cell.inject(x)), steps))
+        found.append((tdeq.spectral_radius(layer, z, x, products=PRODUCTS).max().item(), steps))
     return max(radius for radius, _ in found), max(steps for _, steps in found)
 
 

@@ -21,10 +21,11 @@ PUBLIC = {
     *("DEQ", "fixed_point", "Solution", "Status", "cells", "backend", "set_backend"),
     *("Picard", "Anderson", "Broyden", "PeacemanRachford", "ForwardBackward", "FixedDropout"),
     *("Implicit", "Neumann", "Phantom", "OneStep", "Unrolled"),
+    *("jacobian_penalty", "spectral_radius", "diagnose", "plot", "Watch"),
 }
 # A module imports what stands before it or in its own folder; one not named here stands last and imports any.
 ORDER = ["kernels", "layout", "solution", "capture", "solvers", "adjoints", "dropout", "cells"]
-ORDER += ["loop", "recorder", "graphs", "fixed_point", "parametrized", "deq"]
+ORDER += ["loop", "recorder", "graphs", "fixed_point", "parametrized", "deq", "jacobian", "diagnose", "watch"]
 HIDE_TRITON = "import sys; sys.modules['triton'] = None\n"
 
 
@@ -187,7 +188,7 @@ def test_public_api():
 
 
 def public_callables() -> Iterator[tuple[str, object]]:
-    for name in PUBLIC - {"cells"}:
+    for name in PUBLIC - {"cells", "plot"}:
         yield name, getattr(tritondeq, name)
     for name, value in vars(tritondeq.cells).items():
         if inspect.isclass(value) and not name.startswith("_"):

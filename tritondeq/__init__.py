@@ -1,14 +1,18 @@
 """Deep Equilibrium layers for PyTorch: solved, differentiated and fused with Triton."""
 
 from . import cells as cells
+from . import plot as plot
 from .adjoints import Implicit as Implicit
 from .adjoints import Neumann as Neumann
 from .adjoints import OneStep as OneStep
 from .adjoints import Phantom as Phantom
 from .adjoints import Unrolled as Unrolled
 from .deq import DEQ as DEQ
+from .diagnose import diagnose as diagnose
 from .dropout import FixedDropout as FixedDropout
 from .fixed_point import fixed_point as fixed_point
+from .jacobian import jacobian_penalty as jacobian_penalty
+from .jacobian import spectral_radius as spectral_radius
 from .kernels.dispatch import backend as backend
 from .kernels.dispatch import set_backend as set_backend
 from .solution import Solution as Solution
@@ -18,6 +22,7 @@ from .solvers import Broyden as Broyden
 from .solvers import ForwardBackward as ForwardBackward
 from .solvers import PeacemanRachford as PeacemanRachford
 from .solvers import Picard as Picard
+from .watch import Watch as Watch
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,8 +40,13 @@ __all__ = [
     "Solution",
     "Status",
     "Unrolled",
+    "Watch",
     "backend",
     "cells",
+    "diagnose",
     "fixed_point",
+    "jacobian_penalty",
+    "plot",
     "set_backend",
+    "spectral_radius",
 ]

@@ -1,0 +1,249 @@
+"""What diagnose says is true: each change it advises is made, and helps."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import tritondeq as tdeq
+from tritondeq import DEQ, Anderson, Broyden, Implicit, OneStep, Phantom, Picard, Status, Unrolled, diagnose
+
+
+class Block(nn.Module):
+    """act(A z + x)."""
+
+    def __init__(self, a, act=lambda x: x):
+        super().__init__()
+        self.a, self.act = nn.Parameter(a), act
+
+    def forward(self, z, x):
+        return self.act(z @ self.a.T + x)
+
+
+class Residual(nn.Module):
+    """A pre-norm residual block, and what it lacks."""
+
+    def __init__(self, width, outer=False):
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(width), nn.Linear(width, width)
+        self.outer = nn.LayerNorm(width) if outer else nn.Identity()
+
+    def forward(self, z, x):
+        return self.outer(z + x + self.linear(self.norm(z)).tanh())
+
+
+def turning(angle, rho):
+    c, s = math.cos(angle), math.sin(angle)
+    return rho * torch.tensor([[c, -s], [s, c]])
+
+
+def named(found, name):
+    return [advice for advice in found.advice if name in advice.changes]
+
+
+# What fails, and the solvers that must be among what is advised.
+FAILS = {
+    "oscillates": (lambda: Block(turning(2.0, 1.5)), {Picard(0.4), Anderson(), Broyden()}),
+    "repels": (lambda: Block(turning(0.3, 1.5)), {Anderson(), Broyden()}),
+    "slow": (lambda: Block(turning(0.3, 0.95)), {Anderson(), Broyden()}),
+}
+
+
+@pytest.mark.parametrize("name", FAILS)
+def test_advice_for_solves_that_fail(name):
+    make, solvers = FAILS[name]
+    layer, x = DEQ(make()), torch.randn(16, 2)
+    found = diagnose(layer, x)
+    assert (found.solution.status >= Status.MAX_STEPS).all()
+    solved = [advice for advice in found.advice if {"solver", "max_steps"} & set(advice.changes)]
+    assert solvers <= {advice.changes.get("solver") for advice in solved}
+    assert any("max_steps" in advice.changes for advice in solved) == (name == "slow")
+    for advice in solved:
+        for attribute, value in advice.changes.items():
+            setattr(layer, attribute, value)
+        layer(x)
+        assert layer.last.converged.all(), advice
+        layer.solver, layer.max_steps = Picard(), 50
+    radius = torch.linalg.eigvals(layer.cell.a).abs().max()
+    torch.testing.assert_close(found.radius, radius.expand(16), rtol=1e-4, atol=0)
+    assert any("jacobian_penalty" in advice.says for advice in found.advice) == (radius > 1)
+    assert not named(found, "adjoint"), "the backward solve goes as the forward one does"
+
+
+def test_advice_for_both_ways_is_for_both():
+    """Anderson finds the equilibrium, and then the backward solve is still too short."""
+    layer, x = DEQ(Block(turning(0.3, 1.5)), adjoint=Implicit(max_steps=2)), torch.randn(16, 2)
+    found = diagnose(layer, x)
+    (there,), (back,) = [a for a in found.advice if a.changes.get("solver") == Anderson()], named(found, "adjoint")
+    assert back.changes["adjoint"] == Implicit(max_steps=8), "with the forward solver, which is Anderson now"
+    layer.solver, layer.adjoint = there.changes["solver"], back.changes["adjoint"]
+    z = layer(x)
+    z.backward(torch.randn_like(z))
+    assert layer.last.converged.all() and layer.last.adjoint.converged.all()
+
+
+def test_growing_needs_an_outer_norm():
+    x = torch.randn(16, 8)
+    found = diagnose(DEQ(Residual(8)), x)
+    assert (found.solution.status == Status.GROWING).all() and math.isnan(found.floor) and math.isnan(found.apart)
+    (advice,) = found.advice
+    assert "16 of 16 samples GROWING" in advice.says and "outer norm" in advice.says and not advice.changes
+    found = diagnose(DEQ(Residual(8, outer=True)), x)
+    assert found.solution.converged.all() and found.advice == []
+
+
+def test_not_finite():
+    found = diagnose(DEQ(Block(torch.eye(4), torch.log)), torch.randn(8, 4))
+    (advice,) = found.advice
+    assert "8 of 8 samples NONFINITE" in advice.says
+    assert "floor" not in str(found)
+
+
+def test_no_fixed_point_at_all():
+    """1 below a half and 0 above it; damping looks well by the Jacobian, which is 0, and is tried in vain."""
+    found = diagnose(DEQ(Block(torch.eye(4), lambda y: (y < 0.5) + 0 * y)), torch.zeros(8, 4))
+    (advice,) = found.advice
+    assert "no solver tried finds a fixed point" in advice.says and not advice.changes
+
+
+def test_slow_but_sure():
+    torch.manual_seed(1)
+    layer, x = DEQ(Block(turning(0.3, 0.85))), torch.randn(16, 2)
+    found = diagnose(layer, x)
+    (advice,) = found.advice
+    before = found.solution.steps.median()
+    layer.solver = advice.changes["solver"]
+    layer(x)
+    assert layer.last.converged.all() and layer.last.steps.median() <= 0.7 * before
+    assert f"a median of {layer.last.steps.median()} steps, not {before}" in advice.says
+
+
+@pytest.mark.parametrize("width", [2, 64])
+def test_anderson_is_named_where_it_is_worth_it(width):
+    a, x = 0.7 * torch.linalg.qr(torch.randn(width, width))[0], torch.randn(16, width)
+    plain, faster = DEQ(Block(a)), DEQ(Block(a), solver=Anderson())
+    for layer in (plain, faster):
+        layer(x)
+    before, after = plain.last.steps.median(), faster.last.steps.median()
+    assert before > 15 and (after <= 0.7 * before) == (width == 2)
+    assert bool(named(diagnose(plain, x), "solver")) == (width == 2)
+
+
+def test_a_tolerance_below_the_floor():
+    layer, x = DEQ(tdeq.cells.Affine(16), tol=1e-9, solver=Anderson()), torch.randn(32, 16)
+    found = diagnose(layer, x)
+    assert (found.solution.status == Status.PLATEAU).any()
+    (advice,) = named(found, "tol")
+    assert found.floor < advice.changes["tol"] < 3 * found.floor and found.floor < 1e-6
+    layer.tol = advice.changes["tol"]
+    layer(x)
+    assert layer.last.converged.all()
+
+
+@pytest.mark.parametrize("gain", [0.5, 0.95])
+def test_a_backward_solve_that_fails(gain):
+    layer, x = DEQ(Block(turning(0.3, gain)), adjoint=Implicit(max_steps=2), solver=Anderson()), torch.randn(16, 2)
+    found = diagnose(layer, x)
+    assert found.solution.converged.all() and (found.adjoint.status == Status.MAX_STEPS).all()
+    (advice,) = found.advice
+    layer.adjoint = advice.changes["adjoint"]
+    z = layer(x)
+    z.backward(torch.randn_like(z))
+    assert layer.last.adjoint.converged.all()
+
+
+def test_an_approximate_gradient():
+    torch.manual_seed(2)
+    a = torch.linalg.qr(torch.randn(8, 8))[0]
+    x = torch.randn(16, 8)
+    crooked = diagnose(DEQ(Block(0.8 * a), adjoint=OneStep()), x)
+    (advice,) = named(crooked, "adjoint")
+    assert crooked.cosine < 0.9 and crooked.adjoint is None and advice.changes == {"adjoint": Implicit()}
+    straight = diagnose(DEQ(Block(0.3 * a), adjoint=OneStep()), x)
+    assert straight.cosine > 0.9 and straight.advice == []
+    better = diagnose(DEQ(Block(0.8 * a), adjoint=Phantom(steps=30, damping=0.8)), x)
+    assert better.cosine > 0.999
+    assert "cosine" in str(straight) and "cosine" not in str(diagnose(DEQ(Block(0.3 * a)), x))
+
+
+def test_cosine_is_that_of_the_gradients():
+    a, x = 0.6 * torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0], torch.randn(1, 3, dtype=torch.float64)
+    layer = DEQ(Block(a), adjoint=OneStep(), tol=1e-12, max_steps=200)
+    found = diagnose(layer, x).cosine
+    with torch.random.fork_rng():
+        torch.manual_seed(0x5EED + 1)
+        g = torch.randn(1, 3, dtype=torch.float64)
+    z = torch.linalg.solve(torch.eye(3) - a, x[0])
+    exact = torch.linalg.solve(torch.eye(3) - a.T, g[0])
+    one, all_ = (torch.cat([u, torch.outer(u, z).flatten()]) for u in (g[0], exact))
+    assert found == pytest.approx(torch.cosine_similarity(one, all_, dim=0).item(), rel=1e-9)
+
+
+def test_two_equilibria():
+    x = 0.1 * torch.randn(16, 8)
+    two, one = DEQ(Block(3 * torch.eye(8), torch.tanh)), DEQ(Block(0.5 * torch.eye(8), torch.tanh))
+    found = diagnose(two, x)
+    assert found.apart > 1 and any("random z0" in advice.says for advice in found.advice)
+    z, other = two(x), two(x, z0=-two(x))
+    assert (z + other).abs().max() < 0.1, "tanh(3 z) has an equilibrium of either sign"
+    assert diagnose(one, x).apart < 1e-5
+    repelled = diagnose(two, torch.zeros(4, 8))  # it starts at 0, which is one
+    assert repelled.solution.converged.all() and (repelled.radius - 3).abs().max() < 1e-3
+    assert any("spectral radius is up to 3.00" in advice.says for advice in repelled.advice)
+
+
+LAYERS = {
+    "Monotone": lambda: (DEQ(tdeq.cells.Monotone(6)), torch.randn(4, 6)),
+    "Gated": lambda: (DEQ(tdeq.cells.Gated(6)), torch.randn(2, 3, 6)),
+    "Transformer": lambda: (DEQ(tdeq.cells.Transformer(8, heads=2)), torch.randn(2, 3, 8)),
+    "MultiScale": lambda: (DEQ(tdeq.cells.MultiScale((4, 4), groups=2)), torch.randn(2, 4, 4, 4)),
+    "Unrolled": lambda: (DEQ(tdeq.cells.Affine(6), adjoint=Unrolled(2)), torch.randn(4, 6)),
+    "compiled": lambda: (DEQ(tdeq.cells.Affine(6), compile={"backend": "none such"}), torch.randn(4, 6)),
+    "captured": lambda: (DEQ(tdeq.cells.Affine(6), graph=True), torch.randn(4, 6)),
+    "frozen": lambda: (DEQ(tdeq.cells.Affine(6)).requires_grad_(False), torch.randn(4, 6)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_layer_is_well_and_stays_as_it_was(name):
+    layer, x = LAYERS[name]()
+    options = (layer.solver, layer.adjoint, layer.tol, layer.max_steps, layer.last, layer.graph, layer.compile_cell)
+    state = torch.get_rng_state()
+    found = diagnose(layer, x)
+    assert options == (
+        *(layer.solver, layer.adjoint, layer.tol, layer.max_steps, layer.last, layer.graph, layer.compile_cell),
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in layer.parameters()) and not x.requires_grad
+    assert found.solution.converged.all() and found.adjoint.converged.all() and found.advice == []
+    assert found.radius.shape == found.solution.status.shape and (found.radius < 0.9).all()
+    assert found.solution.value is None and found.adjoint.value is None
+    lines = str(found).splitlines()
+    assert lines[0].startswith("DEQ of ") and lines[-1] == "all is well"
+    assert [line.split()[0] for line in lines[1:-1]] == [
+        *("status", "steps", "residual", "radius", "backward", "floor", "starts")
+    ]
+
+
+def test_dropout_keeps_its_masks():
+    class Dropped(Block):
+        def __init__(self, a):
+            super().__init__(a, torch.tanh)
+            self.drop = tdeq.FixedDropout(0.5)
+
+        def forward(self, z, x):
+            return super().forward(self.drop(z), x)
+
+    layer = DEQ(Dropped(0.5 * torch.randn(16, 16) / 4)).train()
+    found = diagnose(layer, torch.randn(8, 16))
+    assert found.advice == [] and found.apart < 1e-4
+    layer.adjoint = Phantom(steps=40, damping=0.9)
+    assert diagnose(layer, torch.randn(8, 16)).cosine > 0.999
+
+
+def test_bad_input():
+    with pytest.raises(TypeError, match="layer must be a DEQ, got Affine"):
+        diagnose(tdeq.cells.Affine(4), torch.randn(3, 4))
+    with pytest.raises(ValueError, match="x must hold at least one sample"):
+        diagnose(DEQ(tdeq.cells.Affine(4)), torch.randn(0, 4))

@@ -1,0 +1,375 @@
+"""The Jacobian at a fixed point against torch.func.jacrev and torch.linalg.eigvals in float64."""
+
+import math
+
+import pytest
+import torch
+from problems import PROBLEMS
+from torch import nn
+from torch.func import jacrev, vmap
+from torch.nn.utils.parametrizations import spectral_norm
+
+import tritondeq as tdeq
+from tritondeq import jacobian_penalty, spectral_radius
+
+
+def dense(f, z):
+    """[B, N, N] of rows z [B, N] that f treats one by one."""
+    return vmap(jacrev(lambda row: f(row[None])[0]))(z.detach())
+
+
+def matrices(kind: str, n: int, batch: int = 5):
+    gauss = torch.randn(batch, n, n, dtype=torch.float64) / math.sqrt(n)
+    if kind == "symmetric":
+        return (gauss + gauss.mT) / 2
+    if kind == "rotation":  # all eigenvalues of one size
+        return 0.9 * torch.linalg.qr(gauss)[0]
+    if kind == "opposite":
+        values = torch.full((n,), 0.1, dtype=torch.float64)
+        values[0], values[-1] = 0.9, -0.9
+        return torch.diag(values).expand(batch, n, n)
+    if kind == "shifted":  # of a residual block
+        return 0.5 * torch.eye(n, dtype=torch.float64) + 0.4 * gauss
+    return gauss
+
+
+def times(j):
+    return lambda z: torch.einsum("bij,bj->bi", j.to(z), z)
+
+
+KINDS = ["gauss", "symmetric", "rotation", "opposite", "shifted"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [1, 2, 7, 20])
+def test_radius_is_exact_where_the_space_is_exhausted(kind, n):
+    j = matrices(kind, n)
+    true = torch.linalg.eigvals(j).abs().amax(dim=1)
+    z = torch.randn(5, n, dtype=torch.float64)
+    torch.testing.assert_close(spectral_radius(times(j), z), true, rtol=2e-5, atol=0)
+    torch.testing.assert_close(spectral_radius(times(j), z.float()), true.float(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("products", "off"), [(20, 0.12), (30, 0.08)])
+def test_radius_of_wide_states(kind, products, off):
+    j = matrices(kind, 256, batch=3)
+    true = torch.linalg.eigvals(j).abs().amax(dim=1)
+    torch.testing.assert_close(
+        spectral_radius(times(j), torch.randn(3, 256), products=products), true.float(), rtol=off, atol=0
+    )
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_radius_tells_whether_plain_iteration_converges(problem):
+    z = problem.answer(*problem.params)
+    found = spectral_radius(problem.f, z, *problem.params)
+    flat = z.flatten(1)
+    j = dense(lambda row: problem.f(row.view(1, *z.shape[1:]), *problem.params).flatten(1), flat)
+    true = torch.linalg.eigvals(j).abs().amax(dim=1)
+    torch.testing.assert_close(found, true, rtol=2e-5, atol=1e-7)
+    assert ((found < 1) == problem.contractive).all()
+
+
+def test_radius_of_jacobians_with_nothing_to_find():
+    z = torch.randn(3, 4)
+    assert (spectral_radius(lambda z: torch.ones_like(z), z) == 0).all()
+    assert (spectral_radius(lambda z: 0 * z, z) == 0).all()
+    assert spectral_radius(lambda z: z * torch.tensor([[math.nan], [1.0], [math.inf]]), z).isnan().tolist() == [
+        *(True, False, True)
+    ]
+    assert spectral_radius(lambda z: z.tanh(), z[:0]).shape == (0,)
+    assert (spectral_radius(lambda z: z, z[:, :0]) == 0).all()
+    nilpotent = torch.tensor([[0.0, 5.0], [0.0, 0.0]], dtype=torch.float64)
+    assert (spectral_radius(lambda z: z @ nilpotent.T, torch.zeros(1, 2, dtype=torch.float64)) < 1e-6).all()
+
+
+def test_radius_does_not_depend_on_batch_mates_or_leave_a_trace():
+    layer = tdeq.DEQ(tdeq.cells.MLP(12))
+    x = torch.randn(4, 3, 12)
+    z = layer(x)
+    before = torch.get_rng_state()
+    found = spectral_radius(layer, z, x)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert found.shape == (4, 3) and not found.requires_grad and all(p.grad is None for p in layer.parameters())
+    turned = spectral_radius(layer, z.flip(0), x.flip(0))
+    torch.testing.assert_close(turned.flip(0), found, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_radius_under_autocast(half):
+    layer = tdeq.DEQ(tdeq.cells.Affine(16))
+    x = torch.randn(4, 16)
+    z = layer(x)
+    exact = spectral_radius(layer, z, x)
+    with torch.autocast("cpu", dtype=half):
+        found = spectral_radius(layer, z, x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, exact, rtol=2 ** -(6 if half == torch.bfloat16 else 9), atol=0)
+
+
+def test_the_method_itself_is_not_autocast():
+    """Autocast leaves products by element alone, so this J is what it is."""
+    rates, z = torch.linspace(0.1, 0.9, 16), torch.randn(2, 16)
+    exact = spectral_radius(lambda z: rates * z, z)
+    with torch.autocast("cpu"):
+        assert torch.equal(spectral_radius(lambda z: rates * z, z), exact)
+
+
+def net(z, w, b):
+    """Not row-separable in any simple way: a smooth map with a dense Jacobian that depends on z."""
+    return torch.tanh(z @ w.T + b) * (1 + 0.3 * z.roll(1, -1))
+
+
+def estimate(j, probes):
+    """(mean, standard deviation) of the estimator of `probes` signs, in closed form."""
+    gram = j @ j.mT
+    n = j.shape[-1]
+    spread = 2 * (gram.square().sum((1, 2)) - gram.diagonal(dim1=1, dim2=2).square().sum(1)) / n**2 / probes
+    return j.square().sum((1, 2)) / n, spread.sqrt()
+
+
+def test_penalty_is_unbiased_with_the_variance_of_signs():
+    w, b, z = (torch.randn(*shape, dtype=torch.float64) for shape in [(5, 5), (5,), (3, 5)])
+    mean, spread = estimate(dense(lambda z: net(z, w, b), z), 1)
+    with torch.no_grad():
+        draws = torch.stack([jacobian_penalty(net, z, w, b) for _ in range(2000)])
+    error = (draws.mean(0) - mean).abs()
+    assert (error < 4 * spread / math.sqrt(2000)).all(), (error, spread)
+    torch.testing.assert_close(draws.std(0), spread, rtol=0.1, atol=0)
+    with torch.no_grad():
+        many = torch.stack([jacobian_penalty(net, z, w, b, probes=4) for _ in range(500)])
+    assert ((many.mean(0) - mean).abs() < 4 * spread / math.sqrt(2000)).all()
+    torch.testing.assert_close(many.std(0), spread / 2, rtol=0.2, atol=0)
+
+
+@pytest.fixture
+def hadamard(monkeypatch):
+    """Probes that are the rows of a Hadamard matrix of 4: the mean over them is the Frobenius norm itself."""
+    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    rows = torch.kron(two, two)
+    turn = iter(range(10**6))
+
+    def fill(tensor, p):
+        assert p == 0.5 and tensor.shape[1] % 4 == 0
+        return tensor.copy_((rows[next(turn) % 4].repeat(tensor.shape[1] // 4) + 1) / 2)
+
+    monkeypatch.setattr(torch.Tensor, "bernoulli_", fill)
+
+
+def exact(f, z):
+    return dense(f, z).square().sum((1, 2)) / z.shape[1]
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_value_and_gradients_of_the_penalty(hadamard, held):
+    """Against autograd through jacrev, at a z that is held, and at the fixed point as a function of the weights."""
+    w, b, x = (torch.randn(*shape, dtype=torch.float64) for shape in [(4, 4), (4,), (3, 4)])
+    w = (0.5 * w / torch.linalg.matrix_norm(w, 2)).requires_grad_()
+    b, x = b.requires_grad_(), x.requires_grad_()
+
+    def f(z):
+        return torch.tanh(z @ w.T + b + x[: len(z)])
+
+    z = tdeq.fixed_point(f, torch.zeros(3, 4, dtype=torch.float64), tol=1e-14, max_steps=500).value
+    found = jacobian_penalty(f, z.detach() if held else z, probes=4)
+
+    unrolled = z.detach()
+    for _ in range(0 if held else 60):  # from the solution: what is left of the start is 0.5^60
+        unrolled = f(unrolled)
+    slope = 1 - torch.tanh(unrolled @ w.T + b + x) ** 2
+    true = (slope[:, :, None] * w).square().sum((1, 2)) / 4
+    torch.testing.assert_close(found, true, rtol=1e-12, atol=0)
+    weights = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    got = torch.autograd.grad(found @ weights, (w, b, x))
+    torch.testing.assert_close(got, torch.autograd.grad(true @ weights, (w, b, x)), rtol=1e-9, atol=1e-12)
+
+
+def test_penalty_without_a_graph(hadamard):
+    w, b, z = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in [(4, 4), (4,), (3, 4)])
+    with torch.no_grad():
+        found = jacobian_penalty(net, z, w, b, probes=4)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, exact(lambda z: net(z, w, b), z).detach())
+    assert (jacobian_penalty(lambda z: torch.ones_like(z), z) == 0).all()
+    assert (jacobian_penalty(lambda z: w[:3], z) == 0).all(), "f has a gradient, but not by z"
+    assert jacobian_penalty(net, z[:0], w, b).shape == (0,)
+
+
+class Once(torch.autograd.Function):
+    """The sine, with a derivative that has none."""
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return z.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0].cos()
+
+
+def test_an_f_that_is_differentiable_once():
+    z = torch.randn(3, 4, dtype=torch.float64)
+    with torch.no_grad():
+        found = jacobian_penalty(Once.apply, z)
+    torch.testing.assert_close(found, z.cos().square().mean(1))  # J is diagonal, so the estimate is exact
+    torch.testing.assert_close(spectral_radius(Once.apply, z), z.cos().abs().amax(1), rtol=2e-5, atol=0)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        jacobian_penalty(Once.apply, z.requires_grad_()).sum().backward()
+
+
+def nested(z):
+    a, b = z["a"], z["b"][0]
+    return {"a": torch.tanh(a + 0.5 * b.mean(-1).mean(-1, keepdim=True)), "b": (b.flip(-1).sin() * a[..., None, :1],)}
+
+
+def test_any_nesting(hadamard):
+    a, b = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 3, 2, 4, dtype=torch.float64)
+
+    def flat(row):  # [B, 4 + 8]
+        z = nested({"a": row[:, :4], "b": (row[:, 4:].view(-1, 2, 4),)})
+        return torch.cat([z["a"], z["b"][0].flatten(1)], dim=1)
+
+    rows = torch.cat([a.flatten(0, 1), b.flatten(0, 1).flatten(1)], dim=1)
+    j = dense(flat, rows)
+    z = {"a": a, "b": (b,)}
+    radius = spectral_radius(nested, z, batch_dims=2)
+    torch.testing.assert_close(radius, torch.linalg.eigvals(j).abs().amax(1).view(2, 3), rtol=2e-5, atol=0)
+    found = jacobian_penalty(nested, z, batch_dims=2, probes=4)
+    signs = torch.kron(torch.ones(1, 3), torch.kron(torch.tensor([[1, 1], [1, -1]]), torch.tensor([[1, 1], [1, -1]])))
+    expected = (signs.double() @ j).square().sum((1, 2)).view(2, 3) / 4 / 12
+    torch.testing.assert_close(found, expected)
+    assert jacobian_penalty(nested, z).shape == spectral_radius(nested, z).shape == (2,)
+
+
+def test_a_mask_leaves_the_jacobian_of_what_counts(hadamard):
+    w, b, z = (torch.randn(*shape, dtype=torch.float64) for shape in [(8, 8), (8,), (3, 8)])
+    mask = torch.tensor([[True] * 8, [True] * 4 + [False] * 4, [False] * 8])
+    j = dense(lambda z: net(z, w, b), z)
+    found = jacobian_penalty(net, z, w, b, mask=mask, probes=4)
+    signs = torch.kron(torch.ones(1, 2), torch.kron(torch.tensor([[1, 1], [1, -1]]), torch.tensor([[1, 1], [1, -1]])))
+    whole = (signs.double() @ j[0]).square().sum() / 4 / 8
+    torch.testing.assert_close(found, torch.stack([whole, j[1, :4, :4].square().sum() / 4, whole * 0]))
+    radius = spectral_radius(net, z, w, b, mask=mask)
+    true = [torch.linalg.eigvals(j[0]).abs().max(), torch.linalg.eigvals(j[1, :4, :4]).abs().max(), torch.tensor(0.0)]
+    torch.testing.assert_close(radius, torch.stack([t.double() for t in true]), rtol=2e-5, atol=1e-9)
+
+
+def test_padding_does_not_count():
+    cell = tdeq.cells.Transformer(8, heads=2)
+    layer, x = tdeq.DEQ(cell), torch.randn(2, 5, 8)
+    real = torch.tensor([[True] * 5, [True, True, True, False, False]])
+    both = (x, real)
+    z = layer(both)
+    short = layer(x[1:, :3])
+    torch.testing.assert_close(z[1:, :3], short, rtol=1e-3, atol=1e-3)
+    alone = spectral_radius(layer, z[1:, :3], x[1:, :3])
+    torch.testing.assert_close(spectral_radius(layer, z, both)[1:], alone, rtol=0.02, atol=0)
+    torch.manual_seed(1)
+    found = jacobian_penalty(layer, z.detach(), both, probes=200)[1]
+    fewer = jacobian_penalty(layer, z[1:, :3].detach(), x[1:, :3], probes=200)[0]
+    torch.testing.assert_close(found, fewer, rtol=0.05, atol=0)
+
+
+CELLS = {
+    "Affine": (lambda: tdeq.cells.Affine(6), (3, 6)),
+    "MLP": (lambda: tdeq.cells.MLP(6), (2, 3, 6)),
+    "Gated": (lambda: tdeq.cells.Gated(6), (3, 6)),
+    "Transformer": (lambda: tdeq.cells.Transformer(6, heads=2), (2, 3, 6)),
+    "Conv": (lambda: tdeq.cells.Conv(4, groups=2), (2, 4, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_a_layer_is_its_cell_with_the_injection(name):
+    make, shape = CELLS[name]
+    cell = make()
+    layer, x = tdeq.DEQ(cell), torch.randn(shape)
+    z = layer(x)
+    radius = spectral_radius(layer, z, x)
+    assert radius.shape == shape[: -1 if cell.batch_dims == -1 else 1]
+    assert torch.equal(spectral_radius(cell, z, cell.inject(x)), radius) and ((radius > 0) & (radius < 1)).all()
+    torch.manual_seed(3)
+    penalty = jacobian_penalty(layer, z, x)
+    penalty.mean().backward()
+    grads = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+    assert grads and all(g.isfinite().all() for g in grads) and sum(g.abs().sum() for g in grads) > 0
+    torch.manual_seed(3)
+    assert torch.equal(jacobian_penalty(cell, z, cell.inject(x)), penalty)
+
+
+def test_channels_last_and_half_states():
+    cell = tdeq.cells.Conv(4, groups=2)
+    x = torch.randn(2, 4, 3, 3)
+    layer = tdeq.DEQ(cell)
+    z = layer(x)
+    last = spectral_radius(layer, z.contiguous(memory_format=torch.channels_last), x)
+    torch.testing.assert_close(last, spectral_radius(layer, z, x, products=36), rtol=0.02, atol=0)
+    w = torch.randn(8, 8, dtype=torch.bfloat16) / 4
+    found = spectral_radius(lambda z: z @ w.T, torch.randn(2, 8, dtype=torch.bfloat16))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, torch.linalg.eigvals(w.float()).abs().max().expand(2), rtol=0.02, atol=0)
+
+
+def test_a_parametrized_cell_and_dropout():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.drop = spectral_norm(nn.Linear(6, 6)), tdeq.FixedDropout(0.5)
+
+        def forward(self, z, x):
+            return torch.tanh(self.drop(self.linear(z)) + x)
+
+    layer, x = tdeq.DEQ(Block()), torch.randn(4, 6)
+    z = layer(x)
+    jacobian_penalty(layer, z, x).mean().backward()
+    assert layer.cell.linear.parametrizations.weight.original.grad.abs().sum() > 0
+    layer.eval()
+    z = layer(x)
+    j = dense(lambda z: torch.tanh(layer.cell.linear(z) + x[0]), z[:1])
+    true = torch.linalg.eigvals(j).abs().max()
+    torch.testing.assert_close(spectral_radius(layer, z, x)[0], true, rtol=1e-4, atol=0)
+
+
+def test_a_compiled_layer_is_seen_uncompiled():
+    layer = tdeq.DEQ(tdeq.cells.Affine(4), compile={"backend": "no such backend"})
+    plain, x = tdeq.DEQ(layer.cell), torch.randn(3, 4)
+    z = plain(x)
+    assert torch.equal(spectral_radius(layer, z, x), spectral_radius(plain, z, x))
+    jacobian_penalty(layer, z.detach(), x).mean().backward()
+    assert layer.cell.weight.grad.isfinite().all()
+
+
+def test_the_penalty_lowers_the_jacobian():
+    layer, x = tdeq.DEQ(tdeq.cells.Affine(8)), torch.randn(16, 8)
+    before = spectral_radius(layer, layer(x), x).mean()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    for _ in range(30):
+        optimizer.zero_grad()
+        jacobian_penalty(layer, layer(x), x).mean().backward()
+        optimizer.step()
+    assert spectral_radius(layer, layer(x), x).mean() < 0.5 * before
+
+
+@pytest.mark.parametrize("measure", [jacobian_penalty, spectral_radius])
+def test_bad_input(measure):
+    layer, x = tdeq.DEQ(tdeq.cells.Affine(4)), torch.randn(3, 4)
+    z = layer(x)
+    with pytest.raises(TypeError, match="args must be the layer's input x and nothing else, got 0"):
+        measure(layer, z)
+    with pytest.raises(TypeError, match="f must be a DEQ, a cell or a function, got int 3"):
+        measure(3, z)
+    with pytest.raises(TypeError, match="z must be made of floating-point tensors"):
+        measure(torch.sin, x.long())
+    with pytest.raises(ValueError, match="f\\(z\\) must keep the shape and device of z0"):
+        measure(lambda z: z[:, :2], z)
+    with pytest.raises(ValueError, match="batch_dims=3 does not fit z"):
+        measure(torch.sin, z, batch_dims=3)
+    with pytest.raises(TypeError, match="mask must be made of bool tensors"):
+        measure(torch.sin, z, mask=x)
+    option = "probes" if measure is jacobian_penalty else "products"
+    for value in (0, 1.5, True):
+        with pytest.raises((TypeError, ValueError), match=option):
+            measure(torch.sin, z, **{option: value})

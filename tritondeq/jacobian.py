@@ -1,0 +1,161 @@
+"""The Jacobian J = df/dz of a cell at its fixed point: a penalty that keeps it small, and its spectral radius."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .capture import Linearised
+from .cells import Cell
+from .deq import DEQ
+from .layout import Layout, describe
+from .solvers.base import count
+
+SQUARINGS = 20  # ||H^k||^(1/k) with k = 2^20 exceeds the radius of a Jordan block of two by 1e-5 of it
+
+
+def jacobian_penalty(
+    f: Callable[..., Any], z: Any, *args: Any, probes: int = 1, batch_dims: int | None = None, mask: Any = None
+) -> Tensor:
+    """||J||_F^2 / N per sample, estimated without bias: add `weight * penalty.mean()` to the loss (Bai et al. 2021).
+
+    Hutchinson's estimate ||v' J||^2 / N with independent signs v, whose variance is never above 2 ||J J'||_F^2 / N^2,
+    that of normal v. N counts the elements of a sample, so this is the mean of J's squared singular values. It costs an
+    evaluation of f, and for each probe a vector-Jacobian product that is differentiated once more: f must be twice
+    differentiable (attention takes its form that is).
+
+    The gradient reaches all that f uses. If z carries one, as a layer's output does, it goes through z too: the exact
+    gradient of the equilibrium's penalty, without a further solve where the loss uses that z. The paper holds z: pass
+    z.detach().
+
+    Args:
+        f: A `DEQ`, or any cell or function that returns a state like z.
+        z: Where: the layer's output, or any state.
+        args: Of a DEQ its input x; of a cell or function what it takes after z, such as `cell.inject(x)`.
+        probes: Random vectors per sample; the estimate is their mean.
+        batch_dims: Leading dims of z that index samples, which must not depend on each other. None: as the cell says.
+        mask: bool, True where an element counts, as `fixed_point` takes it; J is that of those. None: as the cell says.
+
+    Returns:
+        Of the batch shape, in float32 (float64 in float64).
+
+    Raises:
+        TypeError, ValueError: an argument or what f returned does not fit; the message names it.
+        RuntimeError: in the backward pass, where f says that it can be differentiated only once.
+    """
+    count("probes", probes)
+    at = point(f, z, args, batch_dims, mask)
+    graph = torch.is_grad_enabled()
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        flat = at.z.view_as(at.z) if graph and at.z.requires_grad else at.z.detach().requires_grad_()
+        out = at.layout.pack(at.f(at.layout.unpack(flat), *at.args))
+    total = at.z.new_zeros(at.layout.batch)
+    for _ in range(probes if out.requires_grad else 0):
+        v = at.counted(torch.empty_like(out, requires_grad=False).bernoulli_(0.5).mul_(2).sub_(1))
+        v.requires_grad_(graph)  # or an f marked once_differentiable would give no gradient, and say nothing
+        (pulled,) = torch.autograd.grad(
+            out, flat, v, retain_graph=True, create_graph=graph, allow_unused=True, materialize_grads=True
+        )
+        total = total + at.counted(pulled).square().sum(dim=1)
+    return at.layout.per_sample(total / (probes * at.counts().clamp(min=1)))
+
+
+@torch.no_grad()
+def spectral_radius(
+    f: Callable[..., Any], z: Any, *args: Any, products: int = 20, batch_dims: int | None = None, mask: Any = None
+) -> Tensor:
+    """max |eigenvalue of J| per sample: below 1, plain iteration converges from nearby, and so does its adjoint.
+
+    By Arnoldi's method (1951), which a complex pair or two eigenvalues of opposite sign do not disturb. Exact to 1e-5
+    where a sample has no more elements than `products`, and else mostly low: 256 x 256 random numbers, whose
+    eigenvalues crowd at the radius, by up to 11 % with 20 products and 7 % with 30. A J far from a normal matrix may
+    come out high, as so many steps of an iteration would feel it. Leaves no graph, draws nothing from torch's
+    generators, and needs memory for `products` + 1 states.
+
+    Args:
+        f, z, args, batch_dims, mask: As `jacobian_penalty` takes them.
+        products: Vector-Jacobian products at most.
+
+    Returns:
+        Of the batch shape, in float32 (float64 in float64); NaN where J is not finite.
+
+    Raises:
+        TypeError, ValueError: an argument or what f returned does not fit; the message names it.
+    """
+    count("products", products)
+    at = point(f, z, args, batch_dims, mask)
+    return at.layout.per_sample(radius(hessenberg(at, products))).to(at.layout.dtype)
+
+
+@dataclass(frozen=True)
+class Point:
+    """f at z [B, N], and which elements count (None: all)."""
+
+    f: Callable[..., Any]
+    args: tuple
+    layout: Layout
+    z: Tensor
+    keep: Tensor | None
+
+    def counted(self, flat: Tensor) -> Tensor:
+        return flat if self.keep is None else torch.where(self.keep, flat, 0.0)
+
+    def counts(self) -> Tensor:
+        """Elements that count, per sample or for all."""
+        return torch.as_tensor(self.layout.width) if self.keep is None else self.keep.sum(dim=1)
+
+
+def point(f: Any, z: Any, args: tuple, batch_dims: int | None, mask: Any) -> Point:
+    """What the arguments of this file's functions say."""
+    if isinstance(f, DEQ):
+        if len(args) != 1:
+            raise TypeError(f"args must be the layer's input x and nothing else, got {len(args)} arguments after z")
+        f = f.cell
+        args = (f.inject(args[0]),) if isinstance(f, Cell) else args
+    if not callable(f):
+        raise TypeError(f"f must be a DEQ, a cell or a function, got {describe(f)}")
+    if mask is None and isinstance(f, Cell):
+        mask = f.counts(*args)
+    layout = Layout(z, getattr(f, "batch_dims", 1) if batch_dims is None else batch_dims, "z")
+    return Point(f, args, layout, layout.pack(z, "z"), layout.mask(mask))
+
+
+def hessenberg(at: Point, products: int) -> Tensor:
+    """J' of each sample in an orthonormal basis of its Krylov space, [B, k, k] in float64, k = min(products, N).
+
+    The space is that of one vector, the same for every sample. Where it is exhausted sooner, what is left is 0."""
+    linearised = Linearised(at.f, at.layout, at.z, at.args)
+    batch, width = at.z.shape
+    k = min(products, width)
+    generator = torch.Generator(at.z.device).manual_seed(0)
+    v = torch.randn(width, generator=generator, device=at.z.device, dtype=at.z.dtype)
+    basis = at.z.new_zeros(batch, k + 1, width)
+    h = at.z.new_zeros(batch, k + 1, k)
+    with torch.autocast(at.z.device.type, enabled=False):
+        basis[:, 0] = torch.nn.functional.normalize(at.counted(v.expand(batch, -1)), dim=1)
+        for j in range(k):
+            w = at.counted(linearised.vjp(basis[:, j]))
+            before = torch.linalg.vector_norm(w, dim=1, keepdim=True)
+            known = basis[:, : j + 1]
+            for _ in range(2):  # once is not enough for orthogonality in floating point
+                along = torch.einsum("bjn,bn->bj", known, w)
+                w = w - torch.einsum("bj,bjn->bn", along, known)
+                h[:, : j + 1, j] += along
+            size = torch.linalg.vector_norm(w, dim=1, keepdim=True)
+            new = ~(size <= 100 * torch.finfo(w.dtype).eps * before)
+            h[:, j + 1, j] = torch.where(new, size, 0.0)[:, 0]
+            basis[:, j + 1] = torch.where(new, w / size, 0.0)
+    return h[:, :k].double()
+
+
+def radius(h: Tensor) -> Tensor:
+    """Spectral radius of each [k, k], by Gelfand's formula: lim ||h^m||^(1/m), without a host."""
+    log = h.new_zeros(h.shape[0])
+    for _ in range(SQUARINGS):
+        size = torch.linalg.matrix_norm(h)
+        h = h / size.clamp(min=torch.finfo(h.dtype).tiny)[:, None, None]
+        h, log = h @ h, 2 * (log + size.log())
+    return ((log + torch.linalg.matrix_norm(h).log()) / 2**SQUARINGS).exp()

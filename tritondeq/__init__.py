@@ -6,6 +6,7 @@ from .adjoints import Neumann as Neumann
 from .adjoints import OneStep as OneStep
 from .adjoints import Phantom as Phantom
 from .adjoints import Unrolled as Unrolled
+from .convert import to_equilibrium as to_equilibrium
 from .deq import DEQ as DEQ
 from .dropout import FixedDropout as FixedDropout
 from .fixed_point import fixed_point as fixed_point
@@ -39,4 +40,5 @@ __all__ = [
     "cells",
     "fixed_point",
     "set_backend",
+    "to_equilibrium",
 ]

@@ -14,7 +14,7 @@ from .deq import DEQ
 from .dropout import FixedDropout
 from .layout import describe
 from .solvers.base import count, number
-from .stacks import BATCH_NORM, convolves, one_block, refuse_batch_norm, tokens_first
+from .stacks import BATCH_NORM, convolves, leading_dims, one_block, refuse_batch_norm
 
 _NORMS = ("outer", "tokens", "sample")
 _EPS = 1e-12  # of mean squares; embeddings at initialisation have some of 1e-4
@@ -47,17 +47,18 @@ def to_equilibrium(
     is that which the blocks behind it take. The point is that of z = N(y + gain/2 (F(y) - y)), the familiar block with
     an outer norm, whose skip path is mere damping: it takes twice the steps. Iteration starts at x.
 
-    Measured with random weights (ViT, GPT-2, pre- and post-norm encoders, ResNet stages, MLPs): spectral radius 0.01
-    to 0.6, 2 to 13 evaluations to 1e-3. With weights four times as large up to 0.9: watch `last.steps` as it trains,
-    lower `gain`, or take Anderson. It does not compute what the stack did: a converted net has to be trained.
+    Measured with random weights (ViT, GPT-2, pre- and post-norm encoders, ResNet stages, MLPs; 3 to 8 blocks):
+    spectral radius 0.01 to 0.6, 2 to 10 evaluations to 1e-3. With weights four times as large up to 0.9 and 70: watch
+    `last.steps` as it trains, lower `gain`, or take Anderson. The layer does not compute what the stack did: a
+    converted net has to be trained.
 
     The container that is returned takes the stack's place, called or looped over: blocks before, the layer, blocks
     behind. Further arguments of a call (masks, positions) go to the block unchanged at every evaluation; their tensors
     get gradients. Further outputs of the block are those at z*. A `DynamicCache` of transformers is filled with keys
     and values at z*, so that generation token by token is right; other caches raise.
 
-    A sample is an index of the first dim; a block of nn.MultiheadAttention without batch_first makes one of the batch.
-    In the cell, dropout and stochastic depth become `FixedDropout`, and weights of attention are not dropped.
+    A sample is an index of the first dim; nn.MultiheadAttention without batch_first makes one of the whole batch. In
+    the cell, dropout and stochastic depth become `FixedDropout`, and weights of attention are not dropped.
 
     Args:
         stack: Blocks `forward(x, ...)` that return x's successor, or a tuple that begins with it. It stays as it is,
@@ -146,9 +147,11 @@ class EquilibriumLayer(DEQ):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         call = _Call(x, args, kwargs)
+        if call.caches and self.graph:
+            raise ValueError("graph=True takes no cache, which a replay would not fill: pass use_cache=False")
         f = self._map(call)
         z = self._solve(f, call, None, None).value
-        if not call.tuple and not call.caches:
+        if not self.cell.more and not call.caches:
             return z
         with f.held(f.weights.values):
             out = self.cell.at_solution(z, f.injection)
@@ -156,10 +159,10 @@ class EquilibriumLayer(DEQ):
 
 
 class _Call:
-    """One call of the layer: what the block gets beside the state, and what it turned out to return."""
+    """One call of the layer: the arguments of the block."""
 
     def __init__(self, x: Any, args: tuple, kwargs: dict[str, Any]):
-        self.x, self.tuple = x, False
+        self.x = x
         found = [v for v in (*args, *kwargs.values()) if hasattr(v, "update") and hasattr(v, "get_seq_length")]
         self.caches = {id(cache): cache for cache in found}
         for cache in found:
@@ -196,7 +199,6 @@ class _Injection(NamedTuple):
     scale: Tensor | None  # rms(x)
     args: tuple
     kwargs: dict[str, Any]
-    call: _Call
 
 
 class ImplicitMidpoint(Cell):
@@ -215,8 +217,9 @@ class ImplicitMidpoint(Cell):
     ):
         super().__init__()
         self.block, self.injection, self.norm, self.gain, self.place = block, injection, norm, gain, place
-        self.images, self.batch_dims = convolves(block), 0 if tokens_first(block) else 1
-        self.checked = False  # that this mode draws no mask a step
+        self.images = convolves(block)
+        self.more = False  # whether the block returns more than the state
+        self.checked = False  # that it draws no mask a step
 
     def train(self, mode: bool = True) -> "ImplicitMidpoint":
         self.checked = False
@@ -231,8 +234,9 @@ class ImplicitMidpoint(Cell):
             raise ValueError(
                 "x must not be a nested tensor: set use_nested_tensor = False on the nn.TransformerEncoder"
             )
+        self.batch_dims = leading_dims(self.block, x.ndim)
         scale = _mean_square(x, self._dims(x)).add(_EPS).sqrt() if isinstance(self.norm, str) else None
-        return _Injection(x, scale, call.args, call.kwargs, call)
+        return _Injection(x, scale, call.args, call.kwargs)
 
     def initial(self, x: Any, injection: _Injection) -> Tensor:
         return injection.x
@@ -241,8 +245,8 @@ class ImplicitMidpoint(Cell):
         x, y = injection.x, self._enter(z, injection.x)
         version = None if torch.compiler.is_compiling() or y.is_inference() else y._version
         out = self._evaluate(y, injection, lambda hidden: _twin(hidden.cache))
-        if isinstance(out, tuple):
-            injection.call.tuple, out = True, out[0]
+        self.more = isinstance(out, tuple)
+        out = out[0] if self.more else out
         if not isinstance(out, Tensor) or out.shape != y.shape:
             raise ValueError(
                 f"block {self.place} can't be replaced: it made of a state of shape {tuple(y.shape)} "

@@ -93,9 +93,9 @@ class DEQ(nn.Module):
     def unrolled(self, steps: int | None, checkpoint: bool = False) -> "DEQ":
         """Switches to the explicit weight-tied net of `steps` evaluations of the cell, or with None back; returns self.
 
-        The net is `Unrolled(steps, checkpoint)` by plain steps of `Picard` (damped, if the layer's solver is a damped
-        Picard): for warm-up, and to compare with. It holds in train() and eval(), and in copies; state_dict does not
-        know of it. The first steps of a solve from the same start are these.
+        The net is `Unrolled(steps, checkpoint)` from where a solve would start, by steps of the layer's solver if it is
+        a `Picard`, else by plain ones: for warm-up, and to compare with. It holds in train() and eval(), and in copies;
+        state_dict does not know of it.
 
         Raises:
             TypeError, ValueError: an option is of the wrong kind or out of range.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .dropout import FixedDropout
 
 BATCH_NORM = ("group", "frozen")
-_GROUPS = 8  # of the GroupNorm that takes a BatchNorm's place, at most
+_GROUPS, _CHANNELS = 8, 4  # of the GroupNorm that takes a BatchNorm's place: groups at most, channels in one at least
 _ATTENTION_DROPOUT = ("attn_drop", "attn_dropout", "attention_dropout")  # read by attention as a number
 _PLACE = ("layer_idx", "layer_id", "layer_number")  # what blocks differ in because of where they stand
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -54,9 +54,11 @@ def convolves(block: nn.Module) -> bool:
     return any(isinstance(module, nn.modules.conv._ConvNd) for module in block.modules())
 
 
-def tokens_first(block: nn.Module) -> bool:
-    """Whether its attention takes [tokens, batch, features], so that the first dim does not index samples."""
-    return any(isinstance(module, nn.MultiheadAttention) and not module.batch_first for module in block.modules())
+def leading_dims(block: nn.Module, ndim: int) -> int:
+    """How many leading dims of a state of `ndim` dims index samples: 0 where the first one is that of tokens, to
+    nn.MultiheadAttention without batch_first, or without a batch."""
+    attention = [module for module in block.modules() if isinstance(module, nn.MultiheadAttention)]
+    return 0 if any(ndim == 2 or not module.batch_first for module in attention) else 1
 
 
 def _require_alike(blocks: list[nn.Module], first: int) -> None:
@@ -163,7 +165,7 @@ def _replace_batch_norm(block: nn.Module, how: str | None, first: int) -> None:
 
 def _group_norm(norm: nn.modules.batchnorm._BatchNorm) -> nn.GroupNorm:
     channels = norm.num_features
-    groups = max(g for g in range(1, _GROUPS + 1) if channels % g == 0)
+    groups = max(g for g in range(1, _GROUPS + 1) if channels % g == 0 and (g == 1 or channels // g >= _CHANNELS))
     group = nn.GroupNorm(groups, channels, eps=norm.eps, affine=norm.affine)
     group.weight, group.bias = norm.weight, norm.bias
     return group

@@ -187,6 +187,31 @@ def test_inject_runs_once_per_solve(x):
     assert len(calls) == 1 and layer.last.steps.max() > 3
 
 
+@pytest.mark.parametrize("solver", [Picard(0.7), Anderson(3)], ids=repr)
+def test_unrolled_and_back(x, solver):
+    layer = DEQ(Block(), solver=solver, tol=1e-5)
+    solved = layer(x)
+    plain = solver if isinstance(solver, Picard) else Picard()
+    twin = DEQ(layer.cell, solver=plain, adjoint=Unrolled(4))
+    want = torch.autograd.grad(twin(x).sin().sum(), layer.cell.parameters())
+    assert layer.unrolled(4) is layer and "unrolled=4" in repr(layer)
+    for copied in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer.eval(), layer.train()):
+        z = copied(x)
+        assert torch.equal(z, twin(x)) and (copied.last.steps == 4).all()
+        grads = torch.autograd.grad(z.sin().sum(), copied.cell.parameters())
+        assert all(torch.equal(a, b) for a, b in zip(grads, want, strict=True))
+    assert list(layer.state_dict()) == [f"cell.{name}" for name in layer.cell.state_dict()]
+    calls = []
+    handle = layer.cell.register_forward_hook(lambda *_: calls.append(1))
+    layer.unrolled(4, checkpoint=True)(x).sin().sum().backward()
+    assert len(calls) == 8  # each once more, in the backward pass
+    handle.remove()
+    assert torch.equal(layer.unrolled(None)(x), solved) and layer.solver == solver and "unrolled" not in repr(layer)
+    with pytest.raises(ValueError, match="steps"):
+        layer.unrolled(0)
+    assert torch.equal(layer(x), solved)
+
+
 @pytest.mark.parametrize(
     "call,error,says",
     [

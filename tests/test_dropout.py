@@ -91,12 +91,39 @@ def test_a_cell_that_fails_leaves_nothing_held(x):
     copy.deepcopy(deq)(x)
 
 
+@pytest.mark.parametrize("dims", [0, 1, 2])
+def test_a_value_for_the_first_dims(dims):
+    deq, seen = DEQ(Block(FixedDropout(0.5, dims)).double()), []
+    deq.cell.dropout.register_forward_hook(lambda module, args, out: seen.append((module.mask, out, *args)))
+    deq(torch.randn(6, 5, 8, dtype=torch.float64))
+    shape = ((), (6,), (6, 5))[dims]
+    for mask, out, given in seen:
+        assert mask.shape == shape + (1,) * (3 - dims) and mask is seen[0][0] and torch.equal(out, given * mask)
+    alone, ones = FixedDropout(0.25, dims), torch.ones(40, 50, 3)
+    out = alone(ones)
+    assert torch.equal(out, out.flatten(dims)[..., :1].expand(*out.shape[:dims], out[(0,) * dims].numel()).view_as(out))
+    assert set(out.unique().tolist()) <= {0.0, torch.tensor(1 / 0.75).item()} and alone.mask is None
+    assert not dims or abs(out.mean() - 1) < 0.3
+    with pytest.raises(ValueError, match="dims"):
+        FixedDropout(0.5, -1)
+
+
+class DropPath(nn.Identity):
+    drop_prob = 0.1
+
+
+class StochasticDepth(nn.Identity):
+    p = 0.1
+
+
 @pytest.mark.parametrize(
     "make, name",
     [
         (lambda: Block(nn.Dropout(0.1)), "Dropout 'dropout'"),
         (lambda: Block(nn.AlphaDropout(0.1)), "AlphaDropout 'dropout'"),
         (lambda: nn.MultiheadAttention(8, 2, dropout=0.1), "MultiheadAttention ''"),
+        (lambda: Block(DropPath()), "DropPath 'dropout'"),
+        (lambda: Block(StochasticDepth()), "StochasticDepth 'dropout'"),
     ],
 )
 def test_a_mask_a_step_is_refused(make, name):

@@ -20,12 +20,14 @@ HOUSE = sorted([*ROOT.glob("tritondeq/**/*.py"), *ROOT.glob("kernels/**/*.py")])
 PUBLIC = {
     *("DEQ", "fixed_point", "Solution", "Status", "cells", "backend", "set_backend"),
     *("Picard", "Anderson", "Broyden", "PeacemanRachford", "ForwardBackward", "FixedDropout"),
+    "to_equilibrium",
     *("Implicit", "Neumann", "Phantom", "OneStep", "Unrolled"),
     *("jacobian_penalty", "spectral_radius", "diagnose", "plot", "Watch"),
 }
 # A module imports what stands before it or in its own folder; one not named here stands last and imports any.
 ORDER = ["kernels", "layout", "solution", "capture", "solvers", "adjoints", "dropout", "cells"]
-ORDER += ["loop", "recorder", "graphs", "fixed_point", "parametrized", "deq", "jacobian", "diagnose", "watch"]
+ORDER += ["loop", "recorder", "graphs", "fixed_point", "parametrized", "deq"]
+ORDER += ["stacks", "convert", "jacobian", "diagnose", "watch"]
 HIDE_TRITON = "import sys; sys.modules['triton'] = None\n"
 
 

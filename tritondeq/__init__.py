@@ -7,6 +7,7 @@ from .adjoints import Neumann as Neumann
 from .adjoints import OneStep as OneStep
 from .adjoints import Phantom as Phantom
 from .adjoints import Unrolled as Unrolled
+from .convert import to_equilibrium as to_equilibrium
 from .deq import DEQ as DEQ
 from .diagnose import diagnose as diagnose
 from .dropout import FixedDropout as FixedDropout
@@ -49,4 +50,5 @@ __all__ = [
     "plot",
     "set_backend",
     "spectral_radius",
+    "to_equilibrium",
 ]

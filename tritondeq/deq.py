@@ -83,11 +83,25 @@ class DEQ(nn.Module):
         self._graphs = Graphs() if graph else None
         self._compiled: Any = None  # as a tuple, or its parameters would be registered twice
         self.last: Solution | None = None
+        self._twin: Unrolled | None = None
         self._token = _Token()
 
     def forward(self, x: Any, z0: Any = None, mask: Any = None) -> Any:
         """The fixed point: `solve(x, z0, mask).value`."""
         return self.solve(x, z0, mask).value
+
+    def unrolled(self, steps: int | None, checkpoint: bool = False) -> "DEQ":
+        """Switches to the explicit weight-tied net of `steps` evaluations of the cell, or with None back; returns self.
+
+        The net is `Unrolled(steps, checkpoint)` from where a solve would start, by steps of the layer's solver if it is
+        a `Picard`, else by plain ones: for warm-up, and to compare with. It holds in train() and eval(), and in copies;
+        state_dict does not know of it.
+
+        Raises:
+            TypeError, ValueError: an option is of the wrong kind or out of range.
+        """
+        self._twin = None if steps is None else Unrolled(steps, checkpoint)
+        return self
 
     def _evaluate(self) -> Callable:
         """The cell as the loop calls it."""
@@ -110,12 +124,14 @@ class DEQ(nn.Module):
             TypeError, ValueError: x, z0, mask or what the cell returned does not fit; the message names it.
             RuntimeError: the cell draws dropout masks of its own: see `FixedDropout`.
         """
+        return self._solve(self._map(x), x, z0, mask)
+
+    def _map(self, x: Any) -> "_Map":
         cell = self.cell
         weights = Parametrized(cell)
         with weights.held(weights.values):
             injection = cell.inject(x) if isinstance(cell, Cell) else x
-        f = _Map(self._evaluate(), cell, injection, weights, self._graphs)
-        return self._solve(f, x, z0, mask)
+        return _Map(self._evaluate(), cell, injection, weights, self._graphs)
 
     @torch.no_grad()
     def step(self, x: Any, cache: "Cache | None" = None, z0: Any = None) -> "tuple[Any, Cache]":
@@ -161,12 +177,15 @@ class DEQ(nn.Module):
         if mask is None and own:
             mask = cell.counts(injection)
         tol = self.tol if self.tol is not None or not own else cell.default_tol()
+        solver, adjoint = self.solver, self.adjoint
+        if self._twin is not None:
+            solver, adjoint = solver if isinstance(solver, Picard) else Picard(), self._twin
         solution = fixed_point(
             f,
             z0,
             (injection, f.weights.values),
-            solver=self.solver,
-            adjoint=self.adjoint,
+            solver=solver,
+            adjoint=adjoint,
             tol=tol,
             max_steps=self.max_steps,
             batch_dims=getattr(cell, "batch_dims", 1),
@@ -179,7 +198,8 @@ class DEQ(nn.Module):
 
     def extra_repr(self) -> str:
         tol = "auto" if self.tol is None else self.tol
-        return f"solver={self.solver}, adjoint={self.adjoint}, tol={tol}, max_steps={self.max_steps}"
+        twin = "" if self._twin is None else f", unrolled={self._twin.steps}"
+        return f"solver={self.solver}, adjoint={self.adjoint}, tol={tol}, max_steps={self.max_steps}{twin}"
 
     def __getstate__(self):
         own = {"last": None, "_compiled": None, "_graphs": Graphs() if self.graph else None, "_token": _Token()}

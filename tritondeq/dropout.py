@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .solvers.base import count
+
 
 class FixedDropout(nn.Module):
     """`nn.Dropout` whose mask is drawn once a solve (variational dropout; Gal and Ghahramani 2016, Bai et al. 2019).
@@ -17,35 +19,41 @@ class FixedDropout(nn.Module):
 
     Args:
         p: Share of elements that become zero, in [0, 1); the others are scaled by 1 / (1 - p).
+        dims: The mask has one value for each index of this many leading dims: 1 drops whole samples, as stochastic
+            depth does, 2 whole channels, as nn.Dropout2d. None: one for each element.
 
     Raises:
-        ValueError: `p` is outside [0, 1), or the shape changed between two calls in one solve.
+        TypeError, ValueError: an option is of the wrong kind or out of range.
+        ValueError: the shape changed between two calls in one solve.
     """
 
-    def __init__(self, p: float = 0.5):
+    def __init__(self, p: float = 0.5, dims: int | None = None):
         super().__init__()
         if not 0 <= p < 1:
             raise ValueError(f"p must be at least 0 and below 1, got {p!r}")
-        self.p = p
+        if dims is not None:
+            count("dims", dims, least=0)
+        self.p, self.dims = p, dims
         self.held = False  # whether a solve is on
         self.mask: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
+        shape = x.shape if self.dims is None else x.shape[: self.dims] + (1,) * (x.ndim - self.dims)
         if not self.held:
-            return F.dropout(x, self.p)
+            return F.dropout(x, self.p) if self.dims is None else x * F.dropout(x.new_ones(shape), self.p)
         if self.mask is None:
-            self.mask = F.dropout(torch.ones_like(x), self.p)
-        if self.mask.shape != x.shape:
+            self.mask = F.dropout(torch.ones_like(x) if self.dims is None else x.new_ones(shape), self.p)
+        if self.mask.shape != shape:
             raise ValueError(
-                f"FixedDropout drew its mask for the shape {tuple(self.mask.shape)} in this solve, and now got "
-                f"{tuple(x.shape)}: give each place in the cell a FixedDropout of its own"
+                f"FixedDropout drew its mask for the shape {tuple(self.mask.shape)} in this solve, and now needs "
+                f"{tuple(shape)}: give each place in the cell a FixedDropout of its own"
             )
         return x * self.mask
 
     def extra_repr(self) -> str:
-        return f"p={self.p}"
+        return f"p={self.p}" if self.dims is None else f"p={self.p}, dims={self.dims}"
 
 
 _REFUSED = (
@@ -91,6 +99,8 @@ class Masks:
 def _draws(module: nn.Module) -> bool:
     if not module.training:
         return False
-    if isinstance(module, nn.modules.dropout._DropoutNd):
+    if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ == "StochasticDepth":
         return module.p > 0
+    if isinstance(getattr(module, "drop_prob", None), int | float):  # DropPath, by whoever wrote it
+        return module.drop_prob > 0
     return isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0

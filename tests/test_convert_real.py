@@ -1,0 +1,205 @@
+"""Networks of timm, transformers and torchvision whose middle is an equilibrium; random weights, nothing is loaded."""
+
+import copy
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tritondeq import DEQ, to_equilibrium
+
+TIGHT = {"tol": 1e-11, "max_steps": 300}
+FLOAT32 = 1e-6  # tolerance of what computes its norms in float32 whatever the state is: llama
+
+
+class Net(NamedTuple):
+    model: nn.Module
+    owner: nn.Module  # of the stack
+    name: str
+    inputs: Tensor
+    call: Callable[[nn.Module, Tensor], Tensor]
+    options: dict
+    exact: bool = True  # in float64 throughout
+
+    @property
+    def close(self) -> dict:
+        return {"rtol": 1e-6, "atol": 1e-9} if self.exact else {"rtol": 1e-3, "atol": 1e-4}
+
+
+def vit() -> Net:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=8, embed_dim=32, num_heads=2, num_classes=5
+    )
+    return Net(model, model, "blocks", torch.randn(2, 3, 32, 32), lambda m, x: m(x), {"prelude": 2, "coda": 2})
+
+
+def resnet() -> Net:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("resnet34", num_classes=5, zero_init_last=False, norm_layer=_norm).layer2
+    model = nn.Sequential(nn.Conv2d(3, 64, 3, 4, 1), model)
+    return Net(model, model, "1", torch.randn(2, 3, 24, 24), lambda m, x: m(x), {"prelude": 1})
+
+
+def _norm(channels, **_):
+    return nn.GroupNorm(8, channels)
+
+
+def torchvision_resnet() -> Net:
+    models = pytest.importorskip("torchvision").models
+    model = models.resnet18(num_classes=5, width_per_group=64).layer1
+    model = nn.Sequential(nn.Conv2d(3, 64, 3, 4, 1), model)
+    return Net(model, model, "1", torch.randn(2, 3, 24, 24), lambda m, x: m(x), {"batch_norm": "group"})
+
+
+def gpt2() -> Net:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=6, n_embd=32, n_head=2, vocab_size=40, bos_token_id=0, eos_token_id=0)
+    model = transformers.GPT2LMHeadModel(config)
+    ids = torch.randint(1, 40, (2, 7))
+    return Net(model, model.transformer, "h", ids, lambda m, x: m(x).logits, {"prelude": 1, "coda": 1})
+
+
+def llama() -> Net:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        num_hidden_layers=6,
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=40,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    ids = torch.randint(1, 40, (2, 7))
+    return Net(model, model.model, "layers", ids, lambda m, x: m(x).logits, {"prelude": 1, "coda": 1}, exact=False)
+
+
+def encoder() -> Net:
+    block = nn.TransformerEncoderLayer(32, 2, 64, norm_first=True, batch_first=True)
+    model = nn.TransformerEncoder(block, 6, enable_nested_tensor=False)
+    return Net(model, model, "layers", torch.randn(2, 7, 32), lambda m, x: m(x), {"prelude": 1, "coda": 1})
+
+
+NETS = [vit, resnet, torchvision_resnet, gpt2, llama, encoder]
+
+
+def converted(make, tight=False) -> tuple[Net, nn.Module]:
+    net = make()
+    options = (TIGHT if net.exact else {"tol": FLOAT32}) if tight else {}
+    layer = to_equilibrium(getattr(net.owner, net.name), **net.options, **options)
+    setattr(net.owner, net.name, layer)
+    return net, layer
+
+
+@pytest.mark.parametrize("make", NETS, ids=lambda make: make.__name__)
+def test_values_and_gradients_are_those_of_the_weight_tied_loop(make):
+    net, layer = converted(make, tight=True)
+    model = net.model.double().eval()
+    x = net.inputs.double() if net.inputs.is_floating_point() else net.inputs
+    found = []
+    for steps in (None, 80):
+        layer.unrolled(steps)
+        out = net.call(model, x)
+        found.append((out, *torch.autograd.grad(out.sin().sum(), list(model.parameters()))))
+        if steps is None:
+            assert layer.last.converged.all() and layer.last.steps.shape == (2,) and layer.last.steps.max() > 3
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, **net.close)
+
+
+@pytest.mark.parametrize("make", NETS, ids=lambda make: make.__name__)
+def test_trains_and_is_saved(make):
+    net, layer = converted(make)
+    model, x = net.model.train(), net.inputs
+    if make is gpt2:  # its blocks outside the layer drop, too
+        assert layer.deq.cell.block.attn.attn_dropout.p == 0 and layer.deq.cell.block.mlp.dropout.p == 0.1
+    out = net.call(model, x)
+    target = torch.randn_like(out)
+    before = copy.deepcopy(model.state_dict())
+    opt, losses = torch.optim.Adam(model.parameters(), 3e-3), []
+    for _ in range(8):
+        torch.manual_seed(0)  # the same masks, so that the loss is that of one function
+        loss = F.mse_loss(net.call(model, x), target)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.95 * losses[0] and layer.last.converged.all()
+    other, _ = converted(make)
+    assert list(other.model.state_dict()) == list(before)
+    other.model.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        out, again = (net.call(m.eval(), x) for m in (model, other.model))
+    torch.testing.assert_close(again, out)
+    other.model.load_state_dict(before)
+    with torch.no_grad():
+        assert not torch.allclose(net.call(other.model, x), out, atol=1e-3)
+
+
+@pytest.mark.parametrize("make", [gpt2, llama], ids=lambda make: make.__name__)
+def test_generates_with_its_cache(make):
+    net, layer = converted(make, tight=True)
+    model, ids = net.model.double().eval(), net.inputs
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0  # padding
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    cached, whole = (model.generate(ids, use_cache=use, **options) for use in (True, False))
+    assert torch.equal(cached.sequences, whole.sequences)
+    for a, b in zip(cached.logits, whole.logits, strict=True):
+        torch.testing.assert_close(a, b, **net.close)
+    with pytest.raises(ValueError, match="DynamicCache.*StaticLayer"):
+        model.generate(ids, cache_implementation="static", **options)
+
+
+def test_all_that_a_vision_transformer_asks_of_its_blocks():
+    net, layer = converted(vit)
+    model, x = net.model.eval(), net.inputs
+    out = model(x)
+    masked = model.forward_features(x, attn_mask=torch.zeros(17, 17))
+    torch.testing.assert_close(model.forward_head(masked), out, rtol=1e-4, atol=1e-4)
+    assert len(model.forward_intermediates(x, intermediates_only=True)) == len(layer) == 5
+    model.set_grad_checkpointing()
+    model.train()
+    (grad,) = torch.autograd.grad(model(x).sum(), layer.deq.cell.block.mlp.fc1.weight)
+    model.set_grad_checkpointing(False)
+    (want,) = torch.autograd.grad(model(x).sum(), layer.deq.cell.block.mlp.fc1.weight)
+    torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-6)
+
+
+def test_stochastic_depth_and_attention_dropout_of_timm():
+    timm = pytest.importorskip("timm")
+    options = {"img_size": 32, "patch_size": 8, "depth": 6, "embed_dim": 32, "num_heads": 2, "drop_path_rate": 0.5}
+    model = timm.create_model("vit_tiny_patch16_224", attn_drop_rate=0.2, proj_drop_rate=0.1, **options)
+    model.blocks = to_equilibrium(model.blocks, prelude=2, coda=1, **TIGHT)
+    block = model.blocks.deq.cell.block
+    assert block.drop_path1.p == pytest.approx(0.3) and block.drop_path1.dims == 1 and block.attn.attn_drop.p == 0
+    assert block.mlp.drop1.p == pytest.approx(0.1)
+    model.double(), model.blocks.deq.train()
+    x, found = torch.randn(6, 17, 32).double(), []
+    for steps in (None, 80):
+        torch.manual_seed(0)
+        layer = model.blocks.unrolled(steps).deq
+        out = layer(x)
+        found.append((out, *torch.autograd.grad(out.sin().sum(), block.parameters())))
+    assert isinstance(layer, DEQ)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def test_a_stage_that_changes_the_shape_says_which_block():
+    timm = pytest.importorskip("timm")
+    stage = timm.create_model("resnet18", norm_layer=_norm).layer2
+    with pytest.raises(ValueError, match=r"block 1 can't share one cell with block 0: .*stride"):
+        to_equilibrium(stage)
+    with pytest.raises(ValueError, match="block 1.*bn1 is a BatchNorm2d"):
+        to_equilibrium(timm.create_model("resnet18").layer2, prelude=1)
+    swin = timm.create_model("swin_tiny_patch4_window7_224").layers[2].blocks
+    with pytest.raises(ValueError, match="block 1.*shift"):
+        to_equilibrium(swin)

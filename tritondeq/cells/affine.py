@@ -97,10 +97,8 @@ class Affine(Cell):
     def whole_solve(self, injection: tuple[Tensor, Tensor]) -> WholeSolve:
         w, u, narrow = self._operands(injection)
         half = injection[1].dtype.itemsize < 4 or torch.is_autocast_enabled(w.device.type)
-        op, problem = affine_problem(w, len(u), self.activation, half)
         return WholeSolve(
-            op=op,
-            problem=problem,
+            **affine_problem(w, len(u), self.activation, half),
             operands=(w, u),
             at=lambda z: (w, torch.addmm(u, z, w.mT)),
             options=lambda tol: {"activation": self.activation, "terms": bf16_terms(tol, narrow)},

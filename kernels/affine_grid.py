@@ -5,8 +5,8 @@
 
 A tile of BLOCK_M rows is shared by SPLITS programs; each owns BLOCK_N features of it, and keeps its slice of W in
 shared memory, as 1 to 3 bf16 terms. Delta form, as in affine.py: acc = W z + u and z stay in registers in float32, and
-the programs of a tile tell each other only the bf16 increments d of z, and their parts of ||g||^2 and ||f||^2. Each adds
-up the same parts in the same order and applies `rules.py` to all rows of the tile, so all decide alike. A row that has
+the programs of a tile tell each other only bf16 increments d of z, and their parts of ||g||^2 and ||f||^2. Each adds up
+the same parts in the same order and applies `rules.py` to all rows of the tile, so all decide alike. A row that has
 stopped is frozen by select. Evaluation k is
 
     f = act(acc), g = f - z:  store d = bf16(damping g) and the sums;  meet;  load all d and all sums
@@ -17,21 +17,21 @@ where those of k lay, has met the others at k + 1, where each came after it had 
 
 The barrier is a counter of each tile: a program adds 2 to it, then polls. It is built so that no error hangs or lies:
 
-* All programs run at once, or CUDA raises: there is one or less for each multiprocessor, and the launch is cooperative.
-* A poll is an atomic of one thread whose result reaches the others through shared memory, so a program decides as one.
-* Who has polled POLLS times sets the counter's lowest bit, and leaves. Who sees the bit leaves too. A program writes NaN
-  for the rows that it had not stopped by then, and raises their status, by an atomic maximum, to NONFINITE, and their
-  residual to infinity: of a row, no program can then report anything else, whatever it had found out. Rows that every
-  program had stopped before are right. The host need not look.
+* All programs run at once, or CUDA raises: there is at most one for each multiprocessor, and the launch is cooperative.
+* A poll is an atomic of one thread whose result reaches the others through shared memory: a program decides as one.
+* Who has polled POLLS times sets the counter's lowest bit, and leaves. Who sees the bit leaves too. A program writes
+  NaN for the rows that it had not stopped by then, and raises their status, by an atomic maximum, to NONFINITE, and
+  their residual to infinity: whatever others found out, they can't take that back. Rows that every program had stopped
+  before are right. The host need not look.
 * Stores of all threads come before the arrival (a barrier of the program, then an atomic that releases), and loads
   after the poll (an atomic that acquires, then a barrier) and past L1. tests/kernels/test_offline_affine_grid.py finds
-  this order in the PTX, and tests/kernels/test_affine_grid.py has processes meet.
+  this order in the PTX, and in tests/kernels/test_affine_grid.py programs meet that are processes.
 
 No GPU has run it yet. dispatch.py takes it only where kernels with such barriers are asked for.
 
 Bytes per call: W once per tile, u and z once (plus pre in the adjoint). Of a step: 2 B D SPLITS and 8 B SPLITS^2, from
-L2. Where W's slice does not fit, a step would read W from L2, as a launch of affine_steps.py does: refused. A row's bits
-do not depend on its batch mates, but through the tile that launch.py picks on how many they are. The reference is
+L2. Where W's slice does not fit, a step would read W from L2, as a launch of affine_steps.py does: refused. A row's
+bits do not depend on its batch mates, but through the tile that launch.py picks on how many they are. The reference is
 affine.py's.
 """
 
@@ -43,8 +43,18 @@ from . import launch
 from .affine import affine_adjoint_ref, affine_solve_ref
 from .dispatch import Op, interpreting, register
 from .formulas import ACTIVATIONS
-from .tl_common import FLOOR, INF, NONFINITE, act, act_slope, bf16_pair, row_sums, rules_start, rules_status
-from .tl_common import rules_update
+from .tl_common import (
+    FLOOR,
+    INF,
+    NONFINITE,
+    act,
+    act_slope,
+    bf16_pair,
+    row_sums,
+    rules_start,
+    rules_status,
+    rules_update,
+)
 
 POLLS = 1 << 20  # of one barrier: about a second where a poll takes a microsecond; a paused program polls nothing
 

@@ -144,8 +144,8 @@ GRID_ROWS, GRID_FEATURES = 64, 2048  # most of a solve of the affine cell that i
 def affine_grid(
     *, batch: int, features: int, terms: int, shared: int = SHARED, processors: int = PROCESSORS
 ) -> dict | None:
-    """Of a solve of the affine cell spread over the chip, 16 rows and BLOCK_N features a program; None where one program
-    for each of the `processors` is too few, or where its slice of W doesn't fit beside 16 rows in `shared` bytes.
+    """Of a solve of the affine cell spread over the chip, 16 rows and BLOCK_N features a program; None where that is
+    more programs than `processors`, or a slice of W doesn't fit beside 16 rows in `shared` bytes.
 
     The depth of a product is divided among the warps (GROUPS), which add up what they have at its end: all of them have
     work, and none has a long chain. Slices of 64 features would spill registers.
@@ -168,19 +168,26 @@ def affine_grid(
 
 
 # What the rule below reckons with, of an H200: bytes/s of L2 for one multiprocessor and for all, seconds until one sees
-# what another has written, and those of a step's own work.
-L2_ONE, L2, ROUND, OWN = 1.1e11, 5.5e12, 0.6e-6, 0.5e-6
+# what another has written, those of a step's own work, those in which Python launches a kernel, and steps of a solve.
+L2_ONE, L2, ROUND, OWN, HOST, STEPS = 1.1e11, 5.5e12, 0.6e-6, 0.5e-6, 10e-6, 20
 
 
 def grid_seconds(
-    *, batch: int, features: int, terms: int, cell: str, shared: int = SHARED, processors: int = PROCESSORS, steps: int = 20
+    *,
+    batch: int,
+    features: int,
+    terms: int,
+    cell: str,
+    shared: int = SHARED,
+    processors: int = PROCESSORS,
+    host: float = HOST,
 ) -> tuple[float, float]:
-    """(of a step here, of one by the faster of the two that `affine_seconds` knows): a prediction, which no GPU has
-    measured; the solve of `steps` steps must fit.
+    """(of a step here, of one that is launched by itself): a prediction, which no GPU has measured, for a solve of
+    STEPS steps that fits; `host` is 0 in a graph.
 
-    Here: a round for arriving, for seeing that all have, and for reading what they wrote, which is bytes from L2; and the
-    launch and W's bytes, once in `steps`. Apart: what `affine_seconds` says, but no less than a launch and the bytes from
-    L2 of its programs, each of which reads its slice of W again.
+    Here: a round for arriving, for seeing that all have, and for reading what they wrote, whose bytes come from L2; and
+    once the launch and W's bytes. Apart: the faster of what `affine_seconds` knows, but no less than a launch and the
+    bytes from L2 of its programs, each of which reads its slice of W again, nor than `host`.
     """
 
     def from_l2(programs: int, bytes_of_one: int) -> float:
@@ -194,7 +201,7 @@ def grid_seconds(
     block_m, block_n = step["BLOCK_M"], step["BLOCK_N"]
     read = from_l2(-(-batch // block_m) * -(-features // block_n), 2 * features * (block_m + terms * block_n))
     fused, apart = affine_seconds(rows=batch, features=features, terms=terms, cell=cell)
-    return 3 * ROUND + OWN + told + once / steps, min(max(fused, LAUNCH + read), apart)
+    return 3 * ROUND + OWN + told + once / STEPS, max(min(max(fused, LAUNCH + read), apart), host)
 
 
 def group_norm(*, pixels: int, width: int) -> dict | None:

@@ -60,7 +60,7 @@ def inspect(kernel: str, chip: int, types: dict, constants: dict, multiples: tup
     Returns:
         registers, shared (bytes), hot: instruction counts of the innermost loop that has tensor-core instructions and a
         square root, that is a solver's step with its norms; gemm: of the innermost with tensor-core instructions;
-        total: counts of the whole kernel; order: what touches or orders global memory in the PTX, its labels and branches;
+        total: counts of the whole kernel; order: what touches or orders global memory in the PTX, labels and branches;
         cooperative: whether all programs run at once. Or `error`.
     """
     import triton

@@ -33,12 +33,14 @@ class InProcesses:
     ):
         self.kernel, self.absent, self.late, self.before = kernel, absent, late, before
         self.grids: list[int] = []
+        self.options: dict[str, Any] = {}  # of the last launch
 
     def __getitem__(self, grid: tuple[int]) -> Callable:
         return partial(self._launch, grid[0])
 
     def _launch(self, programs: int, *args: Any, **options: Any) -> None:
         self.grids.append(programs)
+        self.options = options
         for arg in args:
             if torch.is_tensor(arg):
                 arg.share_memory_()

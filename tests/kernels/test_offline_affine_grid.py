@@ -1,7 +1,5 @@
 """What ptxas makes of the affine cell's solve with a grid barrier, and in which order the PTX touches memory."""
 
-import itertools
-
 import offline
 import pytest
 import triton
@@ -20,16 +18,14 @@ SPILLS = 16  # local loads and stores outside the loop over steps, which has non
 
 
 def grid_jobs():
-    both = (False, True)
     cases = [
-        *itertools.product((90,), (16,), (1024,), (2,), ("tanh",), both),
-        *itertools.product((80, 100), (16,), (1024,), (2,), ("tanh",), (False,)),
-        *itertools.product((90, 100), (16,), (2048,), (2,), ("tanh",), (False,)),
-        (80, 64, 512, 3, "tanh", True),
+        (90, 16, 1024, 2, "tanh", False),
+        (90, 16, 1024, 2, "tanh", True),
+        (80, 16, 1024, 2, "tanh", False),
+        (100, 16, 2048, 2, "tanh", False),
         (90, 64, 1024, 3, "tanh", False),
-        (90, 32, 2048, 1, "tanh", True),
-        (90, 1, 300, 1, "gelu", True),
-        (90, 1, 300, 2, "sin", False),
+        (90, 32, 2048, 1, "sin", True),
+        (80, 1, 300, 1, "gelu", True),
     ]
     jobs = {}
     for chip, rows, features, terms, act, adj in cases:

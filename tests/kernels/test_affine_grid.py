@@ -45,8 +45,9 @@ def shape(block_n=None, groups=2, block_k=16):
 
 @pytest.fixture
 def alone(monkeypatch):
-    """One program to a tile of rows: the interpreter runs them one after another."""
-    monkeypatch.setitem(launch.SHAPES, "affine_grid", shape())
+    """One program to a tile of rows, as the interpreter runs them one after another; on a GPU what we ship."""
+    if not torch.cuda.is_available():
+        monkeypatch.setitem(launch.SHAPES, "affine_grid", shape())
 
 
 @pytest.fixture
@@ -219,10 +220,10 @@ def test_best_iterate_is_returned(device, alone):
 
 
 def uneven(batch, features, device):
-    """Rows that need from few to many steps, and the pre-activation of their adjoint."""
-    w, u = problem(batch, features, device, norm=0.8)
-    u *= torch.logspace(-3, 1, batch, device=device)[:, None]
-    return w, u, torch.randn_like(u)
+    """Rows that need from few to many steps, and the pre-activation of such an adjoint."""
+    w, u = problem(batch, features, device, norm=0.6)
+    scales = torch.logspace(-2, 1, batch, device=device)[:, None]
+    return w, u * scales, torch.randn_like(u) * scales.sqrt()
 
 
 def outcomes(w, u, pre, **settings):
@@ -232,8 +233,8 @@ def outcomes(w, u, pre, **settings):
 def test_rows_do_not_depend_on_their_batch(device, alone, monkeypatch):
     # the interpreter's BLAS treats the rows of small matrices differently; a tensor core does not
     monkeypatch.setattr("numpy.matmul", lambda a, b, dtype: np.einsum("gik,gkj->gij", a, b, dtype=dtype))
-    w, u, pre = uneven(37, 70, device)
-    settings = options(tol=1e-5)
+    w, u, pre = uneven(37, 40, device)
+    settings = options(tol=1e-4)
     whole = outcomes(w, u, pre, **settings)
     assert whole[1].unique().numel() > 2
     order = torch.randperm(37).to(device)
@@ -385,9 +386,10 @@ def test_rows_that_all_have_stopped_before_are_right(device, together, monkeypat
 
 @pytest.fixture
 def asked(monkeypatch):
-    """As where a GPU has enough multiprocessors, but with one program to a tile."""
-    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
-    monkeypatch.setitem(launch.SHAPES, "affine_grid", shape(None, 8, 64))
+    """As where a GPU has enough multiprocessors; on a CPU with one program to a tile."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+        monkeypatch.setitem(launch.SHAPES, "affine_grid", shape(None, 8, 64))
     with tdeq.backend("triton", barriers=True):
         yield
 

@@ -25,7 +25,8 @@ class Affine(Cell):
     Contractive at initialisation: ||W||_2 max|act'| = 0.9. Up to 256 features, and on a GPU, a solve by Picard or
     Anderson(memory <= 4) is one Triton launch, and so is its adjoint. Wider cells take the loop: up to
     4096 features, and by Picard, a step is one launch, the product with W and all (where that is predicted to be faster
-    than cuBLAS and a step after it); else the steps apply the activation as they read W z + u.
+    than cuBLAS and a step after it); else the steps apply the activation as they read W z + u. Where `backend(...,
+    barriers=True)` asks for it, a solve of at most 64 rows and 2048 features by Picard is one launch too.
 
     Args:
         features: Width D of the state; z is [..., D].

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.multiprocessing
 
-PATIENCE = 60.0  # seconds that a launch may take
+PATIENCE = 120.0  # seconds that a launch may take
 
 
 class InProcesses:

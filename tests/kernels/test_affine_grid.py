@@ -353,7 +353,9 @@ def pausing(number, builder):
         arrives = told[0].name == "ADD" and told[2].data.item() == 2
         arrivals[0] += arrives
         if number == 1 and arrives and arrivals[0] == 4:
-            while not builder.create_load(told[1], None, True).data.item() & 1:
+            does, at, two, *rest = told
+            nothing = type(two)(np.zeros_like(two.data), two.dtype)
+            while not atomic(does, at, nothing, *rest).data.item() & 1:
                 time.sleep(1e-3)
         return atomic(*told)
 

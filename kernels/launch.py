@@ -138,6 +138,72 @@ def affine_seconds(*, rows: int, features: int, terms: int, cell: str) -> tuple[
     return LAUNCH + here + 22 * state, 2 * LAUNCH + apart + 24 * state
 
 
+GRID_ROWS, GRID_FEATURES = 64, 2048  # most of a solve of the affine cell that is spread over the chip
+
+
+def affine_grid(
+    *, batch: int, features: int, terms: int, shared: int = SHARED, processors: int = PROCESSORS
+) -> dict | None:
+    """Of a solve of the affine cell spread over the chip, 16 rows and BLOCK_N features a program; None where that is
+    more programs than `processors`, or a slice of W doesn't fit beside 16 rows in `shared` bytes.
+
+    The depth of a product is divided among the warps (GROUPS), which add up what they have at its end: all of them have
+    work, and none has a long chain. Slices of 64 features would spill registers.
+    """
+    groups, block_k = 8, 64
+    chunks = -(-features // (groups * block_k))
+    for block_n in (16, 32):
+        programs = -(-batch // 16) * -(-features // block_n)
+        if programs <= processors and 2 * chunks * groups * block_k * (terms * block_n + 16) <= shared:
+            return {
+                "BLOCK_M": 16,
+                "BLOCK_N": block_n,
+                "BLOCK_K": block_k,
+                "GROUPS": groups,
+                "CHUNKS": chunks,
+                "num_warps": groups,
+                "num_stages": 1,
+            }
+    return None
+
+
+# What the rule below reckons with, of an H200: bytes/s of L2 for one multiprocessor and for all, seconds until one sees
+# what another has written, those of a step's own work, those in which Python launches a kernel, and steps of a solve.
+L2_ONE, L2, ROUND, OWN, HOST, STEPS = 1.1e11, 5.5e12, 0.6e-6, 0.5e-6, 10e-6, 20
+
+
+def grid_seconds(
+    *,
+    batch: int,
+    features: int,
+    terms: int,
+    cell: str,
+    shared: int = SHARED,
+    processors: int = PROCESSORS,
+    host: float = HOST,
+) -> tuple[float, float]:
+    """(of a step here, of one that is launched by itself): a prediction, which no GPU has measured, for a solve of
+    STEPS steps that fits; `host` is 0 in a graph.
+
+    Here: a round for arriving, for seeing that all have, and for reading what they wrote, whose bytes come from L2; and
+    once the launch and W's bytes. Apart: the faster of what `affine_seconds` knows, but no less than a launch and the
+    bytes from L2 of its programs, each of which reads its slice of W again, nor than `host`.
+    """
+
+    def from_l2(programs: int, bytes_of_one: int) -> float:
+        return max(bytes_of_one / L2_ONE, programs * bytes_of_one / L2)
+
+    config = affine_grid(batch=batch, features=features, terms=terms, shared=shared, processors=processors)
+    tiles, splits = -(-batch // config["BLOCK_M"]), -(-features // config["BLOCK_N"])
+    told = from_l2(tiles * splits, 2 * config["BLOCK_M"] * features + 8 * config["BLOCK_M"] * splits)
+    once = LAUNCH + 4 * tiles * features**2 / BANDWIDTH
+    step = affine_steps(batch=batch, features=features, terms=terms, shared=shared)
+    block_m, block_n = step["BLOCK_M"], step["BLOCK_N"]
+    read = from_l2(-(-batch // block_m) * -(-features // block_n), 2 * features * (block_m + terms * block_n))
+    fused, apart = affine_seconds(rows=batch, features=features, terms=terms, cell=cell)
+    return 3 * ROUND + OWN + told + once / STEPS, max(min(max(fused, LAUNCH + read), apart), host)
+
+
 def group_norm(*, pixels: int, width: int) -> dict | None:
     """Of GroupNorm, by the pixels and channels of one group; None where the channels of a pixel don't fit a program."""
     block_d = 1 << (width - 1).bit_length()
@@ -154,6 +220,7 @@ SHAPES: dict[str, Callable[..., dict | None]] = {
     "gated": rows,
     "residual_rms": whole_rows,
     "affine_steps": affine_steps,
+    "affine_grid": affine_grid,
     "group_norm": group_norm,
     "picard": steps,
     "anderson": steps,
@@ -200,7 +267,10 @@ def chip(device: torch.device) -> int:
 
 
 @cache
-def multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device | None) -> int:
+    """How many programs run at once at least: 1 in the interpreter; of a GPU that is not here, an H200's."""
+    if device is None or (device.type == "cuda" and not torch.cuda.is_available()):
+        return PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 

@@ -19,6 +19,10 @@ SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes of shared memory a block
 MMA = {80: ("HMMA",), 90: ("HMMA", "HGMMA"), 100: ("HMMA", "UTCHMMA")}
 
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);", re.M)
+_ORDER = re.compile(
+    r"^\s*((?:@!?%p\d+\s+)?(?:(?:atom|red|bar|st\.global|ld\.global|ld\.volatile)\.\S+|ret|bra\S*\s+\$\w+)|\$L__BB\w+:)",
+    re.M,
+)
 
 
 def run(jobs: list[dict]) -> list[dict]:
@@ -52,11 +56,12 @@ def inspect(kernel: str, chip: int, types: dict, constants: dict, multiples: tup
             bytes.
         constants: Value of each constexpr; "module:function" stands for the function.
         multiples: Integer arguments that are multiples of 16, as Triton finds out at a launch.
-        options: num_warps, num_stages.
+        options: num_warps, num_stages and the like.
     Returns:
         registers, shared (bytes), hot: instruction counts of the innermost loop that has tensor-core instructions and a
         square root, that is a solver's step with its norms; gemm: of the innermost with tensor-core instructions;
-        total: counts of the whole kernel. Or `error`.
+        total: counts of the whole kernel; order: what touches or orders global memory in the PTX, labels and branches;
+        cooperative: whether all programs run at once. Or `error`.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -98,6 +103,8 @@ def inspect(kernel: str, chip: int, types: dict, constants: dict, multiples: tup
         "hot": min(loops, key=lambda loop: loop[0])[1] if loops else None,
         "gemm": min(gemms, key=lambda loop: loop[0])[1] if gemms else None,
         "total": _count(code, 0, 1 << 30),
+        "order": _ORDER.findall(made.asm["ptx"]),
+        "cooperative": made.metadata.launch_cooperative_grid,
     }
 
 

@@ -117,6 +117,20 @@ def test_real_op_answers_without_a_gpu(no_gpu):
     assert "512 features, by Anderson(4)" in refused
 
 
+def test_barriers_are_said(no_gpu):
+    """And what is solved with them, where they are asked for."""
+    if not dispatch.has_triton():
+        pytest.skip("needs triton")
+    never = "which no GPU has run, are not taken: set_backend(..., barriers=True) asks for them"
+    assert never in section("Backend") and "a grid barrier" not in section("Solves")
+    set_backend("auto", barriers=True)
+    assert "which no GPU has run, may be taken" in section("Backend")
+    _, _, text = section("Solves").partition("one Triton launch with a grid barrier a step\n")
+    taken, _, _ = text.partition("the loop: ")
+    assert "Affine, float32, 512 features, by Picard" in taken
+    assert "float64 state, and the kernel's is float32" in text
+
+
 def test_triton_missing(monkeypatch, gpu):
     monkeypatch.setattr(dispatch, "has_triton", lambda: False)
     assert "triton   not installed: every solve runs in torch" in section("tritondeq 0.")

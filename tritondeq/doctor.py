@@ -35,7 +35,7 @@ def report() -> str:
     sections = {
         f"tritondeq {_version('tritondeq')}": _versions(),
         "GPUs": _gpus(),
-        "Backend": [_backend()],
+        "Backend": [_backend(), _barriers()],
         "Solves": _solves(),
         "Optional packages": _extras(),
     }
@@ -92,6 +92,11 @@ def _backend() -> str:
     }
     interpreted = "; TRITON_INTERPRET is set: kernels are interpreted, slowly" if dispatch.interpreting() else ""
     return f"{dispatch.chosen()}: {says[dispatch.chosen()]}{interpreted}"
+
+
+def _barriers() -> str:
+    taken = "may be taken" if dispatch.barriers() else "are not taken: set_backend(..., barriers=True) asks for them"
+    return f"kernels whose programs wait for one another, which no GPU has run, {taken}"
 
 
 def _solves() -> Iterator[str]:

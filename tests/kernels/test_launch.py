@@ -63,3 +63,45 @@ def test_affine_steps_of_many_rows_take_the_largest_tile_that_fits():
 def test_the_widest_tiles_are_for_the_chip_with_wgmma():
     shape = {"batch": 1 << 20, "shapes": [(64, 64)], "terms": 2, "memory": 0}
     assert [launch.parameters("affine", **shape, chip=chip)["BLOCK_B"] for chip in (80, 90, 100)] == [32, 64, 32]
+
+
+@pytest.mark.parametrize("shared, processors", [(launch.SHARED, 108), (101376, 84), (232448, 132)])
+def test_affine_grid_runs_all_programs_at_once(shared, processors):
+    """The least slice of which there is one for a multiprocessor, and only where it fits."""
+    taken = set()
+    for features, terms, batch in itertools.product((257, 512, 1000, 1024, 2048), (1, 2, 3), (1, 16, 17, 64)):
+        shape = {"batch": batch, "features": features, "terms": terms, "shared": shared, "processors": processors}
+        config = launch.parameters("affine_grid", **shape)
+        wide = -(-features // 512) * 512
+
+        def programs(block_n, features=features, batch=batch):
+            return -(-batch // 16) * -(-features // block_n)
+
+        (least, *_) = [n for n in (16, 32, 64) if programs(n) <= processors] or (64,)
+        fits = least < 64 and 2 * wide * (terms * least + 16) <= shared
+        assert (config is not None) == fits
+        if config is None:
+            continue
+        taken.add((features, batch, terms))
+        assert config["BLOCK_N"] == least and config["BLOCK_M"] == 16 and config["GROUPS"] == config["num_warps"]
+        assert config["CHUNKS"] * config["GROUPS"] * config["BLOCK_K"] == wide
+    assert (512, 64, 1) in taken or shared < launch.SHARED
+    assert ((2048, 16, 2) in taken) == ((1024, 64, 3) in taken) == (shared > launch.SHARED)
+
+
+def test_affine_grid_seconds():
+    """Three rounds, what is read from L2, and once in twenty steps the launch and W; beside a launch a step."""
+    shape = {"batch": 16, "features": 1024, "terms": 2, "cell": "fp32"}
+    here, apart = launch.grid_seconds(**shape)
+    told = 64 * 16 * (2 * 1024 + 8 * 64)
+    assert here == pytest.approx(3 * 0.6e-6 + 0.5e-6 + told / 5.5e12 + (2e-6 + 4 * 1024**2 / 4.3e12) / 20)
+    assert apart == launch.HOST
+    assert launch.grid_seconds(**shape, host=0)[1] == pytest.approx(2e-6 + 2 * 1024 * (16 + 2 * 32) / 1.1e11)
+    most = launch.grid_seconds(batch=64, features=1024, terms=2, cell="fp32")[0]
+    assert here < most and 20 * most < 150e-6  # the target for 64 rows, in this reckoning
+
+
+def test_multiprocessors_of_a_gpu_that_is_not_here():
+    device = pytest.importorskip("torch").device("cuda")
+    if not pytest.importorskip("torch").cuda.is_available():
+        assert launch.multiprocessors(device) == launch.multiprocessors(None) == launch.PROCESSORS

@@ -25,7 +25,8 @@ class Affine(Cell):
     Contractive at initialisation: ||W||_2 max|act'| = 0.9. Up to 256 features, and on a GPU, a solve by Picard or
     Anderson(memory <= 4) is one Triton launch, and so is its adjoint. Wider cells take the loop: up to
     4096 features, and by Picard, a step is one launch, the product with W and all (where that is predicted to be faster
-    than cuBLAS and a step after it); else the steps apply the activation as they read W z + u.
+    than cuBLAS and a step after it); else the steps apply the activation as they read W z + u. Where `backend(...,
+    barriers=True)` asks for it, a solve of at most 64 rows and 2048 features by Picard is one launch too.
 
     Args:
         features: Width D of the state; z is [..., D].
@@ -97,10 +98,8 @@ class Affine(Cell):
     def whole_solve(self, injection: tuple[Tensor, Tensor]) -> WholeSolve:
         w, u, narrow = self._operands(injection)
         half = injection[1].dtype.itemsize < 4 or torch.is_autocast_enabled(w.device.type)
-        op, problem = affine_problem(w, len(u), self.activation, half)
         return WholeSolve(
-            op=op,
-            problem=problem,
+            **affine_problem(w, len(u), self.activation, half),
             operands=(w, u),
             at=lambda z: (w, torch.addmm(u, z, w.mT)),
             options=lambda tol: {"activation": self.activation, "terms": bf16_terms(tol, narrow)},

@@ -111,24 +111,23 @@ class Reformulation:
         if self.name is None:
             return None
         matrix, pre = (self.matrix, None) if self.pre is None else (self.matrix.mT, self.pre)
-        op, problem = affine_problem(matrix, len(self.shift), self.name)
         return WholeSolve(
-            op=op,
-            problem=problem,
+            **affine_problem(matrix, len(self.shift), self.name),
             operands=(matrix, self.shift),
             at=lambda _: (matrix, pre),
             options=lambda tol: {"activation": self.name, "terms": bf16_terms(tol, self.narrow)},
         )
 
 
-def affine_problem(w: Tensor, rows: int, activation: str, half: bool = False) -> tuple[str, dict[str, Any]]:
-    """(the op that holds act(W z + u), what it is told of the problem); `half`: torch would multiply in 16 bits."""
+def affine_problem(w: Tensor, rows: int, activation: str, half: bool = False) -> dict[str, Any]:
+    """What a WholeSolve tells of act(W z + u): op, problem and grid; `half`: torch would multiply in 16 bits."""
     features = len(w)
     problem: dict[str, Any] = {"features": features, "dtype": w.dtype, "activation": activation}
     if features <= FEATURES:
-        return "affine", problem
+        return {"op": "affine", "problem": problem}
     exact = torch.get_float32_matmul_precision() == "highest"
-    return "affine_steps", problem | {"rows": rows, "cell": "bf16" if half else "fp32" if exact else "tf32"}
+    problem |= {"rows": rows, "cell": "bf16" if half else "fp32" if exact else "tf32"}
+    return {"op": "affine_steps", "problem": problem, "grid": "affine_grid"}
 
 
 def bf16_terms(tol: float, narrow: bool) -> int:

@@ -5,7 +5,8 @@ the package's `tuned` folder:
 
     {"schema": 1, "gpu": "NVIDIA H100 80GB HBM3", "capability": [9, 0], "entries": [
         {"op": "picard", "shape": {"width": 4096, "itemsize": 4}, "parameters": {"BLOCK_N": 1024, "num_warps": 4},
-         "rows": [64, 4096], "gain": 1.12, "triton": "3.6", "source": "0123456789abcdef", "date": "2026-01-31"}]}
+         "measured": ["picard 64x4096 fp32"], "gain": 1.12, "triton": "3.6", "source": "0123456789abcdef",
+         "date": "2026-01-31"}]}
 
 `shape` and `parameters` are as space.py has them. An entry measured with another Triton or on other kernel sources is
 stale: it is ignored. What does not fit is a warning, once a file, and is ignored too; launch.py believes an entry only
@@ -47,7 +48,7 @@ class Entry:
 
     Attributes:
         shape, parameters: As the op's `Space` has them.
-        rows: Batches that it was measured for.
+        measured: The problems that were timed.
         gain: Time of the pure function's parameters over that of these.
         triton, source: What it was measured with: `version` and `source`.
         path: The file it was read from.
@@ -56,7 +57,7 @@ class Entry:
     op: str
     shape: dict[str, Any]
     parameters: dict[str, Any]
-    rows: tuple[int, ...] = ()
+    measured: tuple[str, ...] = ()
     gain: float = 1.0
     triton: str = ""
     source: str = ""
@@ -145,7 +146,7 @@ def _table(path: Path, told: Any, gpu: Gpu, spaces: dict[str, Space]) -> Table:
 
 
 def _entry(path: Path, told: Any, spaces: dict[str, Space]) -> Entry:
-    names = {"op", "shape", "parameters", "rows", "gain", "triton", "source", "date"}
+    names = {"op", "shape", "parameters", "measured", "gain", "triton", "source", "date"}
     if not isinstance(told, dict) or set(told) != names:
         raise ValueError(f"it must have {', '.join(sorted(names))}")
     if told["op"] not in spaces:
@@ -155,13 +156,14 @@ def _entry(path: Path, told: Any, spaces: dict[str, Space]) -> Entry:
     parameters = {name: _size(value) for name, value in told["parameters"].items()}
     if set(shape) != set(space.keys) or set(parameters) != set(space.names):
         raise ValueError(f"{told['op']} has {', '.join(space.keys)} and takes {', '.join(space.names)}")
-    if not all(isinstance(told[name], str) for name in ("triton", "source", "date")):
-        raise ValueError("triton, source and date must be strings")
+    strings = [told["triton"], told["source"], told["date"], *told["measured"]]
+    if not isinstance(told["measured"], list) or not all(isinstance(one, str) for one in strings):
+        raise ValueError("triton, source and date must be strings, and measured a list of them")
     gain = told["gain"]
     if type(gain) not in (int, float) or not 0 < gain < math.inf:
         raise ValueError(f"gain must be a positive number, got {gain!r}")
-    rows = tuple(_size(n) for n in told["rows"])
-    return Entry(told["op"], shape, parameters, rows, gain, told["triton"], told["source"], told["date"], path)
+    of = {name: told[name] for name in ("op", "gain", "triton", "source", "date")}
+    return Entry(shape=shape, parameters=parameters, measured=tuple(told["measured"]), path=path, **of)
 
 
 def _size(value: Any, depth: int = 0) -> Any:

@@ -34,7 +34,12 @@ def home(tmp_path, monkeypatch):
 
 def entry(op="picard", shape=SHAPE, config=OTHER, **changed) -> tables.Entry:
     among = launch.spaces()[op]
-    fresh = {"triton": tables.version(), "source": tables.source(op), "date": "2026-01-31", "rows": (64,)}
+    fresh = {
+        "triton": tables.version(),
+        "source": tables.source(op),
+        "date": "2026-01-31",
+        "measured": ("picard 64x4096 fp32",),
+    }
     chosen = {name: config[name] for name in among.names}
     return tables.Entry(op, among.key(**shape), chosen, **fresh | changed)
 
@@ -212,8 +217,9 @@ def test_a_damaged_file_is_one_warning(text):
         {"parameters": {"BLOCK_N": "1024", "num_warps": 4}},
         {"parameters": {"BLOCK_N": 1024, "num_warps": None}},
         {"parameters": None},
-        {"rows": "many"},
-        {"rows": 3},
+        {"measured": "many"},
+        {"measured": 3},
+        {"measured": [64]},
         {"gain": float("nan")},
         {"gain": float("inf")},
         {"gain": 0},

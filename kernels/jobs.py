@@ -116,7 +116,7 @@ def _power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def of_candidate(op: str, chip: int, config: dict, *, dtype: str, **shape) -> list[dict[str, Any]]:
+def of_candidate(op: str, chip: int, config: dict, dtype: str, shape: dict) -> list[dict[str, Any]]:
     """All launches of an op at one of `launch.candidates`, at what people run most."""
     itemsize = {"fp32": 4, "bf16": 2, "fp64": 8}[dtype]
     if op == "affine_steps":

@@ -244,6 +244,11 @@ def chip(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def limits(device: torch.device) -> dict[str, int]:
+    """What of a device the pure functions ask, where they do."""
+    return {"shared": shared_memory(device), "chip": chip(device)}
+
+
 @cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -21,6 +21,11 @@ MMA = {80: ("HMMA",), 90: ("HMMA", "HGMMA"), 100: ("HMMA", "UTCHMMA")}
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);", re.M)
 
 
+def limits(chip: int) -> dict[str, int]:
+    """As launch.limits', of one of these chips."""
+    return {"shared": SHARED[chip], "chip": chip}
+
+
 def run(jobs: list[dict]) -> list[dict]:
     """Results of `inspect` for each job, made in fresh processes with their own Triton cache."""
     processes = min(2, os.cpu_count() or 1)

@@ -280,8 +280,8 @@ class Rows:
         if len(z) == 0:
             return z, steps, residual, status
         shapes = tuple(tuple(w.shape) for w in matrices)
-        of = {"shared": launch.shared_memory(z.device), "chip": launch.chip(z.device)}
-        config = launch.parameters(op, z.device, batch=len(z), shapes=shapes, terms=terms, memory=memory, **of)
+        of = {"shapes": shapes, "terms": terms, "memory": memory} | launch.limits(z.device)
+        config = launch.parameters(op, z.device, batch=len(z), **of)
         programs = config.pop("programs") * launch.multiprocessors(z.device)
         programs = min(triton.cdiv(len(z), config["BLOCK_B"]), programs)
         scratch = z

@@ -73,7 +73,14 @@ def _tune(arguments: argparse.Namespace, finished: list[str]) -> int:
     from .tune import Options, run
 
     names = ("cells", "features", "rows", "dtypes", "fresh")
-    return run(Options(**{name: getattr(arguments, name) for name in names}), finished)
+    options = Options(**{name: getattr(arguments, name) for name in names})
+    if arguments.offline is None:
+        return run(options, finished)
+    from .tune_offline import report
+
+    for line in report(options, int(arguments.offline.removeprefix("sm_"))):
+        print(line, flush=True)
+    return 0
 
 
 def _bench(argv: list[str]) -> int:
@@ -125,6 +132,8 @@ def _parser() -> argparse.ArgumentParser:
         told = f"default: {' '.join(map(str, defaults))}"
         tune.add_argument(f"--{name}", nargs="+", type=_at_least(1), default=list(defaults), metavar="N", help=told)
     tune.add_argument("--fresh", action="store_true", help="measure again what has been measured")
+    told = "measure nothing: compile the candidates for this chip, which needs no GPU, and list what came out"
+    tune.add_argument("--offline", choices=("sm_80", "sm_90", "sm_100"), help=told)
     add("bench", None, help="measure against eager PyTorch; `bench --help` lists its options")
     return parser
 

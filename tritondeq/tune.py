@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .demo.common import table, writable
-from .kernels import dispatch, launch, tables, trials
+from .kernels import dispatch, launch, offline, tables, trials
 from .works import Problem, Work, works
 
 FACTOR, FLOOR = 2.0, 1e-5  # a candidate's error may be this much above that of the pure function's parameters
@@ -121,15 +121,17 @@ def _measure_all(jobs: list[Job], gpu: tables.Gpu, clock: Callable, finished: li
     return failed
 
 
-def jobs_of(options: Options, device: torch.device) -> tuple[list[Job], list[str]]:
-    """(what to measure, why some of it can't be)."""
+def jobs_of(
+    options: Options, device: torch.device, limits: dict[str, int] | None = None
+) -> tuple[list[Job], list[str]]:
+    """(what to measure, why some of it can't be); `limits` of another GPU than the device."""
     jobs: dict[tuple, Job] = {}
     unfit = []
     for cell, features, dtype, rows in itertools.product(
         options.cells, options.features, options.dtypes, sorted(set(options.rows))
     ):
         try:
-            found = list(works(cell, features, rows, dtype, device))
+            found = list(works(cell, features, rows, dtype, device, limits))
         except ValueError as error:
             unfit += [str(error)] if str(error) not in unfit else []
             continue
@@ -199,20 +201,21 @@ def _error(made: Tensor, exact: Tensor) -> float:
 
 
 def entry(job: Job, outcome: Outcome) -> tables.Entry:
-    chosen = {name: outcome.config[name] for name in launch.spaces()[job.op].names}
+    parameters = {name: outcome.config[name] for name in launch.spaces()[job.op].names}
     measured, today = tuple(map(str, job.works)), datetime.date.today().isoformat()
     made = {"measured": measured, "gain": round(outcome.gain, 3), "date": today}
-    return tables.Entry(job.op, job.key, chosen, **made, triton=tables.version(), source=tables.source(job.op))
+    return tables.Entry(job.op, job.key, parameters, **made, triton=tables.version(), source=tables.source(job.op))
 
 
 def describe(job: Job, outcome: Outcome) -> str:
     """One line: each shape with its gain over the pure function, what was chosen, and what was left out."""
     gains = ", ".join(f"{work} {gain:.2f}x" for work, gain in zip(job.works, outcome.gains, strict=True))
     left = "".join(f", {number} {why}" for why, number in sorted(outcome.left_out.items()))
-    return f"{gains}: {_chosen(job.op, outcome.config)} of {len(job.candidates)} candidates{left}"
+    return f"{gains}: {chosen(job.op, outcome.config)} of {len(job.candidates)} candidates{left}"
 
 
-def _chosen(op: str, config: dict) -> str:
+def chosen(op: str, config: dict) -> str:
+    """The parameters that were chosen, in words."""
     return " ".join(f"{name} {config[name]}" for name in launch.spaces()[op].names)
 
 
@@ -248,11 +251,11 @@ def _ready(device: torch.device) -> tuple[tables.Gpu, Path]:
 
 def _explain(options: Options) -> str:
     """What a machine without a GPU is told."""
-    jobs, unfit = jobs_of(options, torch.device("cpu"))
+    jobs, unfit = jobs_of(options, torch.device("cpu"), offline.limits(90))
     rows = []
     for job in jobs:
         head = str(job.works[0]) + (f" and {len(job.works) - 1} more" if len(job.works) > 1 else "")
-        rows.append([head, str(len(job.candidates)), _chosen(job.op, job.candidates[0])])
+        rows.append([head, str(len(job.candidates)), chosen(job.op, job.candidates[0])])
     lines = [
         "This machine has no GPU that torch sees, so nothing is measured. On one, this would time the candidates",
         f"below that are right and spill no registers, write the fastest to {_where()}, and say what it gains.",

@@ -64,15 +64,20 @@ class Problem:
     timed: Callable[[], Callable[[], Any]]
 
 
-def works(cell: str, features: int, rows: int, dtype: str, device: torch.device) -> Iterator[Work]:
+def works(
+    cell: str, features: int, rows: int, dtype: str, device: torch.device, limits: dict[str, int] | None = None
+) -> Iterator[Work]:
     """The ops that this cell runs at this size.
+
+    Args:
+        limits: `launch.limits` of another GPU than the device.
 
     Raises:
         ValueError: none would do it; the message says why.
     """
     of = {"rows": rows, "features": features, "dtype": dtype, "device": device}
     if cell in WHOLE:
-        yield _whole(cell, of)
+        yield _whole(cell, of, limits or launch.limits(device))
     elif cell == "transformer":
         _narrow(cell, dtype)
         row = torch.empty(1, features, dtype=DTYPES[dtype], device="meta")
@@ -103,13 +108,9 @@ def _ask(op: str, **problem: Any) -> None:
         raise ValueError(f"{op}: {why}")
 
 
-def _limits(device: torch.device) -> dict[str, int]:
-    return {"shared": launch.shared_memory(device), "chip": launch.chip(device)}
-
-
-def _whole(cell: str, of: dict[str, Any]) -> Work:
+def _whole(cell: str, of: dict[str, Any], limits: dict[str, int]) -> Work:
     features, dtype = of["features"], of["dtype"]
-    terms, limits = bf16_terms(TOL, dtype == "bf16"), _limits(of["device"])
+    terms = bf16_terms(TOL, dtype == "bf16")
     _narrow(cell, dtype)
     if cell in ("affine", "monotone") and features > launch.FEATURES:
         w = torch.empty(features, features, device="meta")

@@ -199,8 +199,10 @@ def trial(op: str, shape: dict, config: dict):
     chosen = {name: config[name] for name in SPACES[SHAPES[op]].names}
     with tables.only(tables.Entry(op, SPACES[SHAPES[op]].key(**shape), chosen)):
         _chosen.cache_clear()
-        yield
-    _chosen.cache_clear()
+        try:
+            yield
+        finally:
+            _chosen.cache_clear()
 
 
 @cache

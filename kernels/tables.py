@@ -192,21 +192,31 @@ def _read_all(gpu: Gpu, ops: tuple) -> tuple[Entry, ...]:
 
 
 def nearest(op: str, key: dict, near: tuple[str, ...], gpu: Gpu, spaces: dict[str, Space]) -> Entry | None:
-    """The entry whose shape is nearest to `key`, by the ratios of the sizes `near`; what else is in it is equal."""
-    best, least = None, math.inf
+    """The entry whose shape is nearest to `key`, by the ratios of the sizes `near`, with all else in it equal; None
+    where a size is not between measured ones, nor within a factor of 2 of them."""
+    fit = []
     for entry in _only or _read_all(gpu, tuple(spaces.items())):
-        if entry.op == op and all(entry.shape[name] == key[name] for name in key if name not in near):
-            distance = sum(_apart(entry.shape[name], key[name]) for name in near)
-            if distance < least:
-                best, least = entry, distance
-    return best
+        if entry.op == op and all(
+            _form(entry.shape[name]) == _form(key[name]) if name in near else entry.shape[name] == key[name]
+            for name in key
+        ):
+            fit.append((entry, _sizes([entry.shape[name] for name in near])))
+    wanted = _sizes([key[name] for name in near])
+    for i, size in enumerate(wanted):
+        measured = [sizes[i] for _, sizes in fit]
+        if not measured or not min(measured) / 2 <= size <= 2 * max(measured):
+            return None
+    return min(fit, key=lambda one: sum(abs(math.log2(a / b)) for a, b in zip(one[1], wanted, strict=True)))[0]
 
 
-def _apart(a: Any, b: Any) -> float:
-    if isinstance(a, tuple) or isinstance(b, tuple):
-        alike = isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b)
-        return sum(map(_apart, a, b)) if alike else math.inf
-    return abs(math.log2(max(a, 1) / max(b, 1)))
+def _form(value: Any) -> Any:
+    """How numbers are nested in it."""
+    return tuple(map(_form, value)) if isinstance(value, tuple) else None
+
+
+def _sizes(value: Any) -> list[int]:
+    """The numbers in it, one after the other."""
+    return [n for one in value for n in _sizes(one)] if isinstance(value, list | tuple) else [max(value, 1)]
 
 
 def warn(path: Path | None, fault: str) -> None:

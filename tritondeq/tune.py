@@ -193,7 +193,7 @@ def _trial(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of the compiler, or of a launch: that candidate won't do
-        return f"fails: {type(error).__name__}: {error}", [], 0.0
+        return f"fails: {type(error).__name__}: {error}".splitlines()[0], [], 0.0
 
 
 def _error(made: Tensor, exact: Tensor) -> float:

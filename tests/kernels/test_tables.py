@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tritondeq.kernels import launch, tables
+from tritondeq.kernels.space import MORE_TILES, affine_tile
 
 GPU = tables.Gpu("Fake 9000 (80 GB)", (9, 0))
 CPU = torch.device("cpu")
@@ -104,10 +105,26 @@ def test_the_nearest_shape_is_taken():
     assert (near["BLOCK_N"], near["num_warps"]) == (OTHER["BLOCK_N"], OTHER["num_warps"])
 
 
+def test_a_shape_far_from_all_measured_ones_has_the_pure_function():
+    """What is best for few rows is not for many; between measured ones, the nearest will do however far it is."""
+    of = {"features": 512, "terms": 2, "shared": 232448}
+    small, large = launch.affine_steps(batch=64, **of), launch.affine_steps(batch=1 << 16, **of)
+    other, third = affine_tile(64, 64, 32, 5, warps=8), affine_tile(*MORE_TILES[0])
+    put(entry("affine_steps", {"batch": 64} | of, other))
+    batches = [told("affine_steps", batch=batch, **of, start=False) for batch in (31, 32, 128, 129, 1 << 16)]
+    assert batches == [small, other, other, launch.affine_steps(batch=129, **of), large] and large != small
+    assert told("affine_steps", batch=64, **of | {"features": 1024}, start=False) == other
+    assert told("affine_steps", batch=64, **of | {"features": 1025}, start=False) != other
+    put(entry("affine_steps", {"batch": 1 << 16} | of, third))
+    batches = [told("affine_steps", batch=batch, **of, start=False) for batch in (128, 2000, 2100, 1 << 17)]
+    assert batches == [other, other, third, third]
+    assert told("affine_steps", batch=1 << 18, **of, start=False) == launch.affine_steps(batch=1 << 18, **of)
+
+
 def test_the_nearest_shape_is_not_taken_where_it_can_not_be():
     """Silently: nothing is wrong with the table."""
-    put(entry())
-    assert told(width=100, itemsize=4) == launch.SHAPES["picard"](width=100, itemsize=4)
+    put(entry(), entry(shape={"width": 64, "itemsize": 4}, config=launch.steps(width=64, itemsize=4)))
+    assert told(width=1000, itemsize=4) == launch.SHAPES["picard"](width=1000, itemsize=4)
     assert told(width=4096, itemsize=8) == launch.SHAPES["picard"](width=4096, itemsize=8)
 
 
@@ -441,6 +458,7 @@ def test_a_trial_is_all_there_is_while_it_lasts():
         assert told() == third and told("anderson") == PURE
     assert told() == OTHER
     with pytest.raises(KeyError), launch.trial("picard", SHAPE, third):
+        assert told() == third
         raise KeyError
     assert told() == OTHER
 
@@ -451,6 +469,28 @@ def test_a_trial_of_a_step_leaves_the_first_step_alone():
     with launch.trial("affine_steps", shape, config):
         assert told("affine_steps", **shape, start=False) == config
         assert told("affine_steps", **shape, start=True) == launch.affine_steps(**shape, start=True)
+
+
+def faults(folder: Path) -> list[str]:
+    """What is wrong with the tables of a folder, or with their names."""
+    found = []
+    for path in folder.glob("*.json"):
+        gpu = tables.Gpu(raw(path)["gpu"], tuple(raw(path)["capability"]))
+        table = tables.read(path, gpu, launch.spaces())
+        found += [table.fault] if table.fault else []
+        found += [] if tables.paths(gpu)[-1].name == path.name else [f"{path.name} is not for {gpu.name}"]
+    return found
+
+
+def test_what_is_shipped_can_be_read():
+    path = put(entry())
+    assert faults(path.parent) == []
+    path.rename(path.with_name("another.json"))
+    assert faults(path.parent) == [f"another.json is not for {GPU.name}"]
+    table = raw(path.with_name("another.json"))
+    path.write_text(json.dumps(table | {"entries": [table["entries"][0] | {"op": "none"}]}))
+    assert len(faults(path.parent)) == 2
+    assert faults(tables.paths(GPU)[-1].parent) == []
 
 
 def test_importing_needs_no_triton():

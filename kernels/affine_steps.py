@@ -221,7 +221,7 @@ class AffineSteps(Samples):
         batch, features = u.shape
         super().__init__(batch, u.dtype, u.device, tol)
         shape = {"batch": batch, "features": features, "terms": terms, "shared": launch.shared_memory(u.device)}
-        configs = [launch.parameters("affine_steps", start=start, **shape) for start in (False, True)]
+        configs = [launch.parameters("affine_steps", u.device, start=start, **shape) for start in (False, True)]
         wide = max(config[block] for config in configs for block in ("BLOCK_N", "BLOCK_K"))
         width = triton.cdiv(features, wide) * wide
         known = {"D": features, "WIDTH": width, "ACT": activation, "ADJ": pre is not None, "TERMS": terms}

@@ -181,7 +181,7 @@ def group_norm(
     y = torch.empty(batch, *size, channels, dtype=dtype, device=a.device).movedim(-1, 1)
     if y.numel() == 0:
         return y
-    config = launch.parameters("group_norm", pixels=pixels, width=width)
+    config = launch.parameters("group_norm", a.device, pixels=pixels, width=width)
     splits = config.pop("SPLITS")
     grid = (batch * groups * splits,)
     interp = interpreting()

@@ -1,21 +1,17 @@
-"""Launch parameters of every op: pure functions of the shape, so that a laptop can list and compile all there are."""
+"""Launch parameters of every op: pure functions of the shape, so that a laptop can list and compile all there are, and
+what tables that were measured on the GPU at hand (tables.py) choose among those around them (space.py)."""
 
 import contextlib
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
-SHARED = 166912  # bytes of shared memory a block can have on sm_80, the least of the chips we aim at
-GROUP = 8192  # values that one program of group_norm holds at most
+from . import space, tables
+from .space import GROUP, LARGE, SHARED, TILES, affine_fits, affine_tile, block, row_bytes
+
 FEATURES = 256  # most of an affine cell that one launch holds
-LARGE = 4096  # rows from which throughput matters more than latency
 PROGRAMS = {16: 8, 32: 8, 64: 8, 128: 4, 256: 1}  # on one multiprocessor, by width
-
-
-def block(width: int) -> int:
-    """Least power of two that holds it, and that a dot can take."""
-    return max(16, 1 << (width - 1).bit_length())
 
 
 def rows(
@@ -34,20 +30,13 @@ def rows(
     wide = max(block(n) for shape in shapes for n in shape)
     lone = len(shapes) == 1
     block_k = min(64, block_d)
-
-    def bytes_of(block_b: int, resident: int) -> int:
-        tile = 4 * block_b * wide  # on its way between the layouts of memory and tensor cores
-        if resident < terms:
-            tile = max(tile, 2 * block_k * (block_d + block_b))
-        return 2 * resident * sum(block(n) * block(m) for n, m in shapes) + tile + 1024
-
-    stream = lone and bytes_of(16, terms) > shared
-    if bytes_of(16, 1 if stream else terms) > shared:
+    stream = lone and row_bytes(shapes, 16, terms, terms) > shared
+    if row_bytes(shapes, 16, 1 if stream else terms, terms) > shared:
         return None
     block_b = 16
     if batch > LARGE and lone and not memory and not stream:
         large = 32 if chip // 10 != 9 or wide == 256 or (wide == 128 and terms > 1) else 64
-        block_b = large if bytes_of(large, terms) <= shared else 16
+        block_b = large if row_bytes(shapes, large, terms, terms) <= shared else 16
     few = 4 if memory or not lone else 1
     warps = {16: few, 32: few, 64: 4, 128: 8 if memory or block_b == 64 or not lone else 4}.get(wide, 8)
     if block_b == 64:
@@ -80,13 +69,6 @@ def whole_rows(*, features: int) -> dict:
     return {"BLOCK_R": block_r, "BLOCK_D": block_d, "num_warps": block_r * block_d // 512}
 
 
-# Tiles of the output by terms of W, the largest first, each with the depth of a stage and how many are in flight. The
-# ones of 256 take the shared memory of sm_90: on sm_80 registers would spill in the loop over the depth.
-TILES = {
-    1: ((128, 256, 64, 4), (128, 128, 64, 4), (64, 64, 64, 4), (16, 32, 128, 4)),
-    2: ((256, 128, 32, 6), (128, 128, 64, 3), (64, 64, 32, 5), (16, 32, 128, 4)),
-    3: ((128, 128, 32, 4), (64, 64, 32, 4), (16, 32, 128, 3)),  # of 256 x 128 Triton 3.6 makes nothing on sm_100
-}
 ENOUGH = 100  # tiles that keep a GPU busy
 
 
@@ -97,21 +79,10 @@ def affine_steps(*, batch: int, features: int, terms: int, start: bool = False, 
     Large tiles read less from L2 for each FLOP, by 1 / BLOCK_M + 1 / (terms BLOCK_N). The epilogue takes them in SUB
     parts, so that no register is spilled, as tests/kernels/test_offline_affine_steps.py checks.
     """
-    for block_m, block_n, block_k, stages in TILES[terms][-2:] if start else TILES[terms]:
-        stage = block_k * ((4 if start else 2) * block_m + 2 * terms * block_n)
-        enough = -(-batch // block_m) * -(-features // block_n) >= ENOUGH
-        if enough and stages * stage + block_m * block_n <= shared:  # the latter for a part on its way between layouts
+    for tile in TILES[terms][-2:] if start else TILES[terms]:
+        if -(-batch // tile[0]) * -(-features // tile[1]) >= ENOUGH and affine_fits(*tile, terms, start, shared):
             break
-    warps = 8 if block_m * block_n > 64 * 64 else 4
-    return {
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "BLOCK_K": block_k,
-        "GROUP": 8,
-        "SUB": max(1, block_m * block_n // (512 * warps)),  # 16 elements a thread in each
-        "num_warps": warps,
-        "num_stages": stages,
-    }
+    return affine_tile(*tile)
 
 
 # What the rule below reckons with, of an H200: FLOP/s of cuBLAS by what the cell multiplies in, bytes/s, the seconds of
@@ -228,15 +199,91 @@ SHAPES: dict[str, Callable[..., dict | None]] = {
 }
 
 
-def parameters(op: str, **shape) -> dict | None:
-    """Launch parameters of `op` for this shape, `programs` of them on each multiprocessor; None where none would do."""
-    return SHAPES[op](**shape)
+SPACES = {
+    rows: space.ROWS,
+    steps: space.STEPS,
+    whole_rows: space.WHOLE_ROWS,
+    affine_steps: space.AFFINE_STEPS,
+    group_norm: space.GROUP_NORM,
+}
+
+
+def parameters(op: str, device: torch.device | None = None, **shape) -> dict | None:
+    """Launch parameters of `op` for this shape, `programs` of them on each multiprocessor; None where none would do.
+
+    They are the pure function's, but for a device whose tables have a choice for this shape or for the nearest one.
+    """
+    pure = SHAPES[op]
+    if device is None or gpu(device) is None or pure not in SPACES:
+        return pure(**shape)
+    found = _chosen(op, device, tuple(shape.items()))
+    return found and dict(found)
+
+
+@lru_cache(1024)
+def _chosen(op: str, device: torch.device, items: tuple) -> dict | None:
+    shape, among = dict(items), SPACES[SHAPES[op]]
+    configs = candidates(op, **shape)
+    key = among.key(**shape)
+    entry = tables.nearest(op, key, among.near, gpu(device), spaces()) if configs else None
+    if entry is not None:
+        for config in configs:
+            if all(config[name] == entry.parameters[name] for name in among.names):
+                return config
+        if entry.shape == key:
+            tables.warn(entry.path, f"{op} at {key} can't take {entry.parameters}")
+    return configs[0] if configs else None
+
+
+def candidates(op: str, **shape) -> list[dict]:
+    """The launch parameters among which a measurement may choose: those of the pure function first, then others near
+    them, all within the same arithmetic of shared memory; none where the pure function has none."""
+    pure = SHAPES[op]
+    base = pure(**shape)
+    if base is None or pure not in SPACES:
+        return [base] if base else []
+    found = [base]
+    for config in SPACES[pure].around(base, **shape):
+        if config not in found:
+            found.append(config)
+    return found
+
+
+def spaces() -> dict[str, space.Space]:
+    """By op, of those that can be tuned."""
+    return {op: SPACES[pure] for op, pure in SHAPES.items() if pure in SPACES}
+
+
+def reread() -> None:
+    """Forgets what the tables said: the next launch reads them again."""
+    _chosen.cache_clear()
+    tables.forget()
+
+
+@contextlib.contextmanager
+def trial(op: str, shape: dict, config: dict):
+    """Launches `op` with this candidate for `shape`, in place of all tables."""
+    chosen = {name: config[name] for name in SPACES[SHAPES[op]].names}
+    with tables.only(tables.Entry(op, SPACES[SHAPES[op]].key(**shape), chosen)):
+        _chosen.cache_clear()
+        try:
+            yield
+        finally:
+            _chosen.cache_clear()
+
+
+@cache
+def gpu(device: torch.device) -> tables.Gpu | None:
+    """Whose tables a launch on this device looks at; None for what is no GPU."""
+    if device.type != "cuda":
+        return None
+    return tables.Gpu(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
 
 
 def too_large(op: str, shapes, terms: int, memory: int, device: torch.device | None) -> str | None:
     """Why weights of these shapes can't be held by a multiprocessor of this device, or None."""
     shared = shared_memory(device)
-    if parameters(op, batch=1, shapes=shapes, terms=terms, memory=memory, shared=shared):
+    if SHAPES[op](batch=1, shapes=shapes, terms=terms, memory=memory, shared=shared):
         return None
     size = 2 * terms * sum(n * m for n, m in shapes)
     of = "" if terms == 1 else f" in {terms} bf16 terms"
@@ -264,6 +311,11 @@ def chip(device: torch.device) -> int:
         return 90
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def limits(device: torch.device) -> dict[str, int]:
+    """What of a device the pure functions ask, where they do."""
+    return {"shared": shared_memory(device), "chip": chip(device)}
 
 
 @cache

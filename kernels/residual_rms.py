@@ -83,7 +83,7 @@ def residual_rms(
     s = torch.empty_like(n) if keep_sum else None
     rows = n.numel() // features
     if rows:
-        config = launch.parameters("residual_rms", features=features)
+        config = launch.parameters("residual_rms", a.device, features=features)
         flags = {"HAS_GAMMA": gamma is not None, "HAS_WEIGHT": weight is not None, "KEEP_SUM": keep_sum}
         vectors = (a if gamma is None else gamma.contiguous(), a if weight is None else weight.contiguous())
         with launch.on(a.device):

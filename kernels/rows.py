@@ -279,9 +279,9 @@ class Rows:
         steps, status = (z.new_empty(len(z), dtype=torch.int32) for _ in range(2))
         if len(z) == 0:
             return z, steps, residual, status
-        shapes = [tuple(w.shape) for w in matrices]
-        of = {"shared": launch.shared_memory(z.device), "chip": launch.chip(z.device)}
-        config = launch.parameters(op, batch=len(z), shapes=shapes, terms=terms, memory=memory, **of)
+        shapes = tuple(tuple(w.shape) for w in matrices)
+        of = {"shapes": shapes, "terms": terms, "memory": memory} | launch.limits(z.device)
+        config = launch.parameters(op, z.device, batch=len(z), **of)
         programs = config.pop("programs") * launch.multiprocessors(z.device)
         programs = min(triton.cdiv(len(z), config["BLOCK_B"]), programs)
         scratch = z

@@ -78,7 +78,7 @@ class Steps(Samples):
         self.numbers = z.new_empty(len(numbers))
         for i, number in enumerate(numbers):
             self.numbers[i].fill_(number)
-        config = launch.parameters(op, width=width, itemsize=z.element_size())
+        config = launch.parameters(op, z.device, width=width, itemsize=z.element_size())
         self.grid = (batch * config["SPLITS"],)
         self.config = config | {
             "HAS_KEEP": keep is not None,

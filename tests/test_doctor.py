@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tritondeq import doctor, set_backend
-from tritondeq.kernels import dispatch
+from tritondeq.kernels import dispatch, launch, tables
 
 
 def section(title: str) -> str:
@@ -59,7 +59,9 @@ def gpu(monkeypatch, op):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    return properties
+    launch.gpu.cache_clear()
+    yield properties
+    launch.gpu.cache_clear()
 
 
 def test_versions():
@@ -162,6 +164,39 @@ def test_forced_triton_on_cpu_is_said(monkeypatch, gpu):
 def test_interpreter_is_said(monkeypatch, op):
     monkeypatch.setattr(dispatch, "interpreting", lambda: True)
     assert "interpreted" in section("Backend")
+
+
+def test_no_gpu_has_no_table(no_gpu):
+    assert section("Launch parameters").splitlines()[1:] == [
+        "  pure functions of the shape; `python -m tritondeq tune` measures them where there is a GPU"
+    ]
+
+
+def test_tables_in_force_are_said(monkeypatch, tmp_path, gpu):
+    """Which file, of what date, how much of it counts, and what is wrong with it."""
+    monkeypatch.setenv("TRITONDEQ_CACHE", str(tmp_path))
+    none = "  cuda:0  no table in force: pure functions of the shape. `python -m tritondeq tune` measures them"
+    assert section("Launch parameters").splitlines()[1:] == [none]
+    who, made = tables.Gpu("Fake 9000", (9, 0)), {"triton": tables.version(), "source": tables.source("picard")}
+    for width, date, changed in (
+        (64, "2026-02-01", {}),
+        (128, "2026-01-31", {}),
+        (256, "2026-03-01", {"triton": "1.0"}),
+    ):
+        shape, chosen = {"width": width, "itemsize": 4}, {"BLOCK_N": 128, "num_warps": 1}
+        path = tables.write(who, tables.Entry("picard", shape, chosen, date=date, **made | changed), launch.spaces())
+    stale = "1 stale: made with another Triton or other kernels"
+    says = f"  cuda:0  {path}: 2 choices in force, the last of 2026-02-01, {stale}"
+    assert section("Launch parameters").splitlines()[1:] == [says]
+    monkeypatch.setattr(tables, "version", lambda: "1.0")
+    (line,) = section("Launch parameters").splitlines()[1:]
+    assert "1 choices in force, the last of 2026-03-01, 2 stale" in line
+    monkeypatch.setattr(tables, "version", lambda: "2.0")
+    line, last = section("Launch parameters").splitlines()[1:]
+    assert line == f"  cuda:0  {path}: nothing in force, 3 {stale[2:]}" and last == none
+    path.write_text("{")
+    line, last = section("Launch parameters").splitlines()[1:]
+    assert line.startswith(f"  cuda:0  {path}: nothing in force, damaged: JSONDecodeError: ") and last == none
 
 
 def test_missing_extra_is_said(monkeypatch):

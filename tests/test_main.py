@@ -52,6 +52,12 @@ def start(code: str, *arguments: str, **options) -> subprocess.Popen:
         ("demo --seeds two", "--seeds: takes an integer from 1 to 2147483647, got 'two'"),
         ("demo --seed -1", "--seed: takes an integer from 0 to 2147483647, got '-1'"),
         ("demo --seed 2147483648", "--seed: takes an integer from 0 to 2147483647, got '2147483648'"),
+        ("tune --cell mnist", "--cell: invalid choice: 'mnist' (choose from"),
+        ("tune --cell", "--cell: expected at least one argument"),
+        ("tune --dtype int8", "--dtype: invalid choice: 'int8' (choose from"),
+        ("tune --features 64 0", "--features: takes an integer from 1 to 2147483647, got '0'"),
+        ("tune --rows many", "--rows: takes an integer from 1 to 2147483647, got 'many'"),
+        ("tune 64", "tune: error: unrecognized arguments: 64"),
         ("demo --device tpu", "--device: takes auto, cpu, cuda or cuda:N, got 'tpu'"),
         ("demo --device meta", "--device: takes auto, cpu, cuda or cuda:N, got 'meta'"),
         ("demo --device cuda:99", "--device: asks for cuda:99, and torch sees"),
@@ -73,7 +79,7 @@ def test_help_lists_the_commands(capsys):
         cli.main(["--help"])
     out, error = capsys.readouterr()
     assert not stop.value.code and not error
-    assert re.findall(r"^    (\w+)  ", out, re.MULTILINE) == ["demo", "doctor", "bench"]
+    assert re.findall(r"^    (\w+)  ", out, re.MULTILINE) == ["demo", "doctor", "tune", "bench"]
 
 
 def test_doctor(capsys, monkeypatch):

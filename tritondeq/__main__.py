@@ -1,4 +1,4 @@
-"""The command line: `python -m tritondeq demo | doctor | bench`."""
+"""The command line: `python -m tritondeq demo | doctor | tune | bench`."""
 
 import argparse
 import os
@@ -17,6 +17,8 @@ EXTRAS = {
     "torchdeq": ("torchdeq", "bench"),
 }
 TASKS, SEEDS = ("digits", "parity"), 3
+TUNED = ("affine", "monotone", "mlp", "gated", "transformer", "conv", "any")
+DTYPES = ("fp32", "bf16", "fp64")
 MOST = 2**31 - 1  # seeds that every generator takes
 INTERRUPTED = 130
 
@@ -31,9 +33,9 @@ def main(argv: list[str] | None = None) -> int:
         arguments, rest = _parser().parse_known_args(argv)
         if rest:
             arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        arguments.command(arguments, finished)
+        status = arguments.command(arguments, finished) or 0
         sys.stdout.flush()  # or a closed pipe is met where nobody catches it
-        return 0
+        return status
     except KeyboardInterrupt:
         return _fail(f"interrupted; finished: {', '.join(finished) or 'nothing yet'}", INTERRUPTED)
     except ModuleNotFoundError as error:
@@ -65,6 +67,20 @@ def _doctor(arguments: argparse.Namespace, finished: list[str]) -> None:
     from .doctor import report
 
     print(report())
+
+
+def _tune(arguments: argparse.Namespace, finished: list[str]) -> int:
+    from .tune import Options, run
+
+    names = ("cells", "features", "rows", "dtypes", "fresh")
+    options = Options(**{name: getattr(arguments, name) for name in names})
+    if arguments.offline is None:
+        return run(options, finished)
+    from .tune_offline import report
+
+    for line in report(options, int(arguments.offline.removeprefix("sm_"))):
+        print(line, flush=True)
+    return 0
 
 
 def _bench(argv: list[str]) -> int:
@@ -107,6 +123,17 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--device", type=_device, default="auto", help="cpu, cuda, cuda:N or auto (the default)")
     demo.add_argument("--quick", action="store_true", help="seconds; shows that all works, trains nothing of use")
     add("doctor", _doctor, help="say what this machine will run, and why")
+    tune = add("tune", _tune, help="measure launch parameters on this GPU, and use the best from then on")
+    for name, kind in (("cell", {"choices": TUNED}), ("dtype", {"choices": DTYPES})):
+        defaults = {"cell": TUNED, "dtype": DTYPES[:2]}[name]
+        told = f"default: {' '.join(defaults)}"
+        tune.add_argument(f"--{name}", nargs="+", dest=f"{name}s", default=list(defaults), **kind, help=told)
+    for name, defaults in (("features", (64, 128, 256)), ("rows", (256, 16384))):
+        told = f"default: {' '.join(map(str, defaults))}"
+        tune.add_argument(f"--{name}", nargs="+", type=_at_least(1), default=list(defaults), metavar="N", help=told)
+    tune.add_argument("--fresh", action="store_true", help="measure again what has been measured")
+    told = "measure nothing: compile the candidates for this chip, which needs no GPU, and list what came out"
+    tune.add_argument("--offline", choices=("sm_80", "sm_90", "sm_100"), help=told)
     add("bench", None, help="measure against eager PyTorch; `bench --help` lists its options")
     return parser
 

@@ -10,7 +10,7 @@ from importlib import metadata, util
 import torch
 
 from .cells import MLP, Affine, Gated
-from .kernels import dispatch
+from .kernels import dispatch, launch, tables
 from .loop import plan_steps
 from .solvers import Anderson, Broyden, Picard
 
@@ -31,12 +31,14 @@ TRITON_PACKAGES = ("triton", "pytorch-triton", "triton-windows")
 
 
 def report() -> str:
-    """A section each: versions, GPUs, the backend in force, the path of typical solves, optional packages."""
+    """A section each: versions, GPUs, the backend in force, the path of typical solves, tables of launch parameters,
+    optional packages."""
     sections = {
         f"tritondeq {_version('tritondeq')}": _versions(),
         "GPUs": _gpus(),
         "Backend": [_backend(), _barriers()],
         "Solves": _solves(),
+        "Launch parameters": _tables(),
         "Optional packages": _extras(),
     }
     return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items())
@@ -161,6 +163,29 @@ def _answer(whole: dispatch.WholeSolve, solver: Picard | Anderson, device: torch
 
 def _name(solver: Picard | Anderson) -> str:
     return f"Anderson({solver.memory})" if isinstance(solver, Anderson) else "Picard"
+
+
+def _tables() -> Iterator[str]:
+    if not torch.cuda.is_available():
+        yield "pure functions of the shape; `python -m tritondeq tune` measures them where there is a GPU"
+    for i in range(torch.cuda.device_count()):
+        gpu = launch.gpu(torch.device("cuda", i))
+        found = [known for path in tables.paths(gpu) if (known := tables.read(path, gpu, launch.spaces()))]
+        yield from (f"cuda:{i}  {_table(known)}" for known in found)
+        if not any(not entry.stale for known in found for entry in known.entries):
+            yield f"cuda:{i}  no table in force: pure functions of the shape. `python -m tritondeq tune` measures them"
+
+
+def _table(known: tables.Table) -> str:
+    fresh = [entry for entry in known.entries if not entry.stale]
+    parts = [f"{len(fresh)} choices in force" if fresh else "nothing in force"]
+    if fresh:
+        parts.append(f"the last of {max(entry.date for entry in fresh)}")
+    if len(fresh) < len(known.entries):
+        parts.append(f"{len(known.entries) - len(fresh)} stale: made with another Triton or other kernels")
+    if known.fault:
+        parts.append(f"damaged: {known.fault}")
+    return f"{known.path}: {', '.join(parts)}"
 
 
 def _extras() -> Iterator[str]:

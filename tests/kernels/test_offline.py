@@ -1,26 +1,12 @@
 """What ptxas makes of every kernel at every launch that we ship, on chips that are not here."""
 
-import importlib
 import itertools
 
-import offline
 import pytest
 
-from tritondeq.kernels import launch
+from tritondeq.kernels import jobs as launches
+from tritondeq.kernels import launch, offline
 
-TYPES = {
-    "z0_ptr": "*fp32",
-    "d_ptr": "*bf16",
-    "z_ptr": "*fp32",
-    "steps_ptr": "*i32",
-    "residual_ptr": "*fp32",
-    "status_ptr": "*i32",
-    "B": "i32",
-    "tol": "fp32",
-    "max_steps": "i32",
-    "damping": "fp32",
-    "ridge": "fp32",
-}
 # Local loads and stores in the hot loop that we live with, of some 700 to 2,200 instructions there.
 SPILLS = {  # the most of Triton 3.6 and 3.9
     "sm90 D128 terms1 memory0 tanh solve tile64": 1,
@@ -33,30 +19,6 @@ SPILLS = {  # the most of Triton 3.6 and 3.9
     "sm90 D256 terms2 memory4 tanh adjoint tile16": 390,
     "sm100 D256 terms2 memory4 tanh adjoint tile16": 351,
 }
-
-
-def rows_job(chip, op, adj, config, features, shapes, vectors, inputs, terms, memory, act, form=None):
-    """A whole solve as `Rows.solve` launches it."""
-    rows = getattr(importlib.import_module(f"tritondeq.kernels.{op}"), "ADJOINT" if adj else "SOLVE")
-    rows = rows[form] if form else rows
-    config.pop("programs")
-    options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
-    kinds = {
-        "w_ptrs": ["*bf16"] * len(shapes),
-        "v_ptrs": ["*fp32"] * max(1, len(vectors)),
-        "x_ptrs": ["*fp32"] * len(inputs),
-    }
-    constants = rows.constants(features, shapes, vectors, [(width, width) for width in inputs])
-    constants |= config | {"ACT": act, "HAS_Z0": not adj, "TERMS": terms, "MEMORY": memory, "INTERP": False}
-    constants |= {name: f"tritondeq.kernels.{op}:{constants[name].__name__}" for name in ("START", "STEP")}
-    types = TYPES | kinds
-    return {
-        "kernel": "tritondeq.kernels.rows:rows_kernel",
-        "chip": chip,
-        "types": types,
-        "constants": constants,
-        **options,
-    }
 
 
 def affine_jobs():
@@ -80,10 +42,8 @@ def affine_jobs():
         shape = {"batch": batch, "shapes": [(features, features)], "terms": terms, "memory": memory}
         config = launch.parameters("affine", **shape, chip=chip)
         name = f"D{features} terms{terms} memory{memory} {act} {'adjoint' if adj else 'solve'} tile{config['BLOCK_B']}"
-        inputs = [features] * (1 + adj)
-        jobs[f"sm{chip} {name}"] = rows_job(
-            chip, "affine", adj, config, features, [(features, features)], [], inputs, terms, memory, act
-        )
+        of = {"shapes": shape["shapes"], "terms": terms, "memory": memory, "act": act, "adj": adj}
+        jobs[f"sm{chip} {name}"] = launches.rows("affine", chip, config, **of)
     return jobs
 
 
@@ -100,15 +60,15 @@ def cell_jobs():
         )
         if config is None or (chip != 90 and (d, gate) == (32, False)):
             continue
-        vectors = [d] if adj or form == "post" else [d, *[h] * (1 + gate)]
-        inputs = [d, d, *[h] * (1 + gate)] if adj else [d, *[h] * (1 + gate)] if form == "post" else [d]
         name = f"sm{chip} mlp {form}{' gate' if gate else ''} D{d} H{h} terms{terms} {'adjoint' if adj else 'solve'}"
-        jobs[name] = rows_job(chip, "mlp", adj, config, d, shapes, vectors, inputs, terms, 0, "silu", form)
+        of = {"shapes": shapes, "terms": terms, "memory": 0, "act": "silu", "adj": adj, "form": form}
+        jobs[name] = launches.rows("mlp", chip, config, **of)
     for chip, (d, terms), memory, adj in itertools.product((80, 90, 100), ((64, 2), (128, 1)), (0, 2), (False, True)):
         shapes = [(d, d)] * 3
         config = launch.parameters("gated", batch=1, shapes=shapes, terms=terms, memory=memory)
         name = f"sm{chip} gated D{d} terms{terms} memory{memory} {'adjoint' if adj else 'solve'}"
-        jobs[name] = rows_job(chip, "gated", adj, config, d, shapes, [], [d] * (6 if adj else 3), terms, memory, "")
+        of = {"shapes": shapes, "terms": terms, "memory": memory, "act": "", "adj": adj}
+        jobs[name] = launches.rows("gated", chip, config, **of)
     return jobs
 
 

@@ -2,29 +2,11 @@
 
 import itertools
 
-import offline
 import pytest
-import triton
 
-from tritondeq.kernels import launch
+from tritondeq.kernels import jobs as launches
+from tritondeq.kernels import launch, offline
 
-TYPES = {
-    "d_ptr": "*bf16",
-    "w_ptr": "*bf16",
-    "kept_ptr": "*fp32",
-    "other_ptr": "*fp32",
-    "pre_ptr": "*fp32",
-    "best_ptr": "*fp32",
-    "moved_ptr": "*i1",
-    "stats_ptr": "*fp32",
-    "flags_ptr": "*i32",
-    "part_ptr": "*fp32",
-    "left_ptr": "*i32",
-    "B": "i32",
-    "limit": "i32",
-    "depth": "i32",
-    "damping": "fp32",
-}
 # Local loads and stores of the epilogue, by tile, that we live with, of 1,000 to 9,000 instructions: at most 14 with
 # Triton 3.9, 42 with 3.6. The loop over the depth has none.
 SPILLS = {"large": 48, "wide": 6, "middle": 10, "small": 2}
@@ -47,26 +29,9 @@ def step_jobs():
     for chip, terms, rows, act, (adj, first), features in cases:
         shape = {"batch": ROWS[rows], "features": features, "terms": terms, "shared": offline.SHARED[chip]}
         config = launch.parameters("affine_steps", start=first, **shape)
-        options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
-        splits = triton.cdiv(features, config["BLOCK_N"])
-        constants = config | {
-            "D": features,
-            "WIDTH": triton.cdiv(features, 256) * 256,
-            "ACT": act,
-            "ADJ": adj,
-            "START": first,
-            "TERMS": terms,
-            "BLOCK_S": triton.next_power_of_2(splits),
-            "INTERP": False,
-        }
         kind = ("adjoint" if adj else "solve") + (" start" if first else "")
-        jobs[f"sm{chip} D{features} terms{terms} {act} {kind} {rows}"] = {
-            "kernel": "tritondeq.kernels.affine_steps:_step_kernel",
-            "chip": chip,
-            "types": TYPES,
-            "constants": constants,
-            **options,
-        }
+        of = {"features": features, "terms": terms, "act": act, "adj": adj, "start": first}
+        jobs[f"sm{chip} D{features} terms{terms} {act} {kind} {rows}"] = launches.affine_steps(chip, config, **of)
     return jobs
 
 

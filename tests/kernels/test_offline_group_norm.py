@@ -1,13 +1,9 @@
 """What ptxas makes of GroupNorm, on chips that are not here."""
 
-import offline
 import pytest
-import triton
 
-from tritondeq.kernels import launch
-
-TYPES = {"part_ptr": "*fp32", "weight_ptr": "*fp32", "bias_ptr": "*fp32", "eps": "fp32"}
-TYPES |= {"stride_ab": "i64", "stride_bb": "i64", "P": "i32", "C": "i32", "G": "i32", "SPLITS": "i32"}
+from tritondeq.kernels import jobs as launches
+from tritondeq.kernels import launch, offline
 
 
 def jobs():
@@ -16,18 +12,11 @@ def jobs():
     found = {}
     for chip, pixels, width, kind in cases:
         config = launch.parameters("group_norm", pixels=pixels, width=width)
-        splits = config["SPLITS"]
-        flags = {"D": width, "HAS_B": True, "INTERP": False} | {k: config[k] for k in ("BLOCK_P", "BLOCK_D")}
-        for kernel in ("_normalise_kernel", "_measure_kernel") if splits > 1 else ("_normalise_kernel",):
+        for kernel in ("_normalise_kernel", "_measure_kernel") if config["SPLITS"] > 1 else ("_normalise_kernel",):
             for relu in ("before", "after") if kernel == "_normalise_kernel" else ("before",):
-                own = {"BLOCK_S": triton.next_power_of_2(splits) if splits > 1 else 0, "ROUND": False}
-                found[f"sm{chip} {kernel} P{pixels} D{width} {kind} {relu}"] = {
-                    "kernel": f"tritondeq.kernels.group_norm:{kernel}",
-                    "chip": chip,
-                    "types": TYPES | {f"{name}_ptr": f"*{kind}" for name in "aby"},
-                    "constants": flags | {"RELU": relu} | (own if kernel == "_normalise_kernel" else {}),
-                    "num_warps": config["num_warps"],
-                }
+                of = {"width": width, "itemsize": 2 if kind == "bf16" else 4, "relu": relu}
+                name = f"sm{chip} {kernel} P{pixels} D{width} {kind} {relu}"
+                found[name] = launches.group_norm(kernel, chip, config, **of)
     return found
 
 

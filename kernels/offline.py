@@ -1,7 +1,7 @@
 """Compiles kernels for chips that are not here and reads their machine code.
 
-As a program it takes jobs as JSON on stdin and prints what `inspect` finds, as JSON: Triton compiles only in a process
-that was started without TRITON_INTERPRET.
+As a program it takes jobs (jobs.py makes them) as JSON on stdin and prints what `inspect` finds, as JSON: Triton
+compiles only in a process that was started without TRITON_INTERPRET.
 """
 
 import importlib
@@ -25,6 +25,11 @@ _ORDER = re.compile(
 )
 
 
+def limits(chip: int) -> dict[str, int]:
+    """As launch.limits', of one of these chips."""
+    return {"shared": SHARED[chip], "chip": chip}
+
+
 def run(jobs: list[dict]) -> list[dict]:
     """Results of `inspect` for each job, made in fresh processes with their own Triton cache."""
     processes = min(2, os.cpu_count() or 1)
@@ -39,7 +44,7 @@ def _in_process(jobs: list[dict]) -> list[dict]:
     with tempfile.TemporaryDirectory() as cache:
         env["TRITON_CACHE_DIR"] = cache
         done = subprocess.run(
-            [sys.executable, __file__], input=json.dumps(jobs), env=env, capture_output=True, text=True
+            [sys.executable, "-m", __name__], input=json.dumps(jobs), env=env, capture_output=True, text=True
         )
     if done.returncode:
         raise RuntimeError(done.stderr)

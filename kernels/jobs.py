@@ -1,0 +1,138 @@
+"""The launches of every op as offline.py compiles them: kernel, types and constants, as the launchers pass them."""
+
+import importlib
+from typing import Any
+
+from . import launch
+
+FLOATS = {2: "bf16", 4: "fp32", 8: "fp64"}
+ROWS = {name: "*fp32" for name in ("z0_ptr", "z_ptr", "residual_ptr")} | {"d_ptr": "*bf16"}
+ROWS |= {"steps_ptr": "*i32", "status_ptr": "*i32", "B": "i32", "max_steps": "i32"}
+ROWS |= {name: "fp32" for name in ("tol", "damping", "ridge")}
+AFFINE = {f"{name}_ptr": "*fp32" for name in ("kept", "other", "pre", "best", "stats", "part")}
+AFFINE |= {"d_ptr": "*bf16", "w_ptr": "*bf16", "moved_ptr": "*i1", "flags_ptr": "*i32", "left_ptr": "*i32"}
+AFFINE |= {"B": "i32", "limit": "i32", "depth": "i32", "damping": "fp32"}
+STEPS = {"keep_ptr": "*u8", "flags_ptr": "*i32", "left_ptr": "*i32", "B": "i32", "N": "i32", "limit": "i32"}
+POINTERS = {
+    "picard:_step_kernel": "z y prev next best numbers stats part",
+    "anderson:_measure_kernel": "z y prev next best g dg dh gram gamma numbers stats part",
+    "anderson:_mix_kernel": "z y next dh gamma numbers",
+    "broyden:_measure_kernel": "z y prev next best g u v coef numbers stats part",
+    "broyden:_mix_kernel": "z y next u v coef",
+    "tl_steps:finish_kernel": "z prev best",
+}
+MEASURES = ("HAS_KEEP", "SPLITS", "BLOCK_S", "BLOCK_N", "FLOOR", "TAIL", "INTERP")
+MIXES = ("M", "SPLITS", "BLOCK_N", "TAIL", "INTERP")
+TAKES = {
+    "picard:_step_kernel": MEASURES,
+    "anderson:_measure_kernel": ("M", "HALF", *MEASURES),
+    "anderson:_mix_kernel": MIXES,
+    "broyden:_measure_kernel": ("M", *MEASURES),
+    "broyden:_mix_kernel": MIXES,
+    "tl_steps:finish_kernel": ("SPLITS", "BLOCK_N"),
+}
+GROUP_NORM = {"part_ptr": "*fp32", "weight_ptr": "*fp32", "bias_ptr": "*fp32", "eps": "fp32"}
+GROUP_NORM |= {"stride_ab": "i64", "stride_bb": "i64", "P": "i32", "C": "i32", "G": "i32", "SPLITS": "i32"}
+
+
+def rows(
+    op: str, chip: int, config: dict, *, shapes, terms: int, memory: int, act: str, adj: bool, form: str | None = None
+) -> dict[str, Any]:
+    """A whole solve, or its adjoint, as `Rows.solve` launches it."""
+    cell = getattr(importlib.import_module(f"{__package__}.{op}"), "ADJOINT" if adj else "SOLVE")
+    cell = cell[form] if form else cell
+    features = shapes[0][1]
+    vectors, inputs = _operands(op, shapes, adj, form)
+    constants = cell.constants(features, shapes, vectors, [(width, width) for width in inputs])
+    constants |= {"ACT": act, "HAS_Z0": not adj, "TERMS": terms, "MEMORY": memory, "INTERP": False}
+    constants |= {name: f"{__package__}.{op}:{constants[name].__name__}" for name in ("START", "STEP")}
+    lists = {"w_ptrs": ["*bf16"] * len(shapes), "v_ptrs": ["*fp32"] * max(1, len(vectors))}
+    types = ROWS | lists | {"x_ptrs": ["*fp32"] * len(inputs)}
+    return _job("rows:rows_kernel", chip, types, constants, {k: v for k, v in config.items() if k != "programs"})
+
+
+def _operands(op: str, shapes, adj: bool, form: str | None) -> tuple[list[int], list[int]]:
+    """Widths of the vectors and of the inputs of a cell."""
+    d, h = shapes[0][1], shapes[0][0]
+    if op == "mlp":
+        into = [h] * (len(shapes) - 1)
+        if adj:
+            return [d], [d, d, *into]
+        return ([d], [d, *into]) if form == "post" else ([d, *into], [d])
+    if op == "gated":
+        return [], [d] * (6 if adj else 3)
+    return [], [d] * (1 + adj)
+
+
+def affine_steps(
+    chip: int, config: dict, *, features: int, terms: int, act: str, adj: bool, start: bool = False
+) -> dict[str, Any]:
+    """A step with its GEMM."""
+    splits = -(-features // config["BLOCK_N"])
+    constants = {"D": features, "WIDTH": -(-features // 256) * 256, "ACT": act, "ADJ": adj, "START": start}
+    constants |= {"TERMS": terms, "BLOCK_S": _power(splits), "INTERP": False}
+    return _job("affine_steps:_step_kernel", chip, AFFINE, constants, config)
+
+
+def steps(
+    kernel: str, chip: int, config: dict, *, itemsize: int, cell: int, memory: int, half: bool, tail: str
+) -> dict[str, Any]:
+    """A launch of fused solver steps, a key of POINTERS; `cell` is the size of what the cell gives."""
+    known = config | {"M": memory, "HALF": half, "HAS_KEEP": True, "FLOOR": 1e-2, "TAIL": tail, "INTERP": False}
+    known["BLOCK_S"] = _power(config["SPLITS"])
+    types = {f"{name}_ptr": f"*{FLOATS[itemsize]}" for name in POINTERS[kernel].split()}
+    types |= ({"dg_ptr": "*bf16"} if half else {}) | STEPS
+    types |= {"y_ptr": f"*{FLOATS[cell]}"} if "y_ptr" in types else {}
+    constants = {name: known[name] for name in TAKES[kernel]}
+    return _job(kernel, chip, types, constants, {"num_warps": config["num_warps"]})
+
+
+def residual_rms(chip: int, config: dict, *, features: int, a: int, b: int) -> dict[str, Any]:
+    """A sum and its norm; `a` and `b` are itemsizes."""
+    types = {f"{name}_ptr": f"*{FLOATS[a]}" for name in ("a", "gamma", "weight", "s", "n")}
+    types |= {"b_ptr": f"*{FLOATS[b]}", "R": "i32", "D": "i32", "eps": "fp32"}
+    constants = dict.fromkeys(("HAS_GAMMA", "HAS_WEIGHT", "KEEP_SUM"), True) | {"INTERP": False}
+    job = _job("residual_rms:_rms_kernel", chip, types, constants, config)
+    return job | {"multiples": [] if features % 16 else ["D"]}
+
+
+def group_norm(kernel: str, chip: int, config: dict, *, width: int, itemsize: int, relu: str) -> dict[str, Any]:
+    """One of the launches of GroupNorm, "_measure_kernel" or "_normalise_kernel"."""
+    splits = config["SPLITS"]
+    constants = {"D": width, "HAS_B": True, "RELU": relu, "INTERP": False}
+    if kernel == "_normalise_kernel":
+        constants |= {"BLOCK_S": _power(splits) if splits > 1 else 0, "ROUND": False}
+    types = GROUP_NORM | {f"{name}_ptr": f"*{FLOATS[itemsize]}" for name in "aby"}
+    return _job(f"group_norm:{kernel}", chip, types, constants, {k: v for k, v in config.items() if k != "SPLITS"})
+
+
+def _job(kernel: str, chip: int, types: dict, constants: dict, config: dict) -> dict[str, Any]:
+    options = {name: value for name, value in config.items() if name in ("num_warps", "num_stages")}
+    constants = constants | {name: value for name, value in config.items() if name not in options}
+    return {"kernel": f"{__package__}.{kernel}", "chip": chip, "types": types, "constants": constants, **options}
+
+
+def _power(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def of_candidate(op: str, chip: int, config: dict, dtype: str, shape: dict) -> list[dict[str, Any]]:
+    """All launches of an op at one of `launch.candidates`, at what people run most."""
+    itemsize = {"fp32": 4, "bf16": 2, "fp64": 8}[dtype]
+    if op == "affine_steps":
+        of = {"features": shape["features"], "terms": shape["terms"], "act": "tanh"}
+        return [affine_steps(chip, config, **of, adj=adj) for adj in (False, True)]
+    if launch.SHAPES[op] is launch.rows:
+        of = {"shapes": shape["shapes"], "terms": shape["terms"], "memory": shape["memory"]}
+        of |= {"affine": {"act": "tanh"}, "mlp": {"act": "gelu", "form": "post"}, "gated": {"act": ""}}[op]
+        return [rows(op, chip, config, **of, adj=adj) for adj in (False, True)]
+    if launch.SHAPES[op] is launch.steps:
+        state = shape["itemsize"]
+        of = {"itemsize": state, "cell": min(state, itemsize), "memory": {"anderson": 5, "broyden": 10}.get(op, 0)}
+        kernels = [kernel for kernel in POINTERS if kernel.startswith((f"{op}:", "tl_steps:"))]
+        return [steps(kernel, chip, config, **of, half=False, tail="identity") for kernel in kernels]
+    if op == "residual_rms":
+        return [residual_rms(chip, config, features=shape["features"], a=itemsize, b=itemsize)]
+    kernels = ["_normalise_kernel"] + (["_measure_kernel"] if config["SPLITS"] > 1 else [])
+    of = {"width": shape["width"], "itemsize": itemsize, "relu": "after"}
+    return [group_norm(kernel, chip, config, **of) for kernel in kernels]

@@ -31,7 +31,7 @@ class Plain(nn.Module):
 def sizes(suite: str, cuda: bool) -> tuple[int, int, tuple[int, ...]]:
     """(rows, width, steps) of a suite."""
     if suite == "tiny":
-        return 4, 64, (6, 12)
+        return 64, 64, (6, 12)
     return (8192, 256, (4, 8, 16, 32, 64)) if cuda else (256, 128, (4, 16, 64))
 
 
@@ -48,7 +48,7 @@ def run(device: torch.device, suite: str, these: list[shapes.Shape] | None = Non
     yield from _grown(shapes.Shape("affine", width, rows), counts, f"{rows}x{width}", "Affine", device)
     _, tokens, features, _ = size = blocks.SIZES["tiny" if suite == "tiny" else device.type]
     shape = shapes.Shape("transformer", features, size[0] * min(tokens, shapes.TOKENS))
-    yield from _grown(shape, counts[:2] + counts[-1:], str(shape), "Transformer", device)
+    yield from _grown(shape, counts[:: len(counts) - 1] if cuda else counts[:2], str(shape), "Transformer", device)
 
 
 def _grown(shape: shapes.Shape, counts: tuple[int, ...], name: str, net: str, device: torch.device) -> Iterator[Record]:

@@ -37,7 +37,8 @@ def style(name: str) -> dict[str, Any]:
     marker = "^" if "compiled" in name else "D" if "graph" in name else "s" if "Anderson" in name else "o"
     hollow = "torchdeq" in name or "eager" in name
     colour = COLOURS.get(name, "#777777")
-    return {"color": colour, "marker": marker, "markerfacecolor": "white" if hollow else colour}
+    line = {"linestyle": ":", "zorder": 3} if "Unrolled" in name else {}  # where the tied loop's is
+    return {"color": colour, "marker": marker, "markerfacecolor": "white" if hollow else colour, **line}
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
@@ -82,7 +83,7 @@ def _dots(pyplot, records: list[dict], key: str, label: str):
     figure, axes = pyplot.subplots(figsize=(9, 1.4 + 0.27 * len(cases)), layout="constrained")
     for name in names:
         of = [(r[key], cases.index(r["case"])) for r in records if r["contestant"] == name]
-        axes.plot(*zip(*of, strict=True), linestyle="none", markersize=6, label=name, **style(name))
+        axes.plot(*zip(*of, strict=True), markersize=6, label=name, **style(name) | {"linestyle": "none"})
     axes.axvline(1, color="0.4", linewidth=1)
     axes.set(xscale="log", xlabel=f"{label} (log)", ylim=(len(cases) - 0.5, -0.5))
     axes.set_yticks(range(len(cases)), cases, fontsize=8)

@@ -186,15 +186,9 @@ def _uneven() -> Prediction:
 def _price(rows: int, d: int, launches: int, states: float) -> Prediction:
     state = 4 * rows * d
     cell = 2 * LAUNCH + max(SHORT, gemm(rows, d, d, "fp32")) + max(SHORT, 2 * state / COPY)
-    step = (
-        launches * (LAUNCH + SHORT)
-        if states * state / COPY < launches * SHORT
-        else launches * LAUNCH + states * state / COPY
-    )
-    return Prediction(
-        1 + step / cell,
-        f"the cell {_time(cell)}, the step {_time(step)}: {states} states, {launches} launch{'es'[: 2 * launches - 2]}",
-    )
+    step = launches * LAUNCH + max(launches * SHORT, states * state / COPY)
+    times = f"the cell {_time(cell)}, the step {_time(step)}"
+    return Prediction(1 + step / cell, f"{times}: {states} states, {launches} launch{'es' if launches > 1 else ''}")
 
 
 def _block() -> Prediction:

@@ -102,14 +102,16 @@ def into(text: str, files: list[Path]) -> str:
 
 def _targets(results: Results) -> list[list[str]]:
     predicted = predict.table() if results["machine"]["kind"] == "cuda" else {}
-    rows = [["target", "what", "bound", "worst case", "measured", "verdict", "predicted", "predicted / measured"]]
+    rows = [["target", "what", "bound", "worst case", "measured", "verdict"]]
+    rows[0] += ["predicted", "predicted / measured"] if predicted else []
     for one in targets.verdicts(results):
         target, guess = one.target, predicted.get(one.target.key)
         sign = "at most" if target.most else "at least"
         row = [target.key, target.what, f"{sign} {target.show(target.bound)}", one.case or ""]
         row += [target.show(one.value) if one.value is not None else "", str(one)]
-        row += [target.show(guess.value) if guess else ""]
-        rows.append(row + [f"{guess.value / one.value:.2f}" if guess and one.value else ""])
+        if guess:
+            row += [target.show(guess.value), f"{guess.value / one.value:.2f}" if one.value else ""]
+        rows.append(row)
     return rows
 
 
@@ -150,7 +152,8 @@ def _tables(results: Results) -> Iterable[tuple[str, list[list[str]]]]:
         "Evaluations until the worst row is at 1e-4",
         _pivot(records, "evaluations", lambda r: str(r["steps"] or "none")),
     )
-    yield "Memory of a training step, at its peak", _pivot(records, "G10", lambda r: f"{r['bytes'] / 2**20:.2f} MiB")
+    kind = "saved for backward" if any(r.get("kind") == "saved" for r in records) else "at its peak"
+    yield f"Memory of a training step, {kind}", _pivot(records, "G10", lambda r: f"{r['bytes'] / 2**20:.2f} MiB")
     yield "States kept beside the cell by a forward solve", _pivot(records, "states", lambda r: f"{r['states']:.1f}")
     yield "Targets", _targets(results)
 

@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ RESULTS = Path(__file__).parent / "results"  # those that are committed
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 ELSEWHERE = ("test_bench*.py", "test_offline*.py", "test_demo.py")  # tests that say nothing of the device
 TESTS_SECONDS, TUNE_MINUTES, PART_SECONDS, SPARE_SECONDS = 150, 1.0, 90, 45
+STOPPING_SECONDS = 20
 COMPILE_UNTIL = 0.85  # of the time: compiling one more contestant may take half a minute
 OLDEST = (8, 0)  # capability of a GPU
 INTERRUPTED = 130
@@ -113,7 +115,7 @@ def _round(results: dict[str, Any], device: torch.device, arguments: argparse.Na
                 broken = {"goal": "error", "case": name, "contestant": "", "rows": None, "width": None, "wrong": wrong}
                 results["records"].append(broken)
         if cuda:
-            torch.cuda.empty_cache()
+            measure.forget(device)
 
 
 def _parts(
@@ -188,18 +190,31 @@ def _ended(run: subprocess.Popen, end: float) -> int | None:
 
 
 def _tune(minutes: float) -> dict[str, Any]:
-    """Runs `python -m tritondeq tune`, in a process of its own: what it finds is read by whoever launches next."""
+    """Runs `python -m tritondeq tune` for so long at most; it writes each choice down as soon as it is made.
+
+    In a process of its own: what it finds is read by whoever launches a kernel after it.
+    """
     if importlib.util.find_spec("tritondeq.tune") is None:
         return {"tuned": False, "says": "this installation has no tritondeq.tune"}
     if minutes <= 0:
         return {"tuned": False, "says": "no time"}
-    command = [sys.executable, "-m", "tritondeq", "tune", "--minutes", f"{minutes:.2g}"]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=60 * minutes + SPARE_SECONDS)
-    except subprocess.TimeoutExpired as late:
-        return {"tuned": False, "says": f"stopped after {late.timeout:.0f} s"}
-    lines = (run.stdout if run.returncode == 0 else run.stderr or run.stdout).strip().splitlines()
-    return {"tuned": run.returncode == 0, "says": lines[-1] if lines else "said nothing"}
+    command = [sys.executable, "-m", "tritondeq", "tune"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        try:
+            out, err = run.communicate(timeout=60 * minutes)
+        except subprocess.TimeoutExpired:
+            run.send_signal(signal.SIGINT) if os.name == "posix" else run.terminate()
+            try:
+                out, err = run.communicate(timeout=STOPPING_SECONDS)
+            except subprocess.TimeoutExpired:
+                run.kill()
+                return {"tuned": False, "says": f"did not stop after {60 * minutes:.0f} s"}
+        except BaseException:
+            run.kill()
+            raise
+    lines = (out if run.returncode == 0 else err or out).strip().splitlines()
+    says = lines[-1] if lines else "said nothing"
+    return {"tuned": run.returncode in (0, INTERRUPTED), "says": says}
 
 
 def unwritable(folder: Path) -> str | None:

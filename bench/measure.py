@@ -8,6 +8,7 @@ import re
 import signal
 import statistics
 import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -106,7 +107,7 @@ def attempt(
             if compiled and not compiles():
                 why = "no time to compile it"
             else:
-                outcomes[name] = call()
+                outcomes[name] = pytree.tree_map_only(Tensor, Tensor.clone, call())  # CUDA graphs write over theirs
         except Exception as error:
             if out_of_memory(error):
                 if name == "tritondeq":
@@ -122,6 +123,15 @@ def attempt(
             lose(f"{case}, {name}: {why}")
             del calls[name]
     return outcomes, faults
+
+
+def forget(device: torch.device) -> None:
+    """Gives back what cases before took: compiled code, of which torch keeps few versions and then takes none any more,
+    and memory of the GPU."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -47,7 +47,7 @@ def run(device: torch.device, suite: str, these: list[shapes.Shape] | None = Non
         return
     yield from _grown(shapes.Shape("affine", width, rows), counts, f"{rows}x{width}", "Affine", device)
     _, tokens, features, _ = size = blocks.SIZES["tiny" if suite == "tiny" else device.type]
-    shape = shapes.Shape("transformer", features, size[0] * min(tokens, shapes.TOKENS))
+    shape = shapes.Shape("transformer", features, size[0] * min(tokens, shapes.TOKENS), low=cuda)
     yield from _grown(shape, counts[:: len(counts) - 1] if cuda else counts[:2], str(shape), "Transformer", device)
 
 

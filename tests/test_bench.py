@@ -388,7 +388,7 @@ def test_sequences_and_images_are_whole():
 @pytest.mark.parametrize("low", [False, True], ids=shapes.DTYPES)
 def test_every_cell_is_measured_and_agrees_with_its_rivals(cell, low):
     lost = []
-    for width in (16, 13) if cell in shapes.ROWWISE else (16,):
+    for width in (16, 13) if cell == "affine" else (16,):
         for case in solves.asked([shapes.Shape(cell, width, 24, low)], compiled=True):
             records = list(solves.run(case, CPU, {"copy": 1e10, "fp32": 1e11}, 0.0, lambda: True, lost.append))
             assert not [r["wrong"] for r in records if r["wrong"]] and all(r["over_ours"] > 0 for r in records)
@@ -579,21 +579,25 @@ def test_tuning_is_tried_and_what_came_of_it_is_said(monkeypatch):
     assert bench._tune(1.0) == {"tuned": False, "says": "this installation has no tritondeq.tune"}
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: found)
     assert bench._tune(0.0) == {"tuned": False, "says": "no time"}
-    ends = {0: ("a\n12 shapes tuned\n", ""), 1: ("half", "tritondeq: no GPU\n")}
-    for code, (out, err) in ends.items():
+    say = "import sys, time; print('12 shapes\\nwritten: table.json'); sys.stderr.write('no GPU\\n'); "
+    interrupted = "except KeyboardInterrupt: sys.stderr.write('interrupted; finished: 3\\n'); sys.exit(130)"
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(30)"
+    codes = {
+        say + "sys.exit(0)": (1.0, True, "written: table.json"),
+        say + "sys.exit(1)": (1.0, False, "no GPU"),
+        f"import sys, time\ntry: time.sleep(30)\n{interrupted}": (1.5 / 60, True, "interrupted; finished: 3"),
+        deaf: (1.5 / 60, False, "did not stop after 2 s"),
+    }
+    monkeypatch.setattr(bench, "STOPPING_SECONDS", 2)
+    start = subprocess.Popen
+    for code, (minutes, tuned, says) in codes.items():
 
-        def run(command, code=code, out=out, err=err, **options):
-            assert command[1:] == ["-m", "tritondeq", "tune", "--minutes", "0.5"] and options["timeout"] == 75
-            return subprocess.CompletedProcess(command, code, out, err)
+        def run(command, code=code, **options):
+            assert command[1:] == ["-m", "tritondeq", "tune"]
+            return start([command[0], "-S", "-c", code], **options)
 
-        monkeypatch.setattr(bench.subprocess, "run", run)
-        assert bench._tune(0.5) == {"tuned": code == 0, "says": "tritondeq: no GPU" if code else "12 shapes tuned"}
-
-    def late(command, timeout, **options):
-        raise subprocess.TimeoutExpired(command, timeout)
-
-    monkeypatch.setattr(bench.subprocess, "run", late)
-    assert bench._tune(0.5) == {"tuned": False, "says": "stopped after 75 s"}
+        monkeypatch.setattr(bench.subprocess, "Popen", run)
+        assert bench._tune(minutes) == {"tuned": tuned, "says": says}
 
 
 def test_a_gpu_too_old_and_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
@@ -654,3 +658,35 @@ def test_launches_of_a_step_are_the_difference_of_two_solves(monkeypatch):
     assert [r["contestant"] for r in records] == list(targets.LAUNCHES)
     assert all((r["launches"], r["syncs"], r["looks"], r["copies"]) == (2, 0, 0.25, 0) for r in records)
     assert list(launches.run(CPU)) == []
+
+
+def test_what_is_compiled_is_what_a_target_speaks_of_and_once_all_the_rest(monkeypatch):
+    """With a stand-in for the compiler."""
+    monkeypatch.setattr(rivals, "compiled", lambda net, graphs: net)
+
+    def compiled(**options):
+        made = solves.Setup(solves.Case("G1", 4, 8, compiled=True, **options), CPU).contestants(True)
+        return [name for name in made if "compiled" in name]
+
+    assert compiled() == ["compiled tied loop"] and compiled(train=True) == ["compiled untied stack"]
+    nets = ["compiled tied loop", "compiled untied stack"]
+    assert compiled(every=True) == ["compiled cell in a loop", *nets] and compiled(every=True, train=True) == nets
+    suite = [case for case in solves.cases("full", cuda=True) if case.compiled]
+    assert {case.train for case in suite if case.every} == {True, False} and len(suite) < 16
+    assert not any(case.compiled for case in solves.cases("full", cuda=False) + solves.cases("quick", cuda=True))
+
+
+def test_compiled_code_is_forgotten_between_cases(monkeypatch):
+    """torch.compile takes a module's code a few times, then leaves it as it is and says nothing."""
+    pytest.importorskip("torch._dynamo")
+    called = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: called.append("reset"))
+    measure.forget(CPU)
+    assert called == ["reset"]
+
+
+def test_a_result_is_kept_from_who_writes_over_it():
+    memory = torch.zeros(3)
+    calls = {"tritondeq": lambda: (memory.fill_(1), 5), "tied loop": lambda: (memory.fill_(2), 5)}
+    outcomes, _ = measure.attempt(calls, "case", lambda: True, pytest.fail)
+    assert [z.tolist() for z, _ in outcomes.values()] == [[1] * 3, [2] * 3]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import measure
 from .report import Results
 
 # Of Okabe and Ito, told apart by the colour-blind; a contestant has its own in every picture.
@@ -42,7 +43,7 @@ def style(name: str) -> dict[str, Any]:
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """Writes the pictures there is data for, and returns their paths."""
+    """Writes the pictures there is data for, named after the machine, and returns their paths."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -55,12 +56,13 @@ def draw(results: Results, folder: Path) -> list[Path]:
     steps = [r for r in records if r["goal"] == "steps" and r.get("over_cell") and "bare" not in r["contestant"]]
     memory = [r for r in records if r["goal"] == "G10"]
     nets = list(dict.fromkeys(r.get("net", "Affine") for r in memory))
+    kept = "saved memory" if any(r.get("kind") == "saved" for r in memory) else "peak memory"
     depth = [r for r in records if r["goal"] == "depth" and "seconds" in r]
     pictures: dict[str, tuple[list, Callable]] = {
         "speedup": (rivals, lambda: _dots(pyplot, rivals, "over_ours", "time over tritondeq's")),
         "limit": (forward, lambda: _dots(pyplot, forward, "of_limit", "share of the measured limit")),
         "step": (steps, lambda: _dots(pyplot, steps, "over_cell", "time per evaluation over the bare cell's")),
-        "memory": (memory, lambda: _lines(pyplot, memory, nets, "bytes", 2**20, "peak of a training step, MiB")),
+        "memory": (memory, lambda: _lines(pyplot, memory, nets, "bytes", 2**20, f"{kept} of a training step, MiB")),
         "depth": (depth, lambda: _lines(pyplot, depth, [None], "seconds", 1e-3, "time of a solve, ms")),
     }
     machine, paths = results["machine"], []
@@ -69,7 +71,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
             continue
         figure = make()
         figure.suptitle(f"{machine['device']}, {machine['backend']} backend", fontsize=9)
-        path = folder / f"{name}.png"
+        path = folder / f"{measure.name_of(machine)}-{name}.png"
         figure.savefig(path, dpi=130)
         pyplot.close(figure)
         paths.append(path)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from . import predict, targets
+from . import measure, predict, targets
 
 Results = dict[str, Any]
 MARKS = "<!-- bench: written by tritondeq.bench.report, not by hand -->\n", "<!-- /bench -->"
@@ -74,21 +74,19 @@ def _source(results: Results) -> str:
 
 
 def summary(results: Results) -> str:
-    """The price of a step on a CPU, the targets and whole solves on a GPU, for a README."""
+    """The price of a step on a CPU, the targets and the pictures on a GPU, for a README."""
     tables = {title.split(":")[0]: rows for title, rows in _tables(results)}
-    chosen = (
-        ["Targets", "Whole solve", "Training step"] if results["machine"]["kind"] == "cuda" else ["Price of a step"]
-    )
-    lines = [_source(results)]
-    for title in chosen:
-        if len(tables[title]) > 1:
-            lines += ["", *markdown_table(tables[title])]
+    cuda = results["machine"]["kind"] == "cuda"
+    lines = [_source(results), "", *markdown_table(tables["Targets" if cuda else "Price of a step"])]
+    if cuda:
+        shown = {"speedup": "Time of others over tritondeq's, by shape", "memory": "Peak memory of training, by steps"}
+        stem = measure.name_of(results["machine"])
+        lines += ["", *(f"![{what}](bench/results/{stem}-{name}.png)" for name, what in shown.items())]
     return "\n".join([*lines, ""])
 
 
 def into(text: str, files: list[Path]) -> str:
-    """`text` with what stands between its marks made new from these files, in this order, with their speed-ups drawn
-    beside them.
+    """`text` with what stands between its marks made new from these files, in this order.
 
     Raises:
         ValueError: it has no marks, or a file is no results file.

@@ -209,10 +209,11 @@ def test_the_table_is_made_from_the_file_alone(round_, capsys):
 
 def test_the_pictures_show_something(round_):
     pyplot = pytest.importorskip("matplotlib.pyplot")
-    out, _, run = round_
+    out, results, run = round_
     for name in ("speedup", "limit", "step", "memory", "depth"):
-        image = pyplot.imread(out / f"{name}.png")
-        assert min(image.shape[:2]) > 200 and image[..., :3].std() > 0.05 and str(out / f"{name}.png") in run.stderr
+        path = out / f"{measure.name_of(results['machine'])}-{name}.png"
+        image = pyplot.imread(path)
+        assert min(image.shape[:2]) > 200 and image[..., :3].std() > 0.05 and str(path) in run.stderr
 
 
 def test_a_wrong_contestant_is_not_timed_and_the_round_fails(tmp_path, monkeypatch, capsys):

@@ -10,6 +10,7 @@ from tritondeq.kernels import launch
 
 NOTES = Path(__file__).parent.parent / "bench" / "NOTES.md"
 ROOFS = {"copy": 4e12, "fp32": 5e13, "bf16": 8e14}
+NAMES = ("speedup", "limit", "step", "memory", "depth")
 CUDA = [target for target in targets.TARGETS if target.kind == "cuda"]
 
 
@@ -168,16 +169,17 @@ def everything():
     return results(records)
 
 
-def test_a_readme_shows_targets_and_solves_of_a_gpu():
+def test_a_readme_shows_targets_and_pictures_of_a_gpu():
     text = report.summary(everything())
-    assert text.count("| G5 D 256 |") == 1 and "| G1 case | 12 | 1.00 ms |" in text and "| G2 case |" in text
+    assert text.count("| G5 D 256 |") == 1 and "](bench/results/made-up-speedup.png)" in text
+    assert "| G1 case | 12 | 1.00 ms |" in report.table(everything()) and "| G2 case |" in report.table(everything())
     assert "says nothing of the Triton kernels" not in text
 
 
 def test_all_pictures_are_drawn_and_show_something(tmp_path):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     paths = pictures.draw(everything(), tmp_path)
-    assert [path.stem for path in paths] == ["speedup", "limit", "step", "memory", "depth"]
+    assert [path.stem for path in paths] == [f"made-up-{name}" for name in NAMES]
     for path in paths:
         image = pyplot.imread(path)
         assert min(image.shape[:2]) > 200 and image[..., :3].std() > 0.05

@@ -6,7 +6,15 @@ import torch
 from tritondeq.bench import measure, steps
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CONTESTANTS = ("bare cell", "Picard", "Anderson(5)", "torchdeq Picard", "torchdeq Anderson(6)")
+CONTESTANTS = (
+    "bare cell",
+    "Picard",
+    "Anderson(5)",
+    "Picard, graph",
+    "Anderson(5), graph",
+    "torchdeq Picard",
+    "torchdeq Anderson(6)",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -19,12 +27,14 @@ def one_thread():
 
 
 @pytest.mark.parametrize("contestant", CONTESTANTS)
-@pytest.mark.parametrize("shape", steps.shapes("quick", DEVICE.type == "cuda"), ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize(
+    "shape", steps.suite_shapes("quick", DEVICE.type == "cuda"), ids=lambda s: f"{s.rows}x{s.features}"
+)
 def test_step(benchmark, shape, contestant):
-    calls = steps.contestants(*shape, DEVICE)
+    calls = steps.contestants(shape, DEVICE)
     if contestant not in calls:
-        pytest.skip("torchdeq is not installed")
-    benchmark.group = f"{steps.EVALUATIONS} evaluations at {shape[0]}x{shape[1]}"
+        pytest.skip("not on this device, or torchdeq is not installed")
+    benchmark.group = f"{steps.EVALUATIONS} evaluations at {shape.rows}x{shape.features}"
 
     def call():
         calls[contestant]()

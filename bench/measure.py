@@ -1,12 +1,17 @@
 """The clock, the count of operations, the machine and its roofs."""
 
 import collections
+import contextlib
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
+import sys
+import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -14,9 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 BURST = 4
+OURS = ("tritondeq", "Picard", "Anderson")  # how the names of our contestants begin
 READS = frozenset(["_local_scalar_dense", "_linalg_check_errors"])  # the host waits for a value
 # What launches nothing: views, and allocations without a fill.
 FREE = frozenset(
@@ -66,6 +74,131 @@ def clock(calls: dict[str, Callable[[], Any]], device: torch.device, seconds: fl
                 times[name].append(time.perf_counter() - begin)
         rounds += 1
     return {name: Timing(statistics.median(t), min(t), False) for name, t in times.items()}
+
+
+def replayed(call: Callable[[], Any], device: torch.device, seconds: float = 0.02) -> float | None:
+    """Seconds of one call on the device alone, by replays of a CUDA graph; None on a CPU or where that fails."""
+    if device.type != "cuda":
+        return None
+    from triton.testing import do_bench_cudagraph
+
+    try:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return 1e-3 * do_bench_cudagraph(call, rep=round(seconds * 1e3), return_mode="median")
+    except RuntimeError:
+        torch.cuda.synchronize(device)
+        return None
+
+
+def attempt(
+    calls: dict[str, Callable[[], Any]], case: str, compiles: Callable[[], bool], lose: Callable[[str], None]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Calls each once: (outcomes, faults), by name. A rival that can't be run here is taken out of `calls`; what ours
+    raises is a fault, unless there is no room or no compiler for it.
+
+    Args:
+        compiles: Whether there is time to compile one more contestant, which its first call does.
+        lose: Told of each contestant that was taken out, and why, in a line.
+    """
+    outcomes, faults = {}, {}
+    for name, call in list(calls.items()):
+        compiled, why = "compiled" in name, None
+        try:
+            if compiled and not compiles():
+                why = "no time to compile it"
+            else:
+                outcomes[name] = pytree.tree_map_only(Tensor, Tensor.clone, call())  # CUDA graphs write over theirs
+        except Exception as error:
+            if out_of_memory(error):
+                if name == "tritondeq":
+                    raise
+                why = "out of memory"
+            elif compiled:
+                why = f"torch.compile failed: {line(error)}"
+            elif name.startswith(OURS):
+                faults[name] = f"{name}: raised {type(error).__name__}: {line(error)}"
+            else:
+                why = f"raised {type(error).__name__}: {line(error)}"
+        if why:
+            lose(f"{case}, {name}: {why}")
+            del calls[name]
+    return outcomes, faults
+
+
+def forget(device: torch.device) -> None:
+    """Gives back what cases before took: compiled code, of which torch keeps few versions and then takes none any more,
+    and memory of the GPU."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def line(error: Exception) -> str:
+    """The first line of what it says."""
+    lines = [text.strip() for text in str(error).splitlines() if text.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+class Late(BaseException):
+    """Time is up."""
+
+
+@contextlib.contextmanager
+def deadline(seconds: float):
+    """Raises Late when that much time has passed; in the main thread, and where the system has such alarms."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(*_):
+        raise Late
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Peak(TorchDispatchMode):
+    """Most bytes of the tensors that were made under it and alive at once, in `most`: a CPU keeps no such count.
+
+    What an operation uses inside itself does not show.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.alive: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {_storage(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        made = func(*args, **(kwargs or {}))
+        for t in pytree.tree_leaves(made):
+            if isinstance(t, Tensor) and _storage(t) not in known and _storage(t) not in self.alive:
+                self._hold(t.untyped_storage())
+        return made
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self.alive[key] = size
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self.now -= self.alive.pop(key)
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage()._cdata
 
 
 class AtenOps(TorchDispatchMode):

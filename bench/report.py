@@ -1,7 +1,7 @@
-"""Tables and pictures from a results file.
+"""Tables from results files.
 
-`python -m tritondeq.bench.report FILE` prints all its tables; with `--readme README.md` it writes the short one between
-the marks there.
+`python -m tritondeq.bench.report FILE` prints all that it holds; `--readme README.md` writes the short tables of all
+files given between the marks there.
 """
 
 import argparse
@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from . import measure, predict, targets
 
 Results = dict[str, Any]
 MARKS = "<!-- bench: written by tritondeq.bench.report, not by hand -->\n", "<!-- /bench -->"
@@ -22,7 +24,7 @@ def installed(package: str) -> bool:
 
 
 def load(path: Path) -> Results:
-    """A results file.
+    """A results file, and in `targets` what follows from its records for each target of its machine.
 
     Raises:
         ValueError: it is none.
@@ -34,7 +36,7 @@ def load(path: Path) -> Results:
     missing = [key for key in KEYS if key not in results] if isinstance(results, dict) else list(KEYS)
     if missing:
         raise ValueError(f"{path} is not a results file of tritondeq.bench: it lacks {', '.join(missing)}")
-    return results
+    return results | {"targets": targets.plain(results)}
 
 
 def faults(results: Results) -> list[str]:
@@ -53,7 +55,7 @@ def table(results: Results) -> str:
     lines += [f"Measured limits: {', '.join(found)}."] if found else []
     for title, rows in _tables(results):
         if len(rows) > 1:
-            lines += ["", f"**{title}**", "", *_markdown(rows)]
+            lines += ["", f"**{title}**", "", *markdown_table(rows)]
     return "\n".join(lines)
 
 
@@ -72,49 +74,92 @@ def _source(results: Results) -> str:
 
 
 def summary(results: Results) -> str:
-    """The price of a step, for a README."""
-    titles = {title.split(":")[0]: rows for title, rows in _tables(results)}
-    return "\n".join([_source(results), "", *_markdown(titles["Price of a step"]), ""])
+    """The price of a step on a CPU, the targets and the pictures on a GPU, for a README."""
+    tables = {title.split(":")[0]: rows for title, rows in _tables(results)}
+    cuda = results["machine"]["kind"] == "cuda"
+    lines = [_source(results), "", *markdown_table(tables["Targets" if cuda else "Price of a step"])]
+    if cuda:
+        shown = {"speedup": "Time of others over tritondeq's, by shape", "memory": "Peak memory of training, by steps"}
+        stem = measure.name_of(results["machine"])
+        lines += ["", *(f"![{what}](bench/results/{stem}-{name}.png)" for name, what in shown.items())]
+    return "\n".join([*lines, ""])
 
 
-def into(text: str, results: Results) -> str:
-    """`text` with what stands between its marks made new.
+def into(text: str, files: list[Path]) -> str:
+    """`text` with what stands between its marks made new from these files, in this order.
 
     Raises:
-        ValueError: it has no marks.
+        ValueError: it has no marks, or a file is no results file.
     """
     begin, end = MARKS
     if text.count(begin) != 1 or text.count(end) != 1:
         raise ValueError(f"no place for the table: it belongs between {begin.strip()} and {end}")
-    return text[: text.index(begin) + len(begin)] + summary(results) + text[text.index(end) :]
+    made = "\n".join(summary(load(file)) for file in files)
+    return text[: text.index(begin) + len(begin)] + made + text[text.index(end) :]
+
+
+def _targets(results: Results) -> list[list[str]]:
+    predicted = predict.table() if results["machine"]["kind"] == "cuda" else {}
+    rows = [["target", "what", "bound", "worst case", "measured", "verdict"]]
+    rows[0] += ["predicted", "predicted / measured"] if predicted else []
+    for one in targets.verdicts(results):
+        target, guess = one.target, predicted.get(one.target.key)
+        sign = "at most" if target.most else "at least"
+        row = [target.key, target.what, f"{sign} {target.show(target.bound)}", one.case or ""]
+        row += [target.show(one.value) if one.value is not None else "", str(one)]
+        if guess:
+            row += [target.show(guess.value), f"{guess.value / one.value:.2f}" if one.value else ""]
+        rows.append(row)
+    return rows
 
 
 def _tables(results: Results) -> Iterable[tuple[str, list[list[str]]]]:
+    """(title, rows) of all there are, with a row of names first."""
     records = [r for r in results["records"] if not r.get("wrong")]
+    timed = [r for r in records if "seconds" in r]
+    cuda = results["machine"]["kind"] == "cuda"
     for train, title in ((False, "Whole solve"), (True, "Training step")):
-        solves = [r for r in records if r["case"][0] == "G" and "seconds" in r and r.get("train") is train]
+        solves = [r for r in records if "over_ours" in r and r.get("train") is train and r["goal"] != "depth"]
         names = list(dict.fromkeys(r["contestant"] for r in solves if r["contestant"] != "tritondeq"))
-        rows = [["case", "steps", "tritondeq", *([] if train else ["of the limit"]), *names]]
+        beside = ["predicted / measured"] if cuda else []
+        rows = [["case", "steps", "tritondeq", *([] if train else ["of the limit"]), *beside, *names]]
         for case, group in _by(solves, "case").items():
             ours = group["tritondeq"]
             row = [case, str(ours["steps"]), _time(ours["seconds"])]
             row += [] if train else [f"{100 * ours['of_limit']:.1f}%" if ours.get("of_limit") else ""]
+            row += [_held(ours)] if cuda else []
             rows.append(row + [f"{group[n]['over_ours']:.2f}x" if n in group else "" for n in names])
         yield f"{title}: time of tritondeq, and how many times as long the others take", rows
+    yield "Time of a solve against its steps", _pivot(timed, "depth", lambda r: _time(r["seconds"]))
     rows = [["cell", "solver", "time per evaluation", "over the bare cell's", "target", "ops per step", "at most"]]
-    for r in records:
+    for r in timed:
         if r["goal"] == "steps":
-            target = "" if r["target"] is None else f"{r['target']:g}"
-            ops = ["" if r["ops"] is None else f"{r['ops']:g}", "" if r["most_ops"] is None else str(r["most_ops"])]
-            over = f"{r['over_cell']:.2f}"
-            rows.append([f"{r['rows']}x{r['width']}", r["contestant"], _time(r["seconds"]), over, target, *ops])
+            name = r["contestant"]
+            bound = targets.of_step(results["machine"]["kind"], r["rows"], r["width"], name)
+            ops = ["", ""] if r.get("ops") is None else [f"{r['ops']:g}", str(targets.OPS[name])]
+            over = f"{r['over_cell']:.2f}" if r.get("over_cell") else ""
+            cell = r["case"].removeprefix("step ")
+            rows.append([cell, name, _time(r["seconds"]), over, f"{bound:g}" if bound else "", *ops])
     yield "Price of a step", rows
+    rows = [["solver", "launches beside the cell", "copies", "host syncs", "looks at a flag copied before"]]
+    for r in records:
+        if r["goal"] == "G12":
+            rows.append([r["contestant"], *(f"{r[k]:.2f}" for k in ("launches", "copies", "syncs", "looks"))])
+    yield "What a step asks of the host", rows
     yield (
         "Evaluations until the worst row is at 1e-4",
         _pivot(records, "evaluations", lambda r: str(r["steps"] or "none")),
     )
-    kind = "peak" if results["machine"]["kind"] == "cuda" else "saved for backward"
+    kind = "saved for backward" if any(r.get("kind") == "saved" for r in records) else "at its peak"
     yield f"Memory of a training step, {kind}", _pivot(records, "G10", lambda r: f"{r['bytes'] / 2**20:.2f} MiB")
+    yield "States kept beside the cell by a forward solve", _pivot(records, "states", lambda r: f"{r['states']:.1f}")
+    yield "Targets", _targets(results)
+
+
+def _held(ours: dict) -> str:
+    """What predict.py says of a whole solve over what was measured: on the device, where that was measured."""
+    guess, measured = predict.record(ours), ours.get("device_seconds") or ours["seconds"]
+    return f"{guess / measured:.2f}" if guess else ""
 
 
 def _pivot(records: list[dict], goal: str, show) -> list[list[str]]:
@@ -133,7 +178,7 @@ def _by(records: list[dict], key: str) -> dict[str, dict[str, dict]]:
     return groups
 
 
-def _markdown(rows: list[list[str]]) -> list[str]:
+def markdown_table(rows: list[list[str]]) -> list[str]:
     rule = ["---", *("---:" for _ in rows[0][1:])]
     return [f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])]
 
@@ -142,66 +187,28 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
 
 
-def draw(results: Results, folder: Path) -> list[Path]:
-    """Writes the pictures there is data for, and returns their paths: speed-up by shape, per cent of the limit, time
-    per step over the bare cell's."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    records = [r for r in results["records"] if not r.get("wrong")]
-    timed = [r for r in records if "over_ours" in r]
-    pictures = {
-        "speedup": ("time over tritondeq's (log)", "over_ours", [r for r in timed if r["contestant"] != "tritondeq"]),
-        "limit": ("share of the measured limit", "of_limit", [r for r in timed if r.get("of_limit")]),
-        "step": (
-            "time per evaluation over the bare cell's (log)",
-            "over_cell",
-            [r for r in records if r["goal"] == "steps"],
-        ),
-    }
-    paths = []
-    for name, (label, key, chosen) in pictures.items():
-        if not chosen:
-            continue
-        groups = _by(chosen, "case")
-        names = list(dict.fromkeys(r["contestant"] for r in chosen))
-        figure, axes = pyplot.subplots(figsize=(2 + 0.28 * len(groups) * len(names) ** 0.8 + 2, 4.2))
-        for i, contestant in enumerate(names):
-            at = [
-                (j + (i - len(names) / 2) * 0.8 / len(names), g[contestant][key])
-                for j, g in enumerate(groups.values())
-                if contestant in g
-            ]
-            axes.bar([x for x, _ in at], [y for _, y in at], 0.8 / len(names), label=contestant)
-        axes.set_yscale("log")
-        axes.axhline(1, color="black", linewidth=0.8)
-        axes.set_xticks(range(len(groups)), list(groups), rotation=40, ha="right", fontsize=7)
-        axes.set_ylabel(label)
-        axes.set_title(f"{results['machine']['device']}, {results['machine']['backend']} backend", fontsize=9)
-        axes.legend(fontsize=7, frameon=False)
-        path = folder / f"{name}.png"
-        figure.savefig(path, dpi=120, bbox_inches="tight")
-        pyplot.close(figure)
-        paths.append(path)
-    return paths
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Prints the tables of a results file, or writes the short one into a README."""
+    """Prints the tables of results files, or writes the short ones into a README."""
     parser = argparse.ArgumentParser(prog="python -m tritondeq.bench.report", description=__doc__)
-    parser.add_argument("file", type=Path, metavar="FILE", help="a JSON file of python -m tritondeq.bench")
-    parser.add_argument("--readme", type=Path, metavar="PATH", help="write the short table between the marks of PATH")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="a JSON file of python -m tritondeq.bench")
+    parser.add_argument("--readme", type=Path, metavar="PATH", help="write the short tables between the marks of PATH")
+    parser.add_argument("--draw", type=Path, metavar="DIR", help="draw the pictures of the file, the last of several")
     arguments = parser.parse_args(argv)
     try:
-        results = load(arguments.file)
-        if arguments.readme is None:
-            print(table(results))
+        if arguments.readme is not None:
+            arguments.readme.write_text(into(arguments.readme.read_text(), arguments.files))
         else:
-            arguments.readme.write_text(into(arguments.readme.read_text(), results))
+            print("\n\n".join(table(load(file)) for file in arguments.files))
+        if arguments.draw is not None:
+            from . import pictures
+
+            arguments.draw.mkdir(parents=True, exist_ok=True)
+            print("\n".join(map(str, pictures.draw(load(arguments.files[-1]), arguments.draw))))
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        print(f'{error.name} is missing: pip install "tritondeq[bench]"', file=sys.stderr)
         return 1
     return 0
 

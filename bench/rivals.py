@@ -1,7 +1,7 @@
 """What a tritondeq solve is measured against: functions of the same map, start, tolerance and limit of evaluations.
 
-Each solver takes (f, z0, tol, max_steps) with z0 [B, D], stops when the worst row's ||f(z) - z|| / ||f(z)|| is below
-`tol`, as ours does row by row, and returns (z, evaluations of f).
+Each solver takes (f, z0, tol, max_steps) with z0 [B, ...], stops when the worst sample's ||f(z) - z|| / ||f(z)|| is
+below `tol`, as ours does sample by sample, and returns (z, evaluations of f).
 """
 
 import importlib.util
@@ -9,8 +9,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-
-from .. import cells
 
 Map = Callable[[Tensor], Tensor]
 
@@ -21,7 +19,7 @@ def eager_picard(f: Map, z: Tensor, tol: float, max_steps: int) -> tuple[Tensor,
     while steps < max_steps:
         y = f(z)
         steps += 1
-        residual = torch.norm(y - z, dim=1) / (torch.norm(y, dim=1) + 1e-9)
+        residual = torch.norm((y - z).flatten(1), dim=1) / (torch.norm(y.flatten(1), dim=1) + 1e-9)
         z = y
         if residual.max().item() < tol:
             break
@@ -32,10 +30,14 @@ def eager_anderson(
     f: Map, z0: Tensor, tol: float, max_steps: int, m: int = 5, ridge: float = 1e-4
 ) -> tuple[Tensor, int]:
     """The tutorial's Anderson (NeurIPS 2020 "Deep Implicit Layers", chapter 4), with its absolute ridge."""
-    batch, width = z0.shape
+    batch, width = len(z0), z0[0].numel()
+
+    def flat(z: Tensor) -> Tensor:
+        return f(z.view_as(z0)).reshape(batch, width)
+
     x, y = (z0.new_zeros(batch, m, width) for _ in range(2))
-    x[:, 0], y[:, 0] = z0, f(z0)
-    x[:, 1], y[:, 1] = y[:, 0], f(y[:, 0])
+    x[:, 0], y[:, 0] = z0.reshape(batch, width), flat(z0)
+    x[:, 1], y[:, 1] = y[:, 0], flat(y[:, 0].contiguous())
     system = z0.new_zeros(batch, m + 1, m + 1)
     system[:, 0, 1:] = system[:, 1:, 0] = 1
     rhs = z0.new_zeros(batch, m + 1, 1)
@@ -49,11 +51,11 @@ def eager_anderson(
         alpha = torch.linalg.solve(system[:, : n + 1, : n + 1], rhs[:, : n + 1])[:, 1:, 0]
         last = k % m
         x[:, last] = (alpha[:, None] @ y[:, :n])[:, 0]
-        y[:, last] = f(x[:, last])
+        y[:, last] = flat(x[:, last].contiguous())
         residual = (y[:, last] - x[:, last]).norm(dim=1) / (y[:, last].norm(dim=1) + 1e-9)
         if residual.max().item() < tol:
             break
-    return y[:, last], k + 1
+    return y[:, last].reshape(z0.shape), k + 1
 
 
 def has_torchdeq() -> bool:
@@ -95,34 +97,38 @@ def solvers() -> dict[str, Callable]:
     return {k: v for k, v in SOLVERS.items() if has_torchdeq() or not k.startswith("torchdeq")}
 
 
-def compiled_cell(cell: nn.Module) -> nn.Module:
-    """The cell alone compiled, for use inside `eager_picard`."""
-    return torch.compile(cell, dynamic=False)
+class Tied(nn.Module):
+    """The weight-tied explicit net: `steps` evaluations of the cell from zeros."""
 
+    def __init__(self, cell: nn.Module, steps: int):
+        super().__init__()
+        self.cell, self.steps = cell, steps
 
-def fixed_steps(cell: nn.Module, steps: int, compiled: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """(x, z0) -> z after `steps` evaluations: the weight-tied explicit net. Compiled, it runs as CUDA graphs."""
-
-    def run(x: Tensor, z: Tensor) -> Tensor:
-        injection = cell.inject(x)
-        for _ in range(steps):
-            z = cell(z, injection)
+    def forward(self, x: Tensor) -> Tensor:
+        injection, z = self.cell.inject(x), torch.zeros_like(x)
+        for _ in range(self.steps):
+            z = self.cell(z, injection)
         return z
 
-    return torch.compile(run, mode="max-autotune", dynamic=False) if compiled else run
+
+def compiled(net: nn.Module, graphs: bool) -> nn.Module:
+    """By torch.compile; with `graphs` at its best for one shape, as CUDA graphs."""
+    return torch.compile(net, mode="max-autotune", dynamic=False) if graphs else torch.compile(net, dynamic=False)
 
 
 class Stack(nn.Module):
-    """The explicit net: residual blocks z + tanh(W_k z + U_k x + b_k) with weights of their own, from zeros."""
+    """The explicit net: blocks with weights of their own, from zeros. A block is a cell, `make()`; `skip` makes it
+    z + f(z, x), for cells that are not residual blocks already."""
 
-    def __init__(self, width: int, blocks: int, device=None, dtype=None):
+    def __init__(self, make: Callable[[], nn.Module], blocks: int, skip: bool):
         super().__init__()
-        self.blocks = nn.ModuleList(cells.Affine(width, device=device, dtype=dtype) for _ in range(blocks))
+        self.blocks, self.skip = nn.ModuleList(make() for _ in range(blocks)), skip
 
     def forward(self, x: Tensor) -> Tensor:
         z = torch.zeros_like(x)
         for block in self.blocks:
-            z = z + block(z, block.inject(x))
+            y = block(z, block.inject(x))
+            z = z + y if self.skip else y
         return z
 
 

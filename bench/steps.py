@@ -9,18 +9,12 @@ from torch import Tensor
 
 import tritondeq as tdeq
 
-from . import measure, rivals
+from . import measure, rivals, shapes
 
 Record = dict[str, Any]
 EVALUATIONS = 24  # two windows of the stop rules
 OURS = {"Picard": tdeq.Picard(), "Anderson(5)": tdeq.Anderson(memory=5)}
-TARGETS = {  # most time per evaluation over the bare cell's
-    ("cpu", 256, 256): {"Picard": 1.15, "Anderson(5)": 2.0},
-    ("cpu", 32, 64): {"Picard": 3.0, "Anderson(5)": 8.0},
-    ("cuda", 4096, 1024): {"Picard": 1.15, "Anderson(5)": 1.6},
-    ("cuda", 32, 64): {"Picard": 1.3, "Anderson(5)": 2.0},
-}
-OPS = {"Picard": 12, "Anderson(5)": 24}  # most operations of a step beside the cell
+CELL = "affine"  # whose name a case does not say
 
 
 def problem(rows: int, width: int, gain: float, device: torch.device) -> tuple[Callable[[Tensor], Tensor], Tensor]:
@@ -32,15 +26,25 @@ def problem(rows: int, width: int, gain: float, device: torch.device) -> tuple[C
     return (lambda z: torch.tanh(torch.addmm(u, z, w.mT))), torch.zeros_like(u)
 
 
-def shapes(suite: str, cuda: bool) -> list[tuple[int, int]]:
-    if suite == "tiny":
-        return [(8, 16)]
-    return [(4096, 1024), (32, 64)] if cuda else [(256, 256), (32, 64)]
+def suite_shapes(suite: str, cuda: bool) -> list[shapes.Shape]:
+    sizes = [(8, 16)] if suite == "tiny" else [(4096, 1024), (32, 64)] if cuda else [(256, 256), (32, 64)]
+    return [shapes.Shape(CELL, width, rows) for rows, width in sizes]
 
 
-def contestants(rows: int, width: int, device: torch.device) -> dict[str, Callable[[], Any]]:
-    """Each makes EVALUATIONS evaluations of a slow problem (gain 1.2), which none of them finishes."""
-    f, z0 = problem(rows, width, 1.2, device)
+def cell_problem(shape: shapes.Shape, device: torch.device) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """A slow problem (gain 1.2), which no contestant finishes; another cell, or in bf16, is taken as it begins."""
+    if shape.cell == CELL and not shape.low:
+        return problem(shape.rows, shape.features, 1.2, device)
+    torch.manual_seed(0)
+    cell = shape.make(device)
+    x = torch.randn(shape.dims, device=device, dtype=next(cell.parameters()).dtype)
+    injection = cell.inject(x)
+    return (lambda z: cell(z, injection)), torch.zeros_like(x)
+
+
+def contestants(shape: shapes.Shape, device: torch.device) -> dict[str, Callable[[], Any]]:
+    """Each makes EVALUATIONS evaluations."""
+    f, z0 = cell_problem(shape, device)
 
     def bare():
         z = z0
@@ -70,38 +74,59 @@ def captured(f: Callable[[Tensor], Tensor], z0: Tensor, solver: Any) -> Callable
     return lambda: layer(z0)
 
 
-def run(device: torch.device, suite: str, seconds: float) -> Iterator[Record]:
-    """Time per evaluation over the bare cell's, one thread on a CPU, and operations per step."""
+def run(
+    device: torch.device, these: list[shapes.Shape], seconds: float, lose: Callable[[str], None]
+) -> Iterator[Record]:
+    """Time per evaluation over the bare cell's, one thread on a CPU, and operations per step. What is replayed as a
+    CUDA graph is held against the bare cell in a graph. `wrong` where ours made fewer evaluations than were asked for,
+    unless in bf16, where a solve ends when its state stands still; `lose` as in measure.attempt."""
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)
     try:
         with torch.no_grad():
-            for rows, width in shapes(suite, device.type == "cuda"):
-                yield from _prices(rows, width, device, seconds)
+            for shape in these:
+                yield from _prices(shape, device, seconds, lose)
     finally:
         torch.set_num_threads(threads)
 
 
-def _prices(rows: int, width: int, device: torch.device, seconds: float) -> Iterator[Record]:
-    timed = measure.clock(contestants(rows, width, device), device, seconds)
-    bare = timed["bare cell"].seconds
-    for name, timing in timed.items():
-        yield {
-            "goal": "steps",
-            "case": f"step {rows}x{width}",
-            "rows": rows,
-            "width": width,
-            "contestant": name,
-            "seconds": timing.seconds / EVALUATIONS,
-            "median": timing.median / EVALUATIONS,
-            "least": timing.least / EVALUATIONS,
-            "over_cell": timing.seconds / bare,
-            "target": TARGETS.get((device.type, rows, width), {}).get(name),
-            "ops": ops_per_step(OURS[name]) if name in OURS else None,
-            "most_ops": OPS.get(name),
-            "wrong": None,
-        }
+def _prices(shape: shapes.Shape, device: torch.device, seconds: float, lose: Callable[[str], None]) -> Iterator[Record]:
+    plain = shape.cell == CELL and not shape.low
+    case = f"step {f'{shape.rows}x{shape.features}' if plain else shape}"
+    calls = contestants(shape, device)
+    outcomes, faults = measure.attempt(calls, case, lambda: True, lose)
+    made = {name: evaluations_of(outcome) for name, outcome in outcomes.items()}
+    if not shape.low:
+        faults |= {name: short(name, made[name]) for name in OURS if name in made}
+    right = {name: call for name, call in calls.items() if not faults.get(name)}
+    timed = measure.clock(right, device, seconds) if "bare cell" in right else {}
+    alone = measure.replayed(right["bare cell"], device) if timed else None
+    if alone:
+        timed["bare cell, graph"] = measure.Timing(alone, alone, True)
+    for name in dict.fromkeys([*calls, *timed]):
+        record = {"goal": "steps", "case": case, "rows": shape.rows, "width": shape.features, "contestant": name}
+        record |= {"cell": shape.cell, "low": shape.low, "wrong": faults.get(name)}
+        if name in timed:
+            base = timed.get("bare cell, graph" if name.endswith(", graph") else "bare cell")
+            timing, steps = timed[name], made.get(name, EVALUATIONS)
+            record |= {"seconds": timing.seconds / steps, "median": timing.median / steps, "steps": steps}
+            record["least"] = timing.least / steps
+            record["over_cell"] = record["seconds"] / (base.seconds / EVALUATIONS) if base else None
+            record["ops"] = ops_per_step(OURS[name]) if name in OURS else None
+        yield record
+
+
+def evaluations_of(outcome: Any) -> int:
+    """How many a call made: those of a solve of ours or of a rival, else EVALUATIONS."""
+    if isinstance(outcome, tdeq.Solution):
+        return int(outcome.steps.max())
+    return outcome[1] if isinstance(outcome, tuple) else EVALUATIONS
+
+
+def short(name: str, made: int) -> str | None:
+    """Why a solve is none of EVALUATIONS evaluations, or None."""
+    return None if made == EVALUATIONS else f"{name}: {made} evaluations, not {EVALUATIONS}"
 
 
 def ops_per_step(solver: Any, first: int = 7, last: int = 10) -> float:

@@ -167,6 +167,16 @@ def test_an_approximate_gradient():
     assert "cosine" in str(straight) and "cosine" not in str(diagnose(DEQ(Block(0.3 * a)), x))
 
 
+def test_cosine_is_taken_at_the_equilibrium():
+    """Where the layer's own solve fails, at the one that was found otherwise."""
+    torch.manual_seed(3)
+    cell, x = Block(turning(0.3, 1.5)), torch.randn(16, 2)
+    lost = diagnose(DEQ(cell, adjoint=OneStep()), x)
+    found = diagnose(DEQ(cell, adjoint=OneStep(), solver=Anderson()), x)
+    assert not lost.solution.converged.any() and found.solution.converged.all()
+    assert lost.cosine == pytest.approx(found.cosine, abs=1e-6)
+
+
 def test_cosine_is_that_of_the_gradients():
     a, x = 0.6 * torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0], torch.randn(1, 3, dtype=torch.float64)
     layer = DEQ(Block(a), adjoint=OneStep(), tol=1e-12, max_steps=200)

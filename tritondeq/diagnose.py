@@ -107,7 +107,8 @@ class _Trials:
 
     def __init__(self, layer: DEQ, x: Any, z0: Any, mask: Any):
         adjoint = Implicit() if isinstance(layer.adjoint, Unrolled) else layer.adjoint
-        self.layer = _variant(layer, adjoint=adjoint, trace=False, graph=False, _graphs=None, compile_cell=False)
+        plain = {"trace": False, "graph": False, "_graphs": None, "compile_cell": False, "_twin": None}
+        self.layer = _variant(layer, adjoint=adjoint, **plain)
         self.x, self.z0, self.mask = x, z0, mask
         self.patient = {"max_steps": PATIENCE * layer.max_steps}
         self.advice: list[Advice] = []

@@ -32,7 +32,7 @@ def jacobian_penalty(
     z.detach().
 
     Args:
-        f: A `DEQ`, or any cell or function that returns a state like z.
+        f: A `DEQ`, or any cell or function that returns a state like z. `FixedDropout` in train() draws a mask for it.
         z: Where: the layer's output, or any state.
         args: Of a DEQ its input x; of a cell or function what it takes after z, such as `cell.inject(x)`.
         probes: Random vectors per sample; the estimate is their mean.

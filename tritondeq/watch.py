@@ -25,7 +25,8 @@ class Watch:
         model: What holds the layers, or is one.
         every: Training steps from one report to the next.
         radius: Report the largest spectral radius too, as of the layer's first forward pass in train() after the report
-            before. Costs 20 vector-Jacobian products and the memory of 21 states, then.
+            before. Costs 20 vector-Jacobian products and the memory of 21 states, then, and `FixedDropout` draws a mask
+            for it.
         limit: Warn where a larger share of the samples of a report failed: MAX_STEPS, GROWING or NONFINITE, forward or
             backward. Once, until it is below again. None never warns, as is right where max_steps is drawn at random.
 

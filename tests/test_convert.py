@@ -385,17 +385,22 @@ def test_shares_are_averaged_and_attention_drops_nothing():
 @pytest.mark.parametrize("how", ["dropout", "scaled_dot_product_attention"])
 def test_masks_that_no_module_shows_are_refused(how):
     class Hiding(MLP):
+        share = 0.2
+
         def forward(self, h):
             if how == "dropout":
-                return super().forward(F.dropout(h, 0.2, self.training))
-            return super().forward(F.scaled_dot_product_attention(h, h, h, None, 0.2 if self.training else 0.0))
+                return super().forward(F.dropout(h, self.share, self.training))
+            return super().forward(F.scaled_dot_product_attention(h, h, h, None, self.share * self.training))
 
     layer = to_equilibrium(nn.Sequential(Hiding(dropout=0.1)))
     x = torch.randn(4, 3, 6)
     with pytest.raises(RuntimeError, match=f"{how} with a dropout of 0.2"):
         layer(x)
     assert layer.eval()(x).isfinite().all()
-    with pytest.raises(RuntimeError, match=how):
+    layer.deq.cell.block.share = 0.0
+    layer.train()(x)
+    layer.deq.cell.block.share = 0.2
+    with pytest.raises(RuntimeError, match=how):  # each train() looks anew
         layer.train()(x)
     own = to_equilibrium(mlps(), cell=MLP(dropout=0.1).double())
     with pytest.raises(RuntimeError, match="Dropout 'block.drop'.*FixedDropout"):

@@ -1,7 +1,9 @@
 """Networks of timm, transformers and torchvision whose middle is an equilibrium; random weights, nothing is loaded."""
 
 import copy
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -203,3 +205,15 @@ def test_a_stage_that_changes_the_shape_says_which_block():
     swin = timm.create_model("swin_tiny_patch4_window7_224").layers[2].blocks
     with pytest.raises(ValueError, match="block 1.*shift"):
         to_equilibrium(swin)
+
+
+def test_the_readme(capsys):
+    """What it says of memory is so, and some of its steps lead where it goes."""
+    pytest.importorskip("timm"), pytest.importorskip("sklearn")
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    block, says = re.search(r"## Replace a residual stack.*?```python\n(.*?)```\n\n    (.*?)\n", readme, re.S).groups()
+    assert block.count("range(200)") == 1
+    names = {}
+    exec(block.replace("range(200)", "range(6)"), names)
+    assert capsys.readouterr().out.partition(";")[0] == says.partition(";")[0]
+    assert names["model"].blocks.last.converged.all() and names["loss"] < 2.6

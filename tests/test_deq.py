@@ -202,7 +202,7 @@ def test_unrolled_and_back(x, solver):
         assert all(torch.equal(a, b) for a, b in zip(grads, want, strict=True))
     assert list(layer.state_dict()) == [f"cell.{name}" for name in layer.cell.state_dict()]
     calls = []
-    handle = layer.cell.register_forward_hook(lambda *_: calls.append(1))
+    handle = layer.cell.register_forward_pre_hook(lambda *_: calls.append(1))
     layer.unrolled(4, checkpoint=True)(x).sin().sum().backward()
     assert len(calls) == 8  # each once more, in the backward pass
     handle.remove()

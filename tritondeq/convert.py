@@ -69,8 +69,9 @@ def to_equilibrium(
         coda: Blocks kept behind it.
         injection: "add": y = (x + z) / 2; or a module that returns y for (z, x), of x's shape.
         norm: N. "outer" is "sample" where x has four dims or more and the block a convolution, else "tokens": rms over
-            the last dim. "sample": rms over all dims but the first, a GroupNorm of one group without its mean. A
-            module is called in place of N. None: no N; an equilibrium then needs a block that bounds its increments.
+            the last dim. "sample": rms over all dims but the first, a GroupNorm of one group without its mean; say so
+            for [B, C, L]. A module is called in place of N. None: no N; an equilibrium then needs a block that bounds
+            its increments.
         gain: Scale of the block's increment, above 0: a LayerScale that is not trained.
         batch_norm: BatchNorm in a cell would mix samples and count evaluations, so it raises, unless told: "group", a
             GroupNorm with its weight and bias takes its place (to train from scratch), or "frozen", its running

@@ -6,8 +6,8 @@
 A tile of BLOCK_M rows is shared by SPLITS programs; each owns BLOCK_N features of it, and keeps its slice of W in
 shared memory, as 1 to 3 bf16 terms. Delta form, as in affine.py: acc = W z + u and z stay in registers in float32, and
 the programs of a tile tell each other only bf16 increments d of z, and their parts of ||g||^2 and ||f||^2. Each adds up
-the same parts in the same order and applies `rules.py` to all rows of the tile, so all decide alike. A row that has
-stopped is frozen by select. Evaluation k is
+the same parts in the same order and applies `rules.py` to all rows of the tile, so all decide alike. What is kept of a
+row is selected while it goes on, and no more when it has stopped. Evaluation k is
 
     f = act(acc), g = f - z:  store d = bf16(damping g) and the sums;  meet;  load all d and all sums
     stop, or z += d, acc += d W'
@@ -225,7 +225,7 @@ def grid_kernel(
         tl.store(parts + (SPLITS + column) * height, sums[1])
 
         met = meet(turn_ptr, target, POLLS)
-        # of a row that has stopped these are old, or were never written; what comes of them is not taken
+        # of a row that has stopped these are old, or were never written: nobody looks at its z and acc any more
         news = _whole_rows(d_now, rows, D, rows >= 0, D, CHUNKS, GROUPS, BLOCK_K)
         parts = parts[None, :] + offs_s * height
         rr = tl.load(parts, mask=offs_s < SPLITS, other=0.0, cache_modifier=".cg")
@@ -239,8 +239,8 @@ def grid_kernel(
         rel, improved, state = rules_update(state, k, r, s, live, live, FLOOR)
         kept = tl.where(improved[:, None], acc if ADJ else z, kept)
         go = live & (state[0] > state[1]) & (count < max_steps)
-        z = tl.where(go[:, None], z + moves, z)
-        acc = tl.where(go[:, None], acc + dot, acc)
+        z += moves
+        acc += dot
         running = tl.sum(go.to(tl.int32), 0)
 
     tl.store(z_ptr + offs, tl.where(lost[:, None], float("nan"), kept), mask=mask)

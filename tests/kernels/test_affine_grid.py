@@ -245,34 +245,44 @@ def test_rows_do_not_depend_on_their_batch(device, alone, monkeypatch):
         assert torch.equal(torch.cat(both), expected)
 
 
-def sleepy_loads(number, builder):
-    """Program 1 reads what others wrote long after it has met them."""
-    load = builder.create_masked_load
+def laggard(number, builder):
+    """Program 1 of three writes only when the others have come to the barrier, and reads what they wrote only when they
+    have come to the next one: no earlier than it may, and as late as it can."""
+    if number != 1:
+        return
+    load, store, atomic = builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw
+    arrivals, told = [0], []
 
-    def late(ptrs, *told):
-        if number == 1 and np.ndim(ptrs.data) == 3:
+    def counting(*call):
+        told[:] = call
+        arrivals[0] += call[0].name == "ADD" and call[2].data.item() == 2
+        return atomic(*call)
+
+    def others_come(seconds):
+        does, at, two, *rest = told
+        nothing = type(two)(np.zeros_like(two.data), two.dtype)
+        end = time.monotonic() + seconds
+        while atomic(does, at, nothing, *rest).data.item() < 2 * 3 * arrivals[0] + 2 * 2 and time.monotonic() < end:
+            pass
+
+    def late_load(ptrs, *call):
+        if told and np.ndim(ptrs.data) == 3:
+            others_come(0.2)  # after the last evaluation they do not
+        return load(ptrs, *call)
+
+    def late_store(*call):
+        if told:
+            others_come(0.2)
             time.sleep(0.01)
-        return load(ptrs, *told)
+        return store(*call)
 
-    builder.create_masked_load = late
-
-
-def sleepy_stores(number, builder):
-    """Program 1 writes long after the others have."""
-    store = builder.create_masked_store
-
-    def late(*told):
-        if number == 1:
-            time.sleep(0.01)
-        return store(*told)
-
-    builder.create_masked_store = late
+    builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw = late_load, late_store, counting
 
 
 @CPU
 def test_programs_meet(device, together):
-    """Two tiles of three programs each, both ways, with rows of many depths: right, and the same to the bit again,
-    however late one of them reads or writes."""
+    """Two tiles of three programs each, both ways, with rows of many depths: right, and the same to the bit again when
+    one of them is as late as it can be."""
     w, u, pre = uneven(18, 40, device)
     settings = options(tol=1e-3)
     processes = together()
@@ -287,10 +297,9 @@ def test_programs_meet(device, together):
         assert ((residual <= 1e-3) & (residual > 0)).all()
         assert_as_eager(z, eager[0], truth, 2)
     assert_residual(seen[2], true_residual(w, u, seen[0], "tanh", 2), 1e-3)
-    for before in (sleepy_loads, sleepy_stores):
-        together(before=before)
-        for again, first in zip(op.affine_grid_solve(w, u[:16], **settings), seen[:4], strict=True):
-            assert torch.equal(again, first[:16])
+    together(before=laggard)
+    for again, first in zip(op.affine_grid_solve(w, u[:16], **settings), seen[:4], strict=True):
+        assert torch.equal(again, first[:16])
 
 
 @CPU

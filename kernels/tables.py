@@ -224,7 +224,7 @@ def warn(path: Path | None, fault: str) -> None:
     if path not in _warned:
         _warned.add(path)
         message = f"{path}: {fault}; what it says of that is ignored. `python -m tritondeq tune --fresh` writes it anew"
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        warnings.warn(message, stacklevel=2)
 
 
 def forget() -> None:

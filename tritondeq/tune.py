@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import util
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -143,7 +143,7 @@ def jobs_of(
 
 
 def measure(job: Job, clock: Callable, tick: Callable = lambda: None) -> Outcome:
-    """Times every candidate that compiles without spills and is right.
+    """Times every candidate that is right and spills no more registers than the pure function's does.
 
     Raises:
         Unfit: the shape does not fit in memory, or the pure function's parameters themselves fail.
@@ -154,19 +154,18 @@ def measure(job: Job, clock: Callable, tick: Callable = lambda: None) -> Outcome
     for work in job.works:
         try:
             torch.manual_seed(0)
-            problem = work.prepare()
-            errors = None
+            problem, base = work.prepare(), None
             for i in list(times):
                 tick()
-                why, found, seconds = _trial(work, problem, configs[i], clock, errors)
-                if why and i == 0:
-                    raise Unfit(f"{work}: what the pure function gives {why}; please report it")
-                if why:
-                    left_out[why.partition(":")[0]] += 1
+                trial = _trial(work, problem, configs[i], clock, base)
+                if trial.why and i == 0:
+                    raise Unfit(f"{work}: what the pure function gives {trial.why}; please report it")
+                if trial.why:
+                    left_out[trial.why.partition(":")[0]] += 1
                     del times[i]
                 else:
-                    errors = errors or found
-                    times[i].append(seconds)
+                    base = base or trial
+                    times[i].append(trial.seconds)
         except torch.OutOfMemoryError as error:
             raise Unfit(f"{work} does not fit in the memory of this GPU: take fewer --rows or --features") from error
     best = min(times, key=lambda i: math.prod(times[i]))
@@ -174,26 +173,33 @@ def measure(job: Job, clock: Callable, tick: Callable = lambda: None) -> Outcome
     return outcome if outcome.gain >= LEAST else Outcome(configs[0], [1.0] * len(job.works), left_out)
 
 
-def _trial(
-    work: Work, problem: Problem, config: dict, clock: Callable, errors: list[float] | None
-) -> tuple[str | None, list[float], float]:
-    """(why it is left out or None, its errors, seconds); `errors` are those of the pure function's parameters, which
-    may spill where it had nothing better to give."""
+class Trial(NamedTuple):
+    """Why a candidate is left out, or None; and what was found of it."""
+
+    why: str | None
+    errors: tuple[float, ...] = ()
+    spills: int = 0
+    seconds: float = 0.0
+
+
+def _trial(work: Work, problem: Problem, config: dict, clock: Callable, base: Trial | None) -> Trial:
+    """Of a candidate; `base` is that of the pure function's parameters, None for these themselves."""
     try:
         with launch.trial(work.op, work.shape, config):
             with trials.launched() as kernels:
                 made = problem.run()
-            if errors is not None and trials.spills(kernels):
-                return "spills", [], 0.0
-            found = [_error(*pair) for pair in zip(made, problem.exact, strict=True)]
-            bounds = [FACTOR * error + FLOOR for error in errors] if errors else [SANE] * len(found)
-            if not all(error <= bound for error, bound in zip(found, bounds, strict=True)):
-                return "is wrong", found, 0.0
-            return None, found, clock(problem.timed())
+            spills = trials.spills(kernels)
+            if base and spills > base.spills:
+                return Trial("spills")
+            errors = tuple(_error(*pair) for pair in zip(made, problem.exact, strict=True))
+            bounds = [FACTOR * error + FLOOR for error in base.errors] if base else [SANE] * len(errors)
+            if not all(error <= bound for error, bound in zip(errors, bounds, strict=True)):
+                return Trial("is wrong")
+            return Trial(None, errors, spills, clock(problem.timed()))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of the compiler, or of a launch: that candidate won't do
-        return f"fails: {type(error).__name__}: {error}".splitlines()[0], [], 0.0
+        return Trial(f"fails: {type(error).__name__}: {error}".splitlines()[0])
 
 
 def _error(made: Tensor, exact: Tensor) -> float:
@@ -258,7 +264,7 @@ def _explain(options: Options) -> str:
         rows.append([head, str(len(job.candidates)), chosen(job.op, job.candidates[0])])
     lines = [
         "This machine has no GPU that torch sees, so nothing is measured. On one, this would time the candidates",
-        f"below that are right and spill no registers, write the fastest to {_where()}, and say what it gains.",
+        f"below that are right and spill no registers anew, write the fastest to {_where()}, and say what it gains.",
         "Until then launches take what the pure functions of the shape give, here for sm_90:",
         "",
         table(["shape", "candidates", "the pure function's"], rows),

@@ -33,21 +33,25 @@ def _table(job: Job, chip: int, seen: list[list[dict]]) -> Iterator[str]:
     yield ""
     yield "| candidate | registers | spills | shared memory | |"
     yield "|---|---:|---:|---:|---|"
+    base = _spills(seen[0])
     for i, (config, kernels) in enumerate(zip(job.candidates, seen, strict=True)):
-        *counts, why = _counts(kernels, chip)
+        *counts, why = _counts(kernels, chip, base)
         if i == 0:
-            why = "the pure function's" + (f", though it {why}" if why else "")
+            why = "the pure function's" + (f": {why}" if why else "")
         yield f"| {chosen(job.op, config)} | {' | '.join(counts)} | {why} |"
     yield ""
 
 
-def _counts(kernels: list[dict], chip: int) -> tuple[str, str, str, str]:
-    """(registers, spills, shared memory, why it would be left out)."""
+def _spills(kernels: list[dict]) -> int:
+    totals = [kernel.get("total", {}) for kernel in kernels]
+    return max(total.get("LDL", 0) + total.get("STL", 0) for total in totals)
+
+
+def _counts(kernels: list[dict], chip: int, base: int) -> tuple[str, str, str, str]:
+    """(registers, spills, shared memory, why it would be left out); `base` are the pure function's spills."""
     errors = [kernel["error"] for kernel in kernels if "error" in kernel]
     if errors:
         return "", "", "", f"does not compile: {errors[0]}".replace("|", "/")
-    totals = [kernel["total"] for kernel in kernels]
-    spills = max(total.get("LDL", 0) + total.get("STL", 0) for total in totals)
-    shared = max(kernel["shared"] for kernel in kernels)
-    why = "does not fit" if shared > offline.SHARED[chip] else "spills" if spills else ""
+    shared, spills = max(kernel["shared"] for kernel in kernels), _spills(kernels)
+    why = "does not fit" if shared > offline.SHARED[chip] else "spills" if spills > base else ""
     return str(max(kernel["registers"] for kernel in kernels)), str(spills), str(shared), why

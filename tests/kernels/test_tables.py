@@ -206,7 +206,7 @@ def test_a_damaged_file_is_one_warning(text):
     path = put(entry())
     path.write_text(text, encoding="latin-1")
     launch.reread()
-    with pytest.warns(RuntimeWarning) as seen:
+    with pytest.warns(UserWarning) as seen:
         assert told() == PURE and told(width=8192, itemsize=4) and told("anderson") == PURE
     (one,) = seen
     assert str(path) in str(one.message) and "tune --fresh" in str(one.message)
@@ -254,7 +254,7 @@ def test_an_entry_that_does_not_fit_is_left_out_and_said(change):
     table["entries"] = [table["entries"][0] | change, entry_of(table, width=1 << 20)]
     path.write_text(json.dumps(table))
     launch.reread()
-    with pytest.warns(RuntimeWarning, match="entry 0: ") as seen:
+    with pytest.warns(UserWarning, match="entry 0: ") as seen:
         assert told() in (PURE, OTHER)
     assert len(seen) == 1 and str(path) in str(seen[0].message)
     config = told(width=1 << 20, itemsize=4)
@@ -286,7 +286,7 @@ def test_parameters_that_are_no_candidate_are_never_used(parameters):
     path.write_text(json.dumps(table))
     launch.reread()
     assert told(width=1 << 20, itemsize=4) == launch.SHAPES["picard"](width=1 << 20, itemsize=4)
-    with pytest.warns(RuntimeWarning, match="picard at .* can't take"):
+    with pytest.warns(UserWarning, match="picard at .* can't take"):
         assert told() == PURE
 
 
@@ -304,13 +304,13 @@ def test_a_shape_of_another_kind_is_never_near():
 def test_what_is_no_file_does_not_make_a_launch_wait(home):
     home.mkdir()
     os.mkfifo(tables.paths(GPU)[0])
-    with pytest.warns(RuntimeWarning, match="it is no file"):
+    with pytest.warns(UserWarning, match="it is no file"):
         assert told() == PURE
 
 
 def test_a_folder_in_its_place(home):
     tables.paths(GPU)[0].mkdir(parents=True)
-    with pytest.warns(RuntimeWarning, match="it is no file"):
+    with pytest.warns(UserWarning, match="it is no file"):
         assert told() == PURE
 
 

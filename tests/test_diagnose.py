@@ -209,6 +209,7 @@ LAYERS = {
     "Transformer": lambda: (DEQ(tdeq.cells.Transformer(8, heads=2)), torch.randn(2, 3, 8)),
     "MultiScale": lambda: (DEQ(tdeq.cells.MultiScale((4, 4), groups=2)), torch.randn(2, 4, 4, 4)),
     "Unrolled": lambda: (DEQ(tdeq.cells.Affine(6), adjoint=Unrolled(2)), torch.randn(4, 6)),
+    "warming up": lambda: (DEQ(tdeq.cells.Affine(6)).unrolled(2), torch.randn(4, 6)),
     "compiled": lambda: (DEQ(tdeq.cells.Affine(6), compile={"backend": "none such"}), torch.randn(4, 6)),
     "captured": lambda: (DEQ(tdeq.cells.Affine(6), graph=True), torch.randn(4, 6)),
     "frozen": lambda: (DEQ(tdeq.cells.Affine(6)).requires_grad_(False), torch.randn(4, 6)),

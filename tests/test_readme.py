@@ -3,18 +3,14 @@
 import re
 from pathlib import Path
 
-import pytest
 import torch
-
-import tritondeq as tdeq
 
 TEXT = (Path(__file__).parent.parent / "README.md").read_text()
 
 
 def test_every_block_runs(capsys):
-    if not hasattr(tdeq.DEQ, "unrolled"):
-        pytest.skip("DEQ.unrolled is not there")
     blocks, names = re.findall(r"```python\n(.*?)```", TEXT, re.S), {}
+    blocks = [block for block in blocks if "import timm" not in block]  # tests/test_convert_real.py runs that
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert len(blocks) >= 5

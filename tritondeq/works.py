@@ -1,6 +1,5 @@
 """What `tune` measures: for each op a problem with float64 answers, and the call whose time counts."""
 
-from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -45,14 +44,15 @@ class Work:
     def __str__(self) -> str:
         return f"{self.op} {self.rows}x{self.features} {self.dtype}"
 
-    @abstractmethod
     def prepare(self) -> "Problem":
         """Makes the tensors."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Problem:
-    """
+    """A work with its tensors.
+
     Attributes:
         run: Runs the op as the library does; what it gives, tensors.
         exact: The same by the reference in float64.

@@ -279,15 +279,18 @@ def entry_of(table: dict, **shape) -> dict:
     ids=str,
 )
 def test_parameters_that_are_no_candidate_are_never_used(parameters):
-    """For the shape they stand at that is a warning, elsewhere they are only too far away."""
+    """For the shapes they stand at that is a warning, one a file; elsewhere they are only too far away."""
     path = put(entry())
     table = raw(path)
     table["entries"][0]["parameters"] = parameters
+    table["entries"].append(entry_of(table, width=8192))
     path.write_text(json.dumps(table))
     launch.reread()
     assert told(width=1 << 20, itemsize=4) == launch.SHAPES["picard"](width=1 << 20, itemsize=4)
-    with pytest.warns(UserWarning, match="picard at .* can't take"):
+    with pytest.warns(UserWarning, match="picard at .* can't take") as seen:
         assert told() == PURE
+        assert told(width=8192, itemsize=4) == launch.SHAPES["picard"](width=8192, itemsize=4)
+    assert len(seen) == 1
 
 
 def test_a_shape_of_another_kind_is_never_near():

@@ -66,8 +66,8 @@ class DEQ(nn.Module):
         if not isinstance(cell, nn.Module):
             raise TypeError(f"cell must be an nn.Module, got {describe(cell)}; for a function there is fixed_point")
         if solver is None:
-            plain = isinstance(adjoint, Unrolled) or not isinstance(cell, Cell)
-            solver = Picard() if plain else cell.default_solver()
+            own = cell.default_solver() if isinstance(cell, Cell) else Picard()
+            solver = _picard(own) if isinstance(adjoint, Unrolled) else own
         check(solver, adjoint, tol, max_steps)
         self.cell, self.solver, self.adjoint = cell, solver, adjoint
         if not isinstance(compile, bool | dict):
@@ -94,8 +94,8 @@ class DEQ(nn.Module):
         """Switches to the explicit weight-tied net of `steps` evaluations of the cell, or with None back; returns self.
 
         The net is `Unrolled(steps, checkpoint)` from where a solve would start, by steps of the layer's solver if it is
-        a `Picard`, else by plain ones: for warm-up, and to compare with. It holds in train() and eval(), and in copies;
-        state_dict does not know of it.
+        a `Picard`, else of the cell's default, else by plain ones: for warm-up, and to compare with. It holds in
+        train() and eval(), and in copies; state_dict does not know of it.
 
         Raises:
             TypeError, ValueError: an option is of the wrong kind or out of range.
@@ -179,7 +179,7 @@ class DEQ(nn.Module):
         tol = self.tol if self.tol is not None or not own else cell.default_tol()
         solver, adjoint = self.solver, self.adjoint
         if self._twin is not None:
-            solver, adjoint = solver if isinstance(solver, Picard) else Picard(), self._twin
+            solver, adjoint = _picard(solver, cell.default_solver() if own else None), self._twin
         solution = fixed_point(
             f,
             z0,
@@ -303,6 +303,11 @@ def _tells(cell: nn.Module, what: str) -> bool:
         return False
     defined = {name: next(i for i, c in enumerate(type(cell).__mro__) if name in vars(c)) for name in (what, "forward")}
     return defined[what] <= defined["forward"]
+
+
+def _picard(*solvers: Solver | None) -> Picard:
+    """The first of these that is one, else the plain one."""
+    return next((solver for solver in solvers if isinstance(solver, Picard)), Picard())
 
 
 def _not_captured(adjoint: Adjoint, trace: bool, group: Any) -> str | None:

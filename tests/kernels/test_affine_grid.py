@@ -140,6 +140,16 @@ def test_strides_do_not_matter(device, alone):
         assert torch.equal(z, same)
 
 
+def test_what_lies_behind_w_is_not_read(device, alone):
+    w, u = problem(3, 7, device)
+    inside = torch.full((4096,), math.nan, device=device)
+    inside[: w.numel()] = w.flatten()
+    inside = inside[: w.numel()].view_as(w)
+    assert torch.equal(op.affine_grid_solve(inside, u, **options())[0], op.affine_grid_solve(w, u, **options())[0])
+    adjoints = [op.affine_grid_adjoint(each, u, u, **options())[0] for each in (inside, w)]
+    assert torch.equal(*adjoints)
+
+
 def test_empty_batch(device, alone):
     w, u = problem(0, 8, device)
     for work in (op.affine_grid_solve, op.affine_grid_adjoint):

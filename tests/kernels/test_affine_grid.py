@@ -114,12 +114,12 @@ def test_warm_start(device, alone, scale):
 
 
 def test_a_start_loses_no_bits(device, alone):
-    """After one evaluation the start is returned, with its true residual: 16 bits of it would be off by 2e-3."""
+    """After one evaluation the start is returned, with its true residual: 16 bits of it would be off by 4e-6 or so."""
     w, u = problem(5, 40, device)
-    z0 = exact(w, u, **options()).float() + 1e-3 * torch.randn_like(u)
+    z0 = exact(w, u, **options()).float() + 1e-5 * torch.randn_like(u)
     z, _, residual, _ = op.affine_grid_solve(w, u, z0, terms=3, **options(max_steps=1))
     assert torch.equal(z, z0)
-    assert (residual / true_residual(w, u, z0, "tanh", 3) - 1).abs().max() < 1e-3
+    assert (residual / true_residual(w, u, z0, "tanh", 3) - 1).abs().max() < 1e-2
 
 
 def test_strides_do_not_matter(device, alone):
@@ -138,6 +138,16 @@ def test_strides_do_not_matter(device, alone):
         strict=True,
     ):
         assert torch.equal(z, same)
+
+
+def test_what_lies_behind_w_is_not_read(device, alone):
+    w, u = problem(3, 7, device)
+    inside = torch.full((4096,), math.nan, device=device)
+    inside[: w.numel()] = w.flatten()
+    inside = inside[: w.numel()].view_as(w)
+    assert torch.equal(op.affine_grid_solve(inside, u, **options())[0], op.affine_grid_solve(w, u, **options())[0])
+    adjoints = [op.affine_grid_adjoint(each, u, u, **options())[0] for each in (inside, w)]
+    assert torch.equal(*adjoints)
 
 
 def test_empty_batch(device, alone):

@@ -1,10 +1,9 @@
 """What ptxas makes of the affine cell's solve with a grid barrier, and in which order the PTX touches memory."""
 
-import offline
 import pytest
 import triton
 
-from tritondeq.kernels import launch
+from tritondeq.kernels import launch, offline
 from tritondeq.kernels.affine_grid import POLLS
 
 TYPES = {

@@ -87,9 +87,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("shapes", "any of these replaces the suite's own; several values are combined")
     group.add_argument("--cell", nargs="+", type=_cell, metavar="NAME", help=f"of {', '.join(CELLS)}; default: affine")
     group.add_argument("--features", nargs="+", type=_size, metavar="N", help="width of the state; default: 128")
-    group.add_argument(
-        "--rows", nargs="+", type=_size, metavar="N", help="rows, tokens or pixels of a batch; default: 1024"
-    )
+    told = f"rows of a batch, its tokens (in sequences of {TOKENS}) or pixels (of {SIDE} x {SIDE}); default: 1024"
+    group.add_argument("--rows", nargs="+", type=_size, metavar="N", help=told)
     group.add_argument("--dtype", nargs="+", choices=DTYPES, help="of the operands; default: fp32")
 
 

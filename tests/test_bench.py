@@ -112,6 +112,9 @@ def test_the_peak_is_that_of_what_is_alive_at_once():
         b.add_(1)  # nothing new
         assert seen.now == 8000
         assert (b + c.view(-1)).sum() > 0
+        del b, c
+        d = torch.ones(10)
+        assert seen.now == d.nbytes == 40
     assert seen.most == 12004 + 1  # three vectors, their sum, and whether it is positive
 
 
@@ -476,12 +479,17 @@ def test_nothing_is_compiled_when_time_is_short():
     assert lost == ["case, compiled tied loop: no time to compile it"] and list(calls) == ["tritondeq"]
 
 
-def test_a_deadline_stops_what_goes_on_and_leaves_no_alarm():
+def test_a_deadline_stops_what_goes_on_and_leaves_no_alarm(monkeypatch):
     before = signal.getsignal(signal.SIGALRM)
     with pytest.raises(measure.Late), measure.deadline(0.05):
         time.sleep(5)
     with measure.deadline(30):
         pass
+    monkeypatch.setattr(measure, "AGAIN", 0.05)
+    with pytest.raises(measure.Late), measure.deadline(0.05):
+        with contextlib.suppress(measure.Late):
+            time.sleep(5)
+        time.sleep(5)
     assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 

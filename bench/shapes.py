@@ -21,11 +21,11 @@ RESULTS = 12
 # Of a cell: its name in tables, states that autograd keeps of an evaluation, about, and weights in units of width^2.
 CELLS = {
     "affine": ("Affine", 2, 1),
-    "monotone": ("Monotone", 3, 3),
+    "monotone": ("Monotone", 2, 3),
     "mlp": ("MLP", 8, 4),
-    "gated": ("Gated", 10, 3),
+    "gated": ("Gated", 7, 3),
     "transformer": ("Transformer", 24, 12),
-    "conv": ("Conv", 10, 18),
+    "conv": ("Conv", 6, 18),
 }
 ROWWISE = ("affine", "monotone", "mlp", "gated")
 DEFAULTS = {"cell": ["affine"], "features": [128], "rows": [1024], "dtype": ["fp32"]}

@@ -701,3 +701,17 @@ def test_a_result_is_kept_from_who_writes_over_it():
     calls = {"tritondeq": lambda: (memory.fill_(1), 5), "tied loop": lambda: (memory.fill_(2), 5)}
     outcomes, _ = measure.attempt(calls, "case", lambda: True, pytest.fail)
     assert [z.tolist() for z, _ in outcomes.values()] == [[1] * 3, [2] * 3]
+
+
+def test_fewer_steps_than_were_asked_for_are_a_fault(monkeypatch):
+    monkeypatch.setattr(solves, "slow", lambda cell, x: None)
+    records = list(solves.run(solves.Case("depth", 3, 8, steps=60), CPU, {}, 0.0, lambda: True, pytest.fail))
+    assert "60 were asked for" in records[0]["wrong"] and not any("seconds" in r for r in records)
+
+
+@pytest.mark.parametrize("cell", shapes.CELLS)
+def test_the_memory_a_shape_is_reckoned_to_take_is_what_explicit_nets_take(cell):
+    shape = shapes.Shape(cell, 32, 256)
+    taken = memory.peak(rivals.Tied(shape.make(CPU), shapes.BLOCKS), torch.randn(shape.dims))
+    kept = taken / (shapes.BLOCKS * 4 * 256 * 32)
+    assert taken <= shape.bytes and 0.6 * shapes.CELLS[cell][1] <= kept <= shapes.CELLS[cell][1]

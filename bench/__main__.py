@@ -232,7 +232,7 @@ def unfit(device: torch.device) -> str | None:
         name, has = torch.cuda.get_device_name(device), ".".join(map(str, capability))
         return f"{name} has capability {has}, and the kernels need 8.0 (A100) or later: take --cpu"
     if not report.installed("triton"):
-        return None
+        return "Triton, which has the kernels and the clock, is not installed: pip install triton, or take --cpu"
     from triton import knobs
 
     folder = Path(knobs.cache.dir)

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 BURST = 4
+AGAIN = 5.0  # seconds after which a deadline is called out again, should somebody have swallowed it
 OURS = ("tritondeq", "Picard", "Anderson")  # how the names of our contestants begin
 READS = frozenset(["_local_scalar_dense", "_linalg_check_errors"])  # the host waits for a value
 # What launches nothing: views, and allocations without a fill.
@@ -159,7 +160,7 @@ def deadline(seconds: float):
         raise Late
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), AGAIN)
     try:
         yield
     finally:

@@ -21,11 +21,11 @@ RESULTS = 12
 # Of a cell: its name in tables, states that autograd keeps of an evaluation, about, and weights in units of width^2.
 CELLS = {
     "affine": ("Affine", 2, 1),
-    "monotone": ("Monotone", 3, 3),
+    "monotone": ("Monotone", 2, 3),
     "mlp": ("MLP", 8, 4),
-    "gated": ("Gated", 10, 3),
+    "gated": ("Gated", 7, 3),
     "transformer": ("Transformer", 24, 12),
-    "conv": ("Conv", 10, 18),
+    "conv": ("Conv", 6, 18),
 }
 ROWWISE = ("affine", "monotone", "mlp", "gated")
 DEFAULTS = {"cell": ["affine"], "features": [128], "rows": [1024], "dtype": ["fp32"]}
@@ -87,9 +87,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("shapes", "any of these replaces the suite's own; several values are combined")
     group.add_argument("--cell", nargs="+", type=_cell, metavar="NAME", help=f"of {', '.join(CELLS)}; default: affine")
     group.add_argument("--features", nargs="+", type=_size, metavar="N", help="width of the state; default: 128")
-    group.add_argument(
-        "--rows", nargs="+", type=_size, metavar="N", help="rows, tokens or pixels of a batch; default: 1024"
-    )
+    told = f"rows of a batch, its tokens (in sequences of {TOKENS}) or pixels (of {SIDE} x {SIDE}); default: 1024"
+    group.add_argument("--rows", nargs="+", type=_size, metavar="N", help=told)
     group.add_argument("--dtype", nargs="+", choices=DTYPES, help="of the operands; default: fp32")
 
 

@@ -299,7 +299,8 @@ def run(
     least = measure.limit(setup.flops, setup.nbytes, roof, "bf16" if device.type == "cuda" else "fp32")
     for name in calls:
         ours = name == "tritondeq"
-        record = {"goal": case.goal, "case": str(case), "rows": case.rows, "width": case.width, "contestant": name}
+        record = {"goal": case.goal, "case": str(case), "contestant": name}
+        record |= {"rows": case.shape.positions, "width": case.width}
         record |= {"cell": case.cell, "train": case.train, "low": case.low, "path": setup.path if ours else None}
         record |= {"steps": setup.steps if ours else evaluations.get(name), "tol": setup.tol}
         record |= {"mean_steps": setup.mean if ours else None}

@@ -308,7 +308,7 @@ def test_norms_and_injections():
         want = v if norm is None else cell.norm(v) if isinstance(norm, nn.Module) else v * rms(x, dims) / rms(v, dims)
         torch.testing.assert_close(z, want, rtol=1e-10, atol=1e-11)
     channels_last = torch.randn(2, 3, 3, 6).double()  # an image of tokens, as no convolution takes it
-    torch.testing.assert_close(rms(to_equilibrium(mlps())(channels_last)), rms(channels_last))
+    torch.testing.assert_close(rms(to_equilibrium(mlps(), **TIGHT)(channels_last)), rms(channels_last))
 
 
 def test_contractive_with_random_weights():

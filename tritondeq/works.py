@@ -114,7 +114,7 @@ def _whole(cell: str, of: dict[str, Any], limits: dict[str, int]) -> Work:
     _narrow(cell, dtype)
     if cell in ("affine", "monotone") and features > launch.FEATURES:
         w = torch.empty(features, features, device="meta")
-        _ask("affine_steps", terms=terms, **affine_problem(w, of["rows"], "tanh", dtype == "bf16")[1])
+        _ask("affine_steps", terms=terms, **affine_problem(w, of["rows"], "tanh", dtype == "bf16")["problem"])
         shape = {"batch": of["rows"], "features": features, "terms": terms, "shared": limits["shared"]}
         return CellSteps("affine_steps", **of, shape=shape, cell=cell)
     sizes = {"mlp": ((2 * features, features), (features, 2 * features)), "gated": ((features, features),) * 3}

@@ -233,7 +233,8 @@ OTHERS = {
 # What could reach a target that is predicted to be missed, or nearly so.
 DESIGNS = {
     "G1 torchdeq": "of float32 weights at D 256 one bf16 term stays and the other is read from L2 each step; with "
-    "operands='bf16' none is, and two multiprocessors that share a tile (clusters) would hold both",
+    "operands='bf16' none is. The low term is W's by 2^-9, so it could act on the sum of a few increments at once, "
+    "if a row stops only right after; or two multiprocessors that share a tile (clusters) hold both",
     "G1 compiled": "as the line above; for few rows also W spread over the chip, with a barrier a step",
     "G2 torchdeq": "as G1: forward and adjoint are the same kernel",
     "G2 explicit": "as G1",

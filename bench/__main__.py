@@ -199,7 +199,8 @@ def _tune(minutes: float) -> dict[str, Any]:
     if minutes <= 0:
         return {"tuned": False, "says": "no time"}
     command = [sys.executable, "-m", "tritondeq", "tune"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": interruptible}
+    with subprocess.Popen(command, **pipes) as run:
         try:
             out, err = run.communicate(timeout=60 * minutes)
         except subprocess.TimeoutExpired:
@@ -215,6 +216,14 @@ def _tune(minutes: float) -> dict[str, Any]:
     lines = (out if run.returncode == 0 else err or out).strip().splitlines()
     says = lines[-1] if lines else "said nothing"
     return {"tuned": run.returncode in (0, INTERRUPTED), "says": says}
+
+
+def _heeds_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+# What a shell starts in the background ignores Ctrl-C, and so would what that starts.
+interruptible = _heeds_interrupts if os.name == "posix" else None
 
 
 def unwritable(folder: Path) -> str | None:

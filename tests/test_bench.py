@@ -256,7 +256,8 @@ def test_what_time_does_not_allow_is_named(tmp_path):
 
 def test_interrupted_it_writes_what_it_has(tmp_path):
     command = [sys.executable, "-m", "tritondeq.bench", "--suite", "full", "--cpu", "--out", str(tmp_path)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run:
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": bench.interruptible}
+    with subprocess.Popen(command, **options) as run:
         assert "torch" in run.stderr.readline()  # it has begun
         time.sleep(3)
         run.send_signal(signal.SIGINT)
@@ -594,8 +595,8 @@ def test_tuning_is_tried_and_what_came_of_it_is_said(monkeypatch):
     codes = {
         say + "sys.exit(0)": (1.0, True, "written: table.json"),
         say + "sys.exit(1)": (1.0, False, "no GPU"),
-        f"import sys, time\ntry: time.sleep(30)\n{interrupted}": (1.5 / 60, True, "interrupted; finished: 3"),
-        deaf: (1.5 / 60, False, "did not stop after 2 s"),
+        f"import sys, time\ntry: time.sleep(30)\n{interrupted}": (4 / 60, True, "interrupted; finished: 3"),
+        deaf: (4 / 60, False, "did not stop after 4 s"),
     }
     monkeypatch.setattr(bench, "STOPPING_SECONDS", 2)
     start = subprocess.Popen

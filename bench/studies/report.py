@@ -1,0 +1,163 @@
+"""The studies' README and pictures, made from results files alone."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from tritondeq.demo.common import spread
+from tritondeq.demo.pictures import save
+
+from ..report import _markdown
+from . import STUDIES, plots, results, study
+from . import contestants as who
+from .study import Measure, Run, Study
+from .verdict import RULE, Verdict, judge
+
+WORDS = ("win", "tie", "loss")
+QUICK = {"tiny": "it shows that all works, and nothing else", "quick": "minutes on a CPU: small nets, trained briefly"}
+HEAD = """# Studies: where an equilibrium wins, ties and loses
+
+<!-- written by `python -m tritondeq.bench.studies report`, not by hand -->
+
+Each study trains the same cell as a deep equilibrium (DEQ), as a hybrid, and as the explicit nets that these have to be
+compared with: the same optimiser, learning rate, number of updates and order of batches, nothing tuned for one of them.
+
+"""
+
+
+def write(folder: Path, readme: Path) -> list[Path]:
+    """Writes the README, and the pictures beside the results in `folder`; returns all paths.
+
+    Raises:
+        ValueError: a file is no results file, or there is none.
+    """
+    found = _found(folder)
+    paths = [readme]
+    for name, each in found.items():
+        for picture, draw in study(name).pictures(each[0]["runs"]).items():
+            paths.append(save(draw, folder / f"{name}_{picture}.png"))
+    readme.write_text(text(folder, readme.parent))
+    return paths
+
+
+def text(folder: Path, beside: Path) -> str:
+    """The README, which will stand in the folder `beside`."""
+    found = _found(folder)
+    means = _markdown([["contestant", "what it is"], *([name, said] for name, said in who.MEANS.items())])
+    parts = [HEAD + "\n".join(means), *_summary(found)]
+    for name, each in found.items():
+        parts += _section(study(name), each, folder, beside)
+    return "\n\n".join(parts) + "\n"
+
+
+def _found(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    found = results.chosen(folder)
+    found = {name: found[name] for name in STUDIES if name in found}
+    if not any(each[0]["runs"] for each in found.values()):
+        raise ValueError(f"no results in {folder}: run a study first")
+    return {name: each for name, each in found.items() if each[0]["runs"]}
+
+
+def _summary(found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    """What every main measure says, and who judges how."""
+    yield "## In short"
+    rows, counts = [["study", "measure", "DEQ", *(f"against the {rival}" for rival in who.RIVALS)]], {}
+    for name, each in found.items():
+        for case in study(name).cases:
+            for measure in (m for m in study(name).measures if m.main):
+                runs = plots.of(each[0]["runs"], case=case)
+                judged = [_judged(study(name), runs, measure, rival) for rival in who.RIVALS]
+                if not any(judged):
+                    continue
+                own = plots.of(runs, contestant=study(name).contestants[0])
+                ours = [run[measure.key] for run in own if run.get(measure.key) is not None]
+                for verdict in filter(None, judged):
+                    counts[verdict.word] = counts.get(verdict.word, 0) + 1
+                title = f"{measure.title} ({measure.better} is better)"
+                cells = [_cell(verdict, measure) for verdict in judged]
+                rows.append([", ".join(filter(None, (name, case))), title, _value(ours, measure), *cells])
+    yield "\n".join(_markdown(rows))
+    said = ", ".join(
+        f"{counts.get(word, 0)} {plural}" for word, plural in zip(WORDS, ("wins", "ties", "losses"), strict=True)
+    )
+    yield f"A word is the DEQ's against that rival, whose mean follows. In this table: {said}. {RULE}"
+
+
+def _judged(study: Study, runs: list[Run], measure: Measure, rival: str) -> Verdict | None:
+    ours = study.contestants[0]
+    return judge(runs, measure, ours, rival) if rival != ours else None
+
+
+def _section(study: Study, each: list[dict[str, Any]], folder: Path, beside: Path) -> Iterator[str]:
+    """All there is of one study: of the first machine, and the tables of the others."""
+    yield f"## {study.title}"
+    yield f"`python -m tritondeq.bench.studies {study.name} --suite {each[0]['suite']}`: {study.question}"
+    yield f"Data: {study.data}"
+    for machine in each:
+        yield _where(machine)
+        for case in study.cases:
+            if runs := plots.of(machine["runs"], case=case):
+                yield f"**{case or study.title}**"
+                yield "\n".join(_markdown(_table(study, runs)))
+                yield "\n".join(_verdicts(study, runs))
+    if said := list(study.says(each[0]["runs"])):
+        yield "\n".join(f"* {sentence}" for sentence in said)
+    for picture in study.pictures(each[0]["runs"]):
+        path = os.path.relpath(folder / f"{study.name}_{picture}.png", beside)
+        yield f"![{study.title}: {picture}]({path})"
+
+
+def _where(results: dict[str, Any]) -> str:
+    """Where these figures come from."""
+    machine, runs = results["machine"], results["runs"]
+    seeds = sorted({run["seed"] for run in runs})
+    loads = [run["load"] for run in runs if run.get("load") is not None]
+    said = f"Suite {results['suite']}" + (f" ({QUICK[results['suite']]})" if results["suite"] in QUICK else "")
+    said += f", seeds {', '.join(map(str, seeds))}, {machine['device']} ({machine['threads']} CPU threads)"
+    said += f", torch {machine['torch']}, commit {machine['commit']}, {machine['backend']} backend"
+    said += "." if results["complete"] else ", not complete."
+    if machine["kind"] == "cpu":
+        said += " Times are seconds of the process's CPU"
+        if loads and mean(loads) > machine["cores"]:
+            said += f"; others kept the machine busy (load {mean(loads):.1f} of {machine['cores']}), so they are rough"
+        said += "."
+    return said
+
+
+def _table(study: Study, runs: list[Run]) -> list[list[str]]:
+    shown = [m for m in study.measures if any(run.get(m.key) is not None for run in runs)]
+    rows = [["", *(m.title for m in shown)]]
+    for name in plots.names(runs):
+        own = plots.of(runs, contestant=name)
+        values = [[run[m.key] for run in own if run.get(m.key) is not None] for m in shown]
+        rows.append([name, *(_value(v, m) for v, m in zip(values, shown, strict=True))])
+    return rows
+
+
+def _verdicts(study: Study, runs: list[Run]) -> Iterator[str]:
+    """A line for each implicit contestant and rival."""
+    present = plots.names(runs)
+    for ours in (name for name in present if name not in who.RIVALS):
+        for rival in (name for name in who.RIVALS if name in present):
+            found = {m.title: judge(runs, m, ours, rival) for m in study.measures}
+            by_word = {word: [t for t, v in found.items() if v and v.word == word] for word in WORDS}
+            said = "; ".join(f"{word}: {', '.join(titles)}" for word, titles in by_word.items() if titles)
+            if said:
+                yield f"* {ours} against the {rival}: {said}."
+
+
+def _value(values: list[float], measure: Measure) -> str:
+    if not values:
+        return ""
+    scaled = [measure.scale * value for value in values]
+    if max(scaled) == min(scaled):
+        return f"{scaled[0]:,.{measure.digits}f}"
+    return spread(scaled, measure.digits)
+
+
+def _cell(verdict: Verdict | None, measure: Measure) -> str:
+    if verdict is None:
+        return ""
+    return f"{verdict.word} {measure.scale * verdict.theirs:,.{measure.digits}f}".strip()

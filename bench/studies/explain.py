@@ -14,6 +14,7 @@ from . import contestants as who
 from . import images, plots
 from .study import Draw, Job, Measure, Run, Study
 from .train import COSTS, Clock, solved
+from .verdict import compare
 
 POWER, STEP, TIGHT = 12, 1e-5, 1e-11  # iterations for a norm; of finite differences; tolerance of a reference
 
@@ -164,6 +165,16 @@ def pictures(runs: list[Run]) -> dict[str, Draw]:
 def says(runs: list[Run]) -> Iterator[str]:
     for case in STUDY.cases:
         for name in (who.DEQ, who.HYBRID):
+            both = [
+                [r[key] for r in plots.of(runs, case=case, contestant=name) if r.get(key) is not None]
+                for key in ("effort_tells", "margin_tells")
+            ]
+            if all(both):
+                told = compare(*both, "more")
+                yield (
+                    f"{case}, {name}: its errors under noise are told by its steps with an area under the curve of "
+                    f"{told.ours:.2f}, by its own margin with {told.theirs:.2f}{told.word and ': a ' + told.word}."
+                )
             own = [run for run in plots.of(runs, case=case, contestant=name) if run.get("error_by_steps")]
             if own:
                 ends = [mean(run["error_by_steps"][i][j] for run in own) for i in (0, -1) for j in (0, 1)]
@@ -192,12 +203,12 @@ STUDY = Study(
     contestants=tuple(name for name in who.ALL if name != who.WIDE),
     measures=(
         Measure("accuracy", "test accuracy, %", "more", tested="tested"),
-        Measure("misread", "misread under noise, %", "less", tested="tested"),
+        Measure("misread", "errors under noise, %", "less", tested="tested"),
         Measure("effort_tells", "errors told by effort, AUC", "more", digits=3, main=True),
-        Measure("margin_tells", "by margin, AUC", "more", digits=3, main=True),
+        Measure("margin_tells", "errors told by margin, AUC", "more", digits=3),
         Measure("effort_tells_noise", "noise told by effort, AUC", "more", digits=3),
         Measure("margin_foretells", "flips foretold by margin, AUC", "more", digits=3),
-        Measure("distance_foretells", "by distance, AUC", "more", digits=3, main=True),
+        Measure("distance_foretells", "flips foretold by distance, AUC", "more", digits=3, main=True),
         Measure("linear", "error of the derivative's prediction", "less", digits=3, main=True),
         Measure("slope", "slope of logits", "less", digits=2),
         Measure("stretch", "condition of z", "less", digits=2),

@@ -1,6 +1,7 @@
 """The studies' README and pictures, made from results files alone."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
@@ -13,9 +14,11 @@ from ..report import _markdown
 from . import STUDIES, plots, results, study
 from . import contestants as who
 from .study import Measure, Run, Study
+from .train import COSTS
 from .verdict import RULE, Verdict, judge
 
-WORDS = ("win", "tie", "loss")
+WORDS = {"win": "wins", "tie": "ties", "loss": "losses"}
+JUDGED = (who.DEQ, who.HYBRID)
 QUICK = {"tiny": "it shows that all works, and nothing else", "quick": "minutes on a CPU: small nets, trained briefly"}
 HEAD = """# Studies: where an equilibrium wins, ties and loses
 
@@ -45,8 +48,11 @@ def write(folder: Path, readme: Path) -> list[Path]:
 def text(folder: Path, beside: Path) -> str:
     """The README, which will stand in the folder `beside`."""
     found = _found(folder)
-    means = _markdown([["contestant", "what it is"], *([name, said] for name, said in who.MEANS.items())])
-    parts = [HEAD + "\n".join(means), *_summary(found)]
+    parts = [
+        HEAD + "\n".join(f"* {name}: {said}" for name, said in who.MEANS.items()),
+        *_summary(found),
+        *_costs(found),
+    ]
     for name, each in found.items():
         parts += _section(study(name), each, folder, beside)
     return "\n\n".join(parts) + "\n"
@@ -61,33 +67,51 @@ def _found(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _summary(found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
-    """What every main measure says, and who judges how."""
+    """What every main measure says of those who are judged, and the rule."""
     yield "## In short"
-    rows, counts = [["study", "measure", "DEQ", *(f"against the {rival}" for rival in who.RIVALS)]], {}
-    for name, each in found.items():
-        for case in study(name).cases:
-            for measure in (m for m in study(name).measures if m.main):
-                runs = plots.of(each[0]["runs"], case=case)
-                judged = [_judged(study(name), runs, measure, rival) for rival in who.RIVALS]
+    rows = [["study", "measure", "of the", "", *(f"against the {rival}" for rival in who.RIVALS)]]
+    counts = {ours: Counter() for ours in JUDGED}
+    for study_, case, runs in _cases(found):
+        for measure in (m for m in study_.measures if m.main):
+            for ours in JUDGED:
+                judged = [judge(runs, measure, ours, rival) for rival in who.RIVALS]
                 if not any(judged):
                     continue
-                own = plots.of(runs, contestant=study(name).contestants[0])
-                ours = [run[measure.key] for run in own if run.get(measure.key) is not None]
-                for verdict in filter(None, judged):
-                    counts[verdict.word] = counts.get(verdict.word, 0) + 1
-                title = f"{measure.title} ({measure.better} is better)"
+                counts[ours].update(verdict.word for verdict in judged if verdict)
                 cells = [_cell(verdict, measure) for verdict in judged]
-                rows.append([", ".join(filter(None, (name, case))), title, _value(ours, measure), *cells])
+                own = _value(_values(runs, ours, measure), measure)
+                rows.append([case, f"{measure.title} ({measure.better} is better)", ours, own, *cells])
     yield "\n".join(_markdown(rows))
-    said = ", ".join(
-        f"{counts.get(word, 0)} {plural}" for word, plural in zip(WORDS, ("wins", "ties", "losses"), strict=True)
+    told = "; ".join(
+        f"the {ours} has {', '.join(f'{count[word]} {plural}' for word, plural in WORDS.items())}"
+        for ours, count in counts.items()
+        if count
     )
-    yield f"A word is the DEQ's against that rival, whose mean follows. In this table: {said}. {RULE}"
+    yield f"Win, tie or loss is that of the DEQ or hybrid; the rival's mean follows. In this table {told}. {RULE}"
 
 
-def _judged(study: Study, runs: list[Run], measure: Measure, rival: str) -> Verdict | None:
-    ours = study.contestants[0]
-    return judge(runs, measure, ours, rival) if rival != ours else None
+def _costs(found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    """Costs of those who are judged, over the stack's."""
+    yield "What it costs, as a multiple of what the stack costs:"
+    rows = [["study", "of the", *(m.title.partition(",")[0] for m in COSTS if m.better)]]
+    for _, case, runs in _cases(found):
+        for ours in JUDGED:
+            pairs = [[_values(runs, name, m) for name in (ours, who.STACK)] for m in COSTS if m.better]
+            if any(map(all, pairs)):
+                rows.append([case, ours, *(f"{mean(a) / mean(b):.2f}" if a and b else "" for a, b in pairs)])
+    yield "\n".join(_markdown(rows))
+
+
+def _cases(found: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[Study, str, list[Run]]]:
+    """(study, name of it and the case, runs) of the first machine."""
+    for name, each in found.items():
+        for case in study(name).cases:
+            if runs := plots.of(each[0]["runs"], case=case):
+                yield study(name), ", ".join(filter(None, (name, case))), runs
+
+
+def _values(runs: list[Run], contestant: str, measure: Measure) -> list[float]:
+    return [r[measure.key] for r in plots.of(runs, contestant=contestant) if r.get(measure.key) is not None]
 
 
 def _section(study: Study, each: list[dict[str, Any]], folder: Path, beside: Path) -> Iterator[str]:
@@ -101,7 +125,8 @@ def _section(study: Study, each: list[dict[str, Any]], folder: Path, beside: Pat
             if runs := plots.of(machine["runs"], case=case):
                 yield f"**{case or study.title}**"
                 yield "\n".join(_markdown(_table(study, runs)))
-                yield "\n".join(_verdicts(study, runs))
+                if verdicts := list(_verdicts(study, runs)):
+                    yield "\n".join(verdicts)
     if said := list(study.says(each[0]["runs"])):
         yield "\n".join(f"* {sentence}" for sentence in said)
     for picture in study.pictures(each[0]["runs"]):
@@ -127,12 +152,13 @@ def _where(results: dict[str, Any]) -> str:
 
 
 def _table(study: Study, runs: list[Run]) -> list[list[str]]:
-    shown = [m for m in study.measures if any(run.get(m.key) is not None for run in runs)]
-    rows = [["", *(m.title for m in shown)]]
-    for name in plots.names(runs):
-        own = plots.of(runs, contestant=name)
-        values = [[run[m.key] for run in own if run.get(m.key) is not None] for m in shown]
-        rows.append([name, *(_value(v, m) for v, m in zip(values, shown, strict=True))])
+    """A row a measure, a column a contestant."""
+    names = plots.names(runs)
+    rows = [["", *names]]
+    for measure in study.measures:
+        each = [_values(runs, name, measure) for name in names]
+        if any(each):
+            rows.append([measure.title, *(_value(values, measure) for values in each)])
     return rows
 
 

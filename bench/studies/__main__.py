@@ -11,6 +11,7 @@ import torch
 from tritondeq.__main__ import EXTRAS, INTERRUPTED, _at_least, _device
 from tritondeq.demo.common import one_thread, writable
 
+from ..report import installed
 from . import STUDIES, results, study
 from .study import SUITES, Study
 
@@ -51,6 +52,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def carry_out(study: Study, suite: str, seeds: range, out: Path, device: torch.device) -> Path:
     """Makes the runs that are not in the study's file yet, and returns its path."""
+    for package in study.packages:
+        if not installed(package):
+            raise ModuleNotFoundError(f"no module {package}", name=package)
     fresh = results.new(study, suite, device)
     path = results.path_of(fresh, out)
     found, why = results.resumed(fresh, path)

@@ -66,6 +66,8 @@ class Study:
         pictures: From the runs of all cases, seeds and contestants, what to draw, by name.
         says: From the same, sentences of what the numbers show. They are written from the numbers, whatever these are.
         cases: Data sets or tasks, each with a table of its own.
+        packages: What `run` imports beside what the demonstrations need. The module itself does not import them, so
+            that its results can be reported without.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Study:
     pictures: Callable[[list[Run]], dict[str, Draw]]
     says: Callable[[list[Run]], Iterable[str]] = lambda runs: ()
     cases: tuple[str, ...] = ("",)
+    packages: tuple[str, ...] = ()
 
     def __post_init__(self):
         if missing := [suite for suite in SUITES if suite not in self.settings]:

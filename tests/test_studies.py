@@ -497,6 +497,22 @@ def test_exactness_is_measured(tiny):
         assert run["as_trained"] < (0.05 if run["contestant"] in (who.DEQ, who.HYBRID) else 1e-4)
 
 
+def test_the_residual_of_an_early_step_is_that_of_the_trace():
+    job = Job(images.DIGITS, who.HYBRID, 0, images.STUDY.settings["tiny"], CPU)
+    net, x, y = images.build(job), torch.rand(12, 1, 8, 8), torch.arange(12) % 2
+    told = explain.hard(net, x, y, torch.zeros_like(x))
+    net.body.core.max_steps, net.body.core.solver = explain.EARLY, tdeq.Anderson(memory=4)
+    wrong = net(x).argmax(1) != y
+    assert told["residual_tells"] == explain.auc(net.body.core.last.residual, wrong) is not None
+    assert net.body.core.trace is False and told["effort_tells_noise"] == 0.5
+
+
+def test_rank_correlation():
+    a = torch.tensor([1.0, 2.0, 3.0])
+    assert explain.rank_correlation(a, a.exp()) == pytest.approx(1) == -explain.rank_correlation(a, -a)
+    assert explain.rank_correlation(a, a * 0) is None
+
+
 def test_the_area_under_the_curve():
     score, wrong = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0, 0, 1, 1])
     assert explain.auc(score, wrong) == 1 and explain.auc(-score, wrong) == 0 and explain.auc(score, wrong * 0) is None

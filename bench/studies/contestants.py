@@ -85,12 +85,16 @@ def body(contestant: str, make: Callable[[], nn.Module], depth: int, **options: 
     raise ValueError(f"contestant must be one of {', '.join(ALL)}, got {contestant!r}")
 
 
+def core(body: nn.Module) -> tdeq.DEQ | None:
+    """What is solved for its equilibrium; None in explicit nets."""
+    layer = body.core if isinstance(body, Hybrid) else body
+    return None if not isinstance(layer, tdeq.DEQ) or isinstance(layer.adjoint, tdeq.Unrolled) else layer
+
+
 def solution(body: nn.Module) -> tdeq.Solution | None:
-    """What became of the last solve; None where there is no equilibrium."""
-    core = body.core if isinstance(body, Hybrid) else body
-    if not isinstance(core, tdeq.DEQ) or isinstance(core.adjoint, tdeq.Unrolled):
-        return None
-    return core.last
+    """What became of the last solve; None where there is no equilibrium, or none was asked for yet."""
+    layer = core(body)
+    return None if layer is None else layer.last
 
 
 def steps(body: nn.Module) -> Tensor | float:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from statistics import mean
 from typing import Any
 
@@ -17,6 +18,7 @@ from .train import COSTS, Clock, solved
 from .verdict import compare
 
 POWER, STEP, TIGHT = 12, 1e-5, 1e-11  # iterations for a norm; of finite differences; tolerance of a reference
+EARLY = 4  # evaluations
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -32,20 +34,36 @@ def run(job: Job) -> dict[str, Any]:
 
 @torch.no_grad()
 def hard(net: images.Net, x: Tensor, y: Tensor, noise: Tensor) -> dict[str, Any]:
-    """How well effort (steps of an equilibrium, the last change of an explicit net) and margin tell noisy images that
-    are misread from those that are not, and effort noisy images from clean ones: areas under the curve, 0.5 for none.
-    `error_by_steps`: of an equilibrium, the share misread in % of the images that took so many steps, in fifths."""
+    """How well effort (steps of an equilibrium, the last change of an explicit net), the residual after EARLY steps,
+    and margin tell noisy images that are misread from those that are not, and effort noisy images from clean ones:
+    areas under the curve, 0.5 for none. `effort_margin` is their rank correlation (Spearman). `error_by_steps`: of an
+    equilibrium, the share misread in % of the images that took so many steps, in fifths."""
     net(x)
     clean = effort(net)
-    logits = net(x + noise)
+    with traced(net.body):
+        logits = net(x + noise)
     noisy, wrong = effort(net), logits.argmax(1) != y
     both = torch.cat([clean, noisy]), torch.cat([torch.zeros_like(wrong), torch.ones_like(wrong)])
     found = {"misread": 100 * wrong.float().mean().item(), "effort_tells": auc(noisy, wrong)}
     found |= {"margin_tells": auc(-margins(logits), wrong), "effort_tells_noise": auc(*both)}
+    found["effort_margin"] = rank_correlation(noisy, margins(logits))
     if who.solution(net.body) is not None:
+        trace = who.solution(net.body).trace
+        found["residual_tells"] = auc(trace[min(EARLY, len(trace)) - 1], wrong)
         fifths = noisy.argsort(stable=True).tensor_split(5)
         found["error_by_steps"] = [[noisy[i].mean().item(), 100 * wrong[i].float().mean().item()] for i in fifths]
     return found
+
+
+@contextmanager
+def traced(body: nn.Module) -> Iterator[None]:
+    """Solves keep the residual of every step."""
+    layer = who.core(body)
+    if layer is not None:
+        layer.trace = True
+    yield
+    if layer is not None:
+        layer.trace = False
 
 
 def effort(net: images.Net) -> Tensor:
@@ -64,6 +82,13 @@ def auc(score: Tensor, label: Tensor) -> float | None:
     from sklearn.metrics import roc_auc_score
 
     return float(roc_auc_score(label.cpu(), score.cpu())) if 0 < label.sum() < len(label) else None
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float | None:
+    """None where all of one are the same."""
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(a.cpu(), b.cpu()).statistic) if a.unique().numel() > 1 < b.unique().numel() else None
 
 
 def jacobian(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,7 +230,9 @@ STUDY = Study(
         Measure("accuracy", "test accuracy, %", "more", tested="tested"),
         Measure("misread", "errors under noise, %", "less", tested="tested"),
         Measure("effort_tells", "errors told by effort, AUC", "more", digits=3, main=True),
+        Measure("residual_tells", f"errors told by the residual after {EARLY} steps, AUC", digits=3),
         Measure("margin_tells", "errors told by margin, AUC", "more", digits=3),
+        Measure("effort_margin", "rank correlation of effort and margin", digits=2),
         Measure("effort_tells_noise", "noise told by effort, AUC", "more", digits=3),
         Measure("margin_foretells", "flips foretold by margin, AUC", "more", digits=3),
         Measure("distance_foretells", "flips foretold by distance, AUC", "more", digits=3, main=True),

@@ -218,7 +218,7 @@ def test_runs_of_something_else_are_not_kept(go, commit, tmp_path, capsys, chang
 def test_the_report_says_who_wins(go, tmp_path, capsys):
     assert go()[0] == 0
     text = (tmp_path / "README.md").read_text()
-    assert "| images | score (more is better) | DEQ | 61.0 ± 1.0 | win 51.0 |  |  |" in text
+    assert "| images | score (more is better) | 51.0 |  |  | 61.0 win, -, - |  |  |" in text
     assert "* DEQ against the stack: win: score, cost." in text
     assert "| score | 61.0 ± 1.0 | 51.0 ± 1.0 |\n| cost | 3.0 | 5.0 |" in text and "There are 6 runs." in text
     assert "the DEQ has 1 wins, 0 ties, 0 losses." in text
@@ -427,6 +427,20 @@ def test_training_is_matched_and_counted():
     assert 0 < spent["curve"][0][1] < spent["curve"][-1][1] == spent["seconds"] <= spent["wall_seconds"] + 0.1
     with pytest.raises(ValueError, match="200 batches, got 3"):
         train.train(nets[0], lambda b: nets[0].at.sum(), islice(iter("abcdef"), 3), updates=200, lr=0.1)
+
+
+def test_work_is_counted_where_torch_has_formulas():
+    """One row: 2 D D a product; the injection and two products an evaluation, of which the tolerance decides."""
+    x, product = torch.randn(1, 8), 2 * 8 * 8
+    for name, blocks in ((who.BLOCK, 1), (who.STACK, 3), (who.LOOP, 3), (who.DEQ, None)):
+        net = who.body(name, make, 3, tol=1e-5)
+        told = train.work(net, lambda net=net: net(x).sum(), lambda net=net: net(torch.cat([x] * 5)), 5)
+        injections, evaluations = (3 if name == who.STACK else 1), blocks or net.last.steps.max().item()
+        assert told["sample_flops"] == product * (injections + 2 * evaluations)
+        if blocks:  # backward: by all weights, and by all states and injections
+            backward = product * (injections + 2 * 2 * evaluations)
+            assert told["step_flops"] == told["sample_flops"] + backward
+        assert all(p.grad is None for p in net.parameters())
 
 
 def test_what_became_of_a_solve():

@@ -241,7 +241,7 @@ STUDY = Study(
         Measure("stretch", "condition of z", "less", digits=2),
         Measure("exact", "J v against differences, 1e-9", digits=2, scale=1e9),
         Measure("as_trained", "J v as trained, error in %", digits=3, scale=100),
-        Measure("jacobian_seconds", "Jacobian, ms an image", "less", digits=2, scale=1e3),
+        Measure("jacobian_seconds", "time of a Jacobian, ms an image", "less", digits=2, scale=1e3),
         *(measure for measure in COSTS if measure.key != "sample_seconds"),
     ),
     run=run,

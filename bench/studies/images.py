@@ -15,7 +15,7 @@ from tritondeq.demo.results import Data
 from . import contestants as who
 from . import plots
 from .study import Draw, Job, Measure, Run, Study
-from .train import COSTS, at_equal_time, batches, cost, latency, solved, train
+from .train import COSTS, at_equal_time, batches, cost, latency, solved, train, work
 
 DIGITS, CLUTTER = "digits", "cluttered digits"
 SIDE, PIECES, PIECE, GRAIN = 16, 4, 4, 0.1  # of a cluttered image: pixels, foreign pieces, their pixels, noise
@@ -95,20 +95,25 @@ def clutter(digits: Tensor, labels: Tensor, count: int, generator: torch.Generat
 
 
 def fitted(job: Job) -> tuple[Net, Data, dict[str, Any]]:
-    """The trained net, its data, and what training cost."""
+    """The trained net, its data, and what it costs."""
     net, images, settings = build(job), data(job), job.settings
-    x, y = images.x[: settings["batch"]], images.y[: settings["batch"]]
-    spent = cost(net, lambda: F.cross_entropy(net(x), y))
+
+    def loss(batch: Any) -> Tensor:
+        return F.cross_entropy(net(images.x[batch]), images.y[batch])
+
+    first = slice(settings["batch"])
+    found = cost(net, lambda: loss(first))
     order = batches(job.seed, len(images.x), settings["batch"], settings["updates"])
-    spent |= train(
+    found |= train(
         net,
-        lambda batch: F.cross_entropy(net(images.x[batch]), images.y[batch]),
+        loss,
         (batch.to(job.device) for batch in order),
         updates=settings["updates"],
         lr=settings["lr"],
         check=lambda: accuracy(net, images.test_x, images.test_y),
     )
-    return net, images, spent
+    found |= work(net, lambda: loss(first), lambda: net(images.test_x), len(images.test_x))
+    return net, images, found
 
 
 @torch.no_grad()
@@ -184,7 +189,7 @@ def says(runs: list[Run]) -> Iterator[str]:
             yield f"{case}: of the {name}'s solves {said}."
 
 
-SHARED = {"noise": [0.0, 0.1, 0.2, 0.3, 0.4], "attacks": [0.005, 0.01, 0.02, 0.04], "attack_steps": 5, "lr": 5e-3}
+SHARED = {"noise": [0.0, 0.1, 0.2, 0.3, 0.4], "attacks": [0.01, 0.02, 0.04], "attack_steps": 4, "lr": 5e-3}
 SHARED |= {"batch": 64, "tol": 1e-3, "max_steps": 30, "train": 3000, "test": 360}
 TINY = {"updates": 3, "channels": 8, "depth": 2, "train": 64, "test": 32, "batch": 16}
 TINY |= {"noise": [0.0, NOISY], "attacks": [ATTACK], "attack_steps": 2}

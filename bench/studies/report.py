@@ -15,10 +15,10 @@ from . import STUDIES, plots, results, study
 from . import contestants as who
 from .study import Measure, Run, Study
 from .train import COSTS
-from .verdict import RULE, Verdict, judge
+from .verdict import RULE, judge
 
 WORDS = {"win": "wins", "tie": "ties", "loss": "losses"}
-JUDGED = (who.DEQ, who.HYBRID)
+JUDGED = (who.DEQ, who.HYBRID, who.WIDE)
 QUICK = {"tiny": "it shows that all works, and nothing else", "quick": "minutes on a CPU: small nets, trained briefly"}
 HEAD = """# Studies: where an equilibrium wins, ties and loses
 
@@ -71,31 +71,31 @@ def _found(folder: Path) -> dict[str, list[dict[str, Any]]]:
 def _summary(found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
     """What every main measure says of those who are judged, and the rule."""
     yield "## In short"
-    rows = [["study", "measure", "of the", "", *(f"against the {rival}" for rival in who.RIVALS)]]
-    counts = {ours: Counter() for ours in JUDGED}
+    rows, counts = [["study", "measure", *who.RIVALS, *JUDGED]], {ours: Counter() for ours in JUDGED}
     for study_, case, runs in _cases(found):
         for measure in (m for m in study_.measures if m.main):
+            means = [_mean(runs, name, measure) for name in who.RIVALS]
+            cells = []
             for ours in JUDGED:
                 judged = [judge(runs, measure, ours, rival) for rival in who.RIVALS]
-                if not any(judged):
-                    continue
-                counts[ours].update(verdict.word for verdict in judged if verdict)
-                cells = [_cell(verdict, measure) for verdict in judged]
-                own = _value(_values(runs, ours, measure), measure)
-                rows.append([case, f"{measure.title} ({measure.better} is better)", ours, own, *cells])
+                words = [verdict.word if verdict else "-" for verdict in judged]
+                counts[ours].update(words)
+                said = ", ".join(words) if any(word in WORDS for word in words) else ""
+                cells.append(f"{_mean(runs, ours, measure)} {said}".strip())
+            rows.append([case, f"{measure.title} ({measure.better} is better)", *means, *cells])
     yield "\n".join(_markdown(rows))
     told = "; ".join(
         f"the {ours} has {', '.join(f'{count[word]} {plural}' for word, plural in WORDS.items())}"
         for ours, count in counts.items()
-        if count
+        if any(count[word] for word in WORDS)
     )
-    yield f"Win, tie or loss is that of the DEQ or hybrid; the rival's mean follows. In this table {told}. {RULE}"
+    yield f"Words are against {', '.join(who.RIVALS)}, in this order. In this table {told or 'none is judged'}. {RULE}"
 
 
 def _costs(found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
     """Costs of those who are judged, over the stack's."""
     yield "What it costs, as a multiple of what the stack costs:"
-    rows = [["study", "of the", *(m.title.partition(",")[0] for m in COSTS if m.better)]]
+    rows = [["study", "of the", *(_short(m) for m in COSTS if m.better)]]
     for _, case, runs in _cases(found):
         for ours in JUDGED:
             pairs = [[_values(runs, name, m) for name in (ours, who.STACK)] for m in COSTS if m.better]
@@ -110,6 +110,11 @@ def _cases(found: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[Study, str,
         for case in study(name).cases:
             if runs := plots.of(each[0]["runs"], case=case):
                 yield study(name), ", ".join(filter(None, (name, case))), runs
+
+
+def _mean(runs: list[Run], contestant: str, measure: Measure) -> str:
+    values = _values(runs, contestant, measure)
+    return f"{measure.scale * mean(values):,.{measure.digits}f}" if values else ""
 
 
 def _values(runs: list[Run], contestant: str, measure: Measure) -> list[float]:
@@ -127,7 +132,7 @@ def _section(study: Study, each: list[dict[str, Any]], folder: Path, beside: Pat
             if runs := plots.of(machine["runs"], case=case):
                 yield f"**{case or study.title}**"
                 yield "\n".join(_markdown(_table(study, runs)))
-                if verdicts := list(_verdicts(study, runs)):
+                if verdicts := list(_verdicts(study, runs, timed=not _busy(machine))):
                     yield "\n".join(verdicts)
     if said := list(study.says(each[0]["runs"])):
         yield "\n".join(f"* {sentence}" for sentence in said)
@@ -140,15 +145,14 @@ def _where(results: dict[str, Any]) -> str:
     """Where these figures come from."""
     machine, runs = results["machine"], results["runs"]
     seeds = sorted({run["seed"] for run in runs})
-    loads = [run["load"] for run in runs if run.get("load") is not None]
     said = f"Suite {results['suite']}" + (f" ({QUICK[results['suite']]})" if results["suite"] in QUICK else "")
     said += f", seeds {', '.join(map(str, seeds))}, {machine['device']} ({machine['threads']} CPU threads)"
     said += f", torch {machine['torch']}, commit {machine['commit']}, {machine['backend']} backend"
     said += "." if results["complete"] else ", not complete."
     if machine["kind"] == "cpu":
         said += " Times are seconds of the process's CPU"
-        if loads and mean(loads) > machine["cores"]:
-            said += f"; others kept the machine busy (load {mean(loads):.1f} of {machine['cores']}), so they are rough"
+        if busy := _busy(results):
+            said += f"; others kept the machine busy (load {busy:.1f} of {machine['cores']}): rough, and not judged"
         said += "."
     return said
 
@@ -164,12 +168,24 @@ def _table(study: Study, runs: list[Run]) -> list[list[str]]:
     return rows
 
 
-def _verdicts(study: Study, runs: list[Run]) -> Iterator[str]:
-    """A line for each implicit contestant and rival."""
+def _busy(results: dict[str, Any]) -> float | None:
+    """The mean load, if it left too few cores for times to be judged."""
+    loads = [run["load"] for run in results["runs"] if run.get("load") is not None]
+    return mean(loads) if loads and mean(loads) > results["machine"]["cores"] else None
+
+
+def _short(measure: Measure) -> str:
+    """Its title without the unit."""
+    return measure.title.partition(",")[0]
+
+
+def _verdicts(study: Study, runs: list[Run], timed: bool) -> Iterator[str]:
+    """A line for each implicit contestant and rival; times are judged if they are worth it."""
     present = plots.names(runs)
     for ours in (name for name in present if name not in who.RIVALS):
         for rival in (name for name in who.RIVALS if name in present):
-            found = {m.title: judge(runs, m, ours, rival) for m in study.measures}
+            judged = [m for m in study.measures if timed or not m.key.endswith("seconds")]
+            found = {_short(m): judge(runs, m, ours, rival) for m in judged}
             by_word = {word: [t for t, v in found.items() if v and v.word == word] for word in WORDS}
             said = "; ".join(f"{word}: {', '.join(titles)}" for word, titles in by_word.items() if titles)
             if said:
@@ -183,9 +199,3 @@ def _value(values: list[float], measure: Measure) -> str:
     if max(scaled) == min(scaled):
         return f"{scaled[0]:,.{measure.digits}f}"
     return spread(scaled, measure.digits)
-
-
-def _cell(verdict: Verdict | None, measure: Measure) -> str:
-    if verdict is None:
-        return ""
-    return f"{verdict.word} {measure.scale * verdict.theirs:,.{measure.digits}f}".strip()

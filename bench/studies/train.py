@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import tritondeq as tdeq
 from tritondeq.demo.common import parameters, synchronize, training_memory
@@ -105,6 +107,32 @@ def cost(net: nn.Module, loss: Callable[[], Tensor]) -> dict[str, int]:
     return {"parameters": parameters(net), "memory": training_memory(net, loss)}
 
 
+class Flops(TorchDispatchMode):
+    """Counts the floating-point operations of products and convolutions, for which torch has formulas, in `total`."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if formula := flop_registry.get(func.overloadpacket):
+            self.total += formula(*args, **kwargs, out_val=out)
+        return out
+
+
+def work(net: nn.Module, loss: Callable[[], Tensor], answer: Callable[[], Any], samples: int) -> dict[str, float]:
+    """`step_flops`, of a training step, and `sample_flops`, of a test sample where `answer` treats so many: as the net
+    is now, whatever the machine is busy with."""
+    with tdeq.backend("torch"), Flops() as step:  # what is inside a kernel is not seen
+        loss().backward()
+    net.zero_grad()
+    with tdeq.backend("torch"), torch.no_grad(), Flops() as test:
+        answer()
+    return {"step_flops": step.total, "sample_flops": test.total / samples}
+
+
 @torch.no_grad()
 def latency(call: Callable[[], Any], samples: int, device: torch.device, repeats: int = 3) -> dict[str, float]:
     """`sample_seconds`: the least of some calls, which treat so many samples each."""
@@ -157,8 +185,10 @@ def _value_at(curve: list[list[float]], seconds: float) -> float:
 COSTS = (
     Measure("parameters", "parameters", "less", digits=0),
     Measure("memory", "peak memory, MiB", "less", digits=2, scale=2**-20),
-    Measure("step_seconds", "training step, ms", "less", scale=1e3),
-    Measure("sample_seconds", "inference, us a sample", "less", digits=0, scale=1e6),
+    Measure("step_flops", "work of a training step, MFLOP", "less", scale=1e-6),
+    Measure("sample_flops", "work of inference, MFLOP a sample", "less", digits=2, scale=1e-6),
+    Measure("step_seconds", "time of a training step, ms", "less", scale=1e3),
+    Measure("sample_seconds", "time of inference, us a sample", "less", digits=0, scale=1e6),
     Measure("steps", "steps"),
     Measure("most_steps", "most steps", digits=0),
     Measure("converged", "converged, %"),

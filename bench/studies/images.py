@@ -75,21 +75,20 @@ def data(job: Job) -> Data:
 def clutter(digits: Tensor, labels: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Images [count, 1, SIDE, SIDE] of one whole digit somewhere among pieces of others, and noise; its label."""
 
-    def draw(most: int, *shape: int) -> Tensor:
-        return torch.randint(most, (count, *shape), generator=generator)
+    def draw(most: int) -> Tensor:
+        return torch.randint(most, (count,), generator=generator)
 
-    def window(at: Tensor, size: int) -> Tensor:
-        return at[:, None] + torch.arange(size)
+    def window(side: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Where a square of that size is in a larger one, as indices of a batch of them."""
+        rows, columns = (draw(side - size + 1)[:, None] + torch.arange(size) for _ in range(2))
+        return torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]
 
-    everyone, canvas = torch.arange(count), torch.zeros(count, SIDE, SIDE)
+    canvas = torch.zeros(count, SIDE, SIDE)
     for _ in range(PIECES):
-        cut, place = [window(draw(8 - PIECE + 1), PIECE) for _ in "rc"], [draw(SIDE - PIECE + 1) for _ in "rc"]
-        piece = digits[draw(len(digits)), 0][everyone[:, None, None], cut[0][:, :, None], cut[1][:, None, :]]
-        rows, columns = (window(at, PIECE) for at in place)
-        canvas[everyone[:, None, None], rows[:, :, None], columns[:, None, :]] = piece
+        cut, place = window(8, PIECE), window(SIDE, PIECE)
+        canvas[place] = digits[draw(len(digits)), 0][cut]
     which = draw(len(digits))
-    rows, columns = (window(draw(SIDE - 8 + 1), 8) for _ in "rc")
-    canvas[everyone[:, None, None], rows[:, :, None], columns[:, None, :]] = digits[which, 0]
+    canvas[window(SIDE, 8)] = digits[which, 0]
     canvas = canvas + GRAIN * torch.randn(canvas.shape, generator=generator)
     return canvas.clamp(0, 1).unsqueeze(1), labels[which]
 

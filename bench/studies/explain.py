@@ -49,7 +49,7 @@ def hard(net: images.Net, x: Tensor, y: Tensor, noise: Tensor) -> dict[str, Any]
     found["effort_margin"] = rank_correlation(noisy, margins(logits))
     if who.solution(net.body) is not None:
         trace = who.solution(net.body).trace
-        found["residual_tells"] = auc(trace[min(EARLY, len(trace)) - 1], wrong)
+        found["residual_tells"] = auc(trace[min(EARLY, len(trace)) - 1].nan_to_num(0.0), wrong)  # it was done before
         fifths = noisy.argsort(stable=True).tensor_split(5)
         found["error_by_steps"] = [[noisy[i].mean().item(), 100 * wrong[i].float().mean().item()] for i in fifths]
     return found

@@ -185,8 +185,8 @@ def _verdicts(study: Study, runs: list[Run], timed: bool) -> Iterator[str]:
     for ours in (name for name in present if name not in who.RIVALS):
         for rival in (name for name in who.RIVALS if name in present):
             judged = [m for m in study.measures if timed or not m.key.endswith("seconds")]
-            found = {_short(m): judge(runs, m, ours, rival) for m in judged}
-            by_word = {word: [t for t, v in found.items() if v and v.word == word] for word in WORDS}
+            found = [(_short(m), judge(runs, m, ours, rival)) for m in judged]
+            by_word = {word: [title for title, v in found if v and v.word == word] for word in WORDS}
             said = "; ".join(f"{word}: {', '.join(titles)}" for word, titles in by_word.items() if titles)
             if said:
                 yield f"* {ours} against the {rival}: {said}."

@@ -27,7 +27,8 @@ HEAD = """# Studies: where an equilibrium wins, ties and loses
 Each study trains the same cell as a deep equilibrium (DEQ), as a hybrid, and as the explicit nets that these have to be
 compared with: the same optimiser, learning rate, number of updates and order of batches, nothing tuned for one of them.
 Memory is that of one training step, beside parameters and gradients. Steps are the blocks that a test sample goes
-through. ± is the standard deviation over seeds.
+through. Work is that of products and convolutions, of a batch which goes on until its slowest sample is done. ± is the
+standard deviation over seeds.
 
 """
 

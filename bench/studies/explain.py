@@ -179,12 +179,17 @@ def pictures(runs: list[Run]) -> dict[str, Draw]:
             for ax, (key, label) in zip(row, scores, strict=True):
                 plots.bars(ax, plots.of(runs, case=case), key)
                 ax.axhline(0.5, color="0.4", linestyle="--", linewidth=1)
-                ax.set(ylabel="area under the curve", ylim=(0.3, 1))
-                ax.set_title(f"{case}: errors told by {label}", fontsize=9)
+                ax.set(ylabel="errors told, AUC", ylim=(0.3, 1))
+                ax.set_title(f"{case}: by {label}", fontsize=9)
 
     noise = "noise, standard deviation"
     slopes = [("linear_by_noise", noise, "error of the derivative"), ("error_by_steps", "steps (fifths)", "misread, %")]
-    return {"hard": told, "derivative": lambda figure: plots.panels(figure, cases, slopes, runs)}
+
+    def derivative(figure: Any) -> None:
+        for ax in plots.panels(figure, cases, slopes, runs)[::2]:
+            ax.set(xscale="log", yscale="log")
+
+    return {"hard": told, "derivative": derivative}
 
 
 def says(runs: list[Run]) -> Iterator[str]:

@@ -141,7 +141,9 @@ def fake(calls, fails=()) -> Study:
         calls.append((job.contestant, job.seed))
         if len(calls) in fails:
             raise KeyboardInterrupt
-        return {"score": 50.0 + job.seed + 10 * (job.contestant == "DEQ"), "cost": len(job.contestant), "load": 0.5}
+        ours = job.contestant == "DEQ"
+        told = {"score": 60.0 + job.seed if ours else 50.0 + job.seed, "cost": len(job.contestant), "load": 0.5}
+        return told | {"parameters": 10 if ours else 40, "run_seconds": 4.0 if ours else 1.0}
 
     def pictures(runs):
         return {"scores": lambda figure: plots.bars(figure.subplots(), runs, "score")}
@@ -153,7 +155,12 @@ def fake(calls, fails=()) -> Study:
         data="none.",
         settings={suite: {"size": i} for i, suite in enumerate(SUITES)},
         contestants=("DEQ", "stack"),
-        measures=(Measure("score", "score", "more", main=True), Measure("cost", "cost", "less"), Measure("no", "no")),
+        measures=(
+            Measure("score", "score", "more", main=True),
+            Measure("cost", "cost", "less"),
+            Measure("run_seconds", "time of a run, ms", "less", scale=1e3),
+            Measure("no", "no"),
+        ),
         run=run,
         pictures=pictures,
         says=lambda runs: [f"There are {len(runs)} runs."],
@@ -219,7 +226,8 @@ def test_the_report_says_who_wins(go, tmp_path, capsys):
     assert go()[0] == 0
     text = (tmp_path / "README.md").read_text()
     assert "| images | score (more is better) | 51.0 |  |  | 61.0 win, -, - |  |  |" in text
-    assert "* DEQ against the stack: win: score, cost." in text
+    assert "* DEQ against the stack: win: score, cost; loss: time of a run." in text
+    assert "| images | DEQ | 0.25 |" in text and "| time of a run, ms | 4,000.0 | 1,000.0 |" in text
     assert "| score | 61.0 ± 1.0 | 51.0 ± 1.0 |\n| cost | 3.0 | 5.0 |" in text and "There are 6 runs." in text
     assert "the DEQ has 1 wins, 0 ties, 0 losses." in text
     assert "commit abc" in text and "seeds 0, 1, 2" in text and "| no |" not in text
@@ -233,7 +241,9 @@ def test_a_busy_machine_is_told(go, tmp_path):
     (path,) = tmp_path.glob("*.json")
     assert "busy" not in report.text(tmp_path, tmp_path)
     path.write_text(path.read_text().replace('"load": 0.5', '"load": 900'))
-    assert "others kept the machine busy (load 900.0 of" in report.text(tmp_path, tmp_path)
+    text = report.text(tmp_path, tmp_path)
+    assert "others kept the machine busy (load 900.0 of" in text
+    assert "* DEQ against the stack: win: score, cost." in text
 
 
 def test_the_longest_suite_is_reported(go, tmp_path):
@@ -513,12 +523,32 @@ def test_exactness_is_measured(tiny):
 
 def test_the_residual_of_an_early_step_is_that_of_the_trace():
     job = Job(images.DIGITS, who.HYBRID, 0, images.STUDY.settings["tiny"], CPU)
-    net, x, y = images.build(job), torch.rand(12, 1, 8, 8), torch.arange(12) % 2
+    net, x = images.build(job), torch.rand(12, 1, 8, 8)
+    logits = net(x)
+    y = logits.argmax(1)
+    y[explain.margins(logits).argsort()[:4]] += 1  # the margin tells all errors
     told = explain.hard(net, x, y, torch.zeros_like(x))
+    assert told["margin_tells"] == 1 and told["misread"] == pytest.approx(100 / 3)
     net.body.core.max_steps, net.body.core.solver = explain.EARLY, tdeq.Anderson(memory=4)
     wrong = net(x).argmax(1) != y
     assert told["residual_tells"] == explain.auc(net.body.core.last.residual, wrong) is not None
     assert net.body.core.trace is False and told["effort_tells_noise"] == 0.5
+
+
+def test_what_distance_foretells_of_a_linear_net():
+    """Each image is pushed straight to its nearest border, all as far: those within reach flip, and no others."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).double()
+    w = net[1].weight.data.mul_(torch.linspace(0.5, 1.5, 10)[:, None])
+    x = torch.randn(40, 1, 8, 8).double()
+    logits = net(x).detach()
+    y = logits.argmax(1)
+    distances = (logits.gather(1, y[:, None]) - logits) / (w[y][:, None] - w).norm(dim=2)
+    distance, nearest = distances.nan_to_num(nan=torch.inf).min(1)
+    toward = nn.functional.normalize(w[nearest] - w[y], dim=1)
+    noise = (distance.median() * 1.001 * toward).view_as(x)
+    told = explain.flips(net, x, y, noise, {"levels": [0.1], "noise": 1.0})
+    assert told["distance_foretells"] == 1 > told["margin_foretells"] and told["linear"] < 1e-9
+    assert told["slope"] == pytest.approx(torch.linalg.matrix_norm(w, 2).item())
 
 
 def test_rank_correlation():

@@ -121,8 +121,8 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    sources = [ROOT / "tritondeq/py.typed", *HOUSE, *ROOT.glob("bench/*.py")]
-    sources += [*ROOT.glob("tritondeq/tuned/*.json"), *ROOT.glob("bench/results/*.json")]
+    sources = [ROOT / "tritondeq/py.typed", *HOUSE, *ROOT.glob("bench/**/*.py")]
+    sources += [*ROOT.glob("tritondeq/tuned/*.json"), *ROOT.glob("bench/**/results/*.json")]
     expected = {path if path.startswith("tritondeq/") else f"tritondeq/{path}" for path in relative(sources)}
     assert "tritondeq/kernels/dispatch.py" in expected and "tritondeq/bench/__init__.py" in expected
     assert expected <= names

@@ -5,7 +5,7 @@ import torch
 
 import tritondeq as tdeq
 from tritondeq.bench.studies import contestants as who
-from tritondeq.bench.studies import series
+from tritondeq.bench.studies import effort, series
 from tritondeq.bench.studies.study import Job
 from tritondeq.demo.common import one_thread, parameters
 
@@ -135,13 +135,13 @@ def test_each_solve_begins_where_the_last_one_ended():
     layer = tdeq.DEQ(tdeq.cells.MLP(6), tol=1e-5).double()
     into = stream(5, 6, 1e-3).double()
     with torch.no_grad():
-        states, steps, residuals = series.follow(layer, into)
+        states, steps, residuals = effort.follow(layer, into)
         cold = layer.solve(into)
         assert torch.allclose(states, cold.value, atol=1e-4) and (residuals < 1e-5).all()
         assert steps[0] == cold.steps[0] and (steps[1:] < cold.steps[1:]).all()
         second = layer.solve(into[1:2], states[:1])
         assert torch.equal(second.value, states[1:2]) and second.steps == steps[1]
-        ahead, further, _ = series.follow(layer, into, ahead=True)
+        ahead, further, _ = effort.follow(layer, into, ahead=True)
         third = layer.solve(into[2:3], 2 * ahead[1:2] - ahead[:1])
         assert (
             torch.equal(third.value, ahead[2:3]) and third.steps == further[2] and further[2:].sum() < steps[2:].sum()
@@ -163,7 +163,7 @@ def test_what_a_stream_tells(known):
             assert "saved" not in found and set(cold) == {1, 40}
         else:
             assert found["saved"] == pytest.approx(100 * (1 - found["warm"] / found["cold"]))
-            assert max(found[f"{start}_residual"] for start in series.STARTS) < series.STREAMED
+            assert max(found[f"{start}_residual"] for start in effort.STARTS) < series.STREAMED
             assert found["apart"] < 10 * series.STREAMED
             assert [point[0] for point in found["saved_by_tol"]] == settings["tols"]
             assert found["cold_by_tol"][0][1] < found["cold_by_tol"][1][1] == found["cold"]

@@ -263,7 +263,7 @@ def says(runs: list[Run]) -> Iterator[str]:
 
 
 BITS = "bits a character"
-SHARED = {"lr": 1.2e-2, "tol": 1e-2, "tight": 1e-5, "max_steps": 24, "phantom": [5, 0.8]}
+SHARED = {"lr": 6e-3, "tol": 1e-2, "tight": 1e-5, "max_steps": 24, "phantom": [5, 0.8]}
 SHARED |= {"steps": [1, 2, 3, 4, 6, 8, 12, 16, 24], "tols": [0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4]}
 TINY = {"features": 16, "head": 8, "depth": 2, "length": 16, "batch": 2, "updates": 3, "test": 4}
 TINY |= {"steps": [1, 2, 4], "tols": [0.1, 0.01]}
@@ -277,8 +277,9 @@ STUDY = Study(
         "at test time help? The cell is a causal `cells.Transformer` with rotary positions; gradients are phantom ones "
         "([Geng et al. 2021](https://arxiv.org/abs/2111.05177)). The plain stack is the usual pre-norm transformer, "
         "which has the cell's parts, adds what each computes, and does not see its input again. Half and double "
-        "are the bits with so many of the steps that the net was trained with, at test time only. A sample of the "
-        "inference time is a character; steps are those of a sequence."
+        "are the bits with so many of the steps that the net was trained with, at test time only. A step is an "
+        "evaluation of the block; that at which an equilibrium stops measures its residual and does not move it. A "
+        "sample of the inference time is a character; steps are those of a sequence."
     ),
     data=(
         "the sources of the running Python's standard library, without tests, tables of encodings and installed "

@@ -1,5 +1,7 @@
 """The study of time series: windows, rules without a net, nets, and solves that begin where the last one ended."""
 
+from math import sqrt
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ import tritondeq as tdeq
 from tritondeq.bench.studies import contestants as who
 from tritondeq.bench.studies import effort, series
 from tritondeq.bench.studies.study import Job
+from tritondeq.bench.studies.verdict import against
 from tritondeq.demo.common import one_thread, parameters
 
 CPU = torch.device("cpu")
@@ -114,7 +117,7 @@ def test_a_net_learns_a_season(known):
     """What the trend and the season are, contestants find out; the last value is far off."""
     known(wave(0.5))
     for contestant in (who.DEQ, who.STACK):
-        found = series.run(job(contestant, epochs=30, batch=8, lr=1e-2))
+        found = series.run(job(contestant, epochs=30, batch=8, lr=1e-2, weight_decay={series.SUNSPOTS: 1e-2}))
         assert found["error"] < 0.25 * found["last value"] and found["linear"] < 1e-9, contestant
         assert found["near"] == found["by_horizon"][0][1] and found["far"] == found["by_horizon"][2][1]
         assert found["error"] == pytest.approx(sum(e for _, e in found["by_horizon"]) / 3)
@@ -176,6 +179,16 @@ def test_what_a_stream_tells(known):
         if contestant != who.LOOP:
             assert cold[40] == pytest.approx(usual, rel=1e-2)
         assert cold[1] != pytest.approx(cold[40], rel=1e-4)
+
+
+def test_the_verdict_against_what_is_known():
+    """Of three seeds with a spread of 1: the quantile for 2 degrees of freedom is 4.303, the error 1 / sqrt(3)."""
+    edge = 4.302653 / sqrt(3)
+    for gap, word in ((0.0, "tie"), (0.999 * edge, "tie"), (1.001 * edge, "win"), (-1.001 * edge, "loss")):
+        for sign, better in ((1, "more"), (-1, "less")):
+            told = against([9.0 + sign * gap, 10.0 + sign * gap, 11.0 + sign * gap], 10.0, better)
+            assert told.word == word and told.allowed == pytest.approx(edge) and told.theirs == 10
+    assert against([3.0], 4.0, "more").word == ""
 
 
 def test_what_it_says_of_runs():

@@ -235,7 +235,9 @@ def steps(figure: Any, runs: list[Run]) -> None:
     """Bits by steps, bits by tolerance, steps by tolerance."""
     columns = [("by_steps", "steps at test time", BITS)]
     columns += [("by_tol", "tolerance", BITS), ("steps_by_tol", "tolerance", "steps")]
-    for ax, (_, x, _) in zip(plots.panels(figure, [""], columns, runs), columns, strict=True):
+    axes = plots.panels(figure, [""], columns, runs)
+    axes[0].set(xscale="log", ylim=(None, 1.05 * max(run["bits"] for run in runs)))  # a step or two are off the scale
+    for ax, (_, x, _) in zip(axes, columns, strict=True):
         if x == "tolerance":
             ax.set(xscale="log")
             ax.invert_xaxis()

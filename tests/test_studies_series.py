@@ -142,13 +142,26 @@ def test_each_solve_begins_where_the_last_one_ended():
         cold = layer.solve(into)
         assert torch.allclose(states, cold.value, atol=1e-4) and (residuals < 1e-5).all()
         assert steps[0] == cold.steps[0] and (steps[1:] < cold.steps[1:]).all()
-        second = layer.solve(into[1:2], states[:1])
-        assert torch.equal(second.value, states[1:2]) and second.steps == steps[1]
+        for i in (1, 2):
+            again = layer.solve(into[i : i + 1], states[i - 1 : i])
+            assert torch.equal(again.value, states[i : i + 1]) and again.steps == steps[i]
         ahead, further, _ = effort.follow(layer, into, ahead=True)
         third = layer.solve(into[2:3], 2 * ahead[1:2] - ahead[:1])
         assert (
             torch.equal(third.value, ahead[2:3]) and third.steps == further[2] and further[2:].sum() < steps[2:].sum()
         )
+
+
+def test_the_first_of_a_stream_does_not_count():
+    layer = tdeq.DEQ(tdeq.cells.MLP(6)).double()
+    torch.manual_seed(0)
+    each = torch.randn(40, 6).double()
+    with torch.no_grad():
+        steps = layer.solve(each).steps
+        first, others = each[steps.argmin()], each[steps.argmax()]
+        found = effort.by_start(layer, torch.stack([first, others, others, others]), [1e-3], 1e-3)
+    assert steps.min() < steps.max() == found["cold"] and found["cold_by_tol"] == [[1e-3, found["cold"]]]
+    assert found["warm"] < found["cold"] - 1 and found["apart"] < 1e-2
 
 
 def test_what_a_stream_tells(known):

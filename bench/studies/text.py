@@ -192,7 +192,7 @@ def by_effort(net: Net, job: Job, tested: Callable[[], float]) -> dict[str, Any]
     settings, steps, core = job.settings, who.steps(net.body), effort.core(net.body)
     own = steps.mean().item() if isinstance(steps, Tensor) else steps
     if core is None:
-        return {"by_steps": [[own, tested()]]}
+        return {"by_steps": [[own, tested()]], "half": None, "double": None}
     beside = 2 if isinstance(net.body, who.Hybrid) else 0
 
     def at(count: int) -> float:

@@ -25,10 +25,10 @@ def names(runs: Iterable[Run]) -> list[str]:
 
 
 def style(contestant: str, others: Sequence[str] = ()) -> dict[str, Any]:
-    """Colour and mark; those who are not in ALL get what is left."""
+    """Colour and mark; those who are not in ALL get what is left, or grey."""
     spare = [colour for colour in plot.COLOURS if colour not in [COLOURS.get(other) for other in others]]
     unknown = [other for other in others if other not in COLOURS]
-    colour = COLOURS.get(contestant) or (spare or list(plot.COLOURS))[unknown.index(contestant) % max(1, len(spare))]
+    colour = COLOURS.get(contestant) or (spare or ["0.3"])[unknown.index(contestant) % max(1, len(spare))]
     return {"color": colour, "marker": MARKS.get(contestant, "P")}
 
 

@@ -43,6 +43,16 @@ def compare(ours: Sequence[float], theirs: Sequence[float], better: str, samples
     return Verdict("tie" if abs(gap) <= allowed else "win" if gap > 0 else "loss", a, b, allowed)
 
 
+def against(ours: Sequence[float], known: float, better: str) -> Verdict:
+    """By RULE, of a value per seed and one that is the same for all seeds, which has no error."""
+    a = mean(ours)
+    if len(ours) < 2:
+        return Verdict("", a, known, float("inf"))
+    allowed = _quantile(len(ours) - 1) * sqrt(variance(ours) / len(ours))
+    gap = a - known if better == "more" else known - a
+    return Verdict("tie" if abs(gap) <= allowed else "win" if gap > 0 else "loss", a, known, allowed)
+
+
 def judge(runs: Sequence[Run], measure: Measure, ours: str, theirs: str) -> Verdict | None:
     """Of the runs of one case; None where a contestant lacks the measure."""
     own = {

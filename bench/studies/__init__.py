@@ -7,7 +7,7 @@ import importlib
 
 from .study import Study
 
-STUDIES = ("images", "explain")  # modules of this folder; each defines its STUDY
+STUDIES = ("images", "explain", "control", "algorithms")  # modules of this folder; each defines its STUDY
 
 
 def study(name: str) -> Study:

@@ -153,3 +153,16 @@ def test_a_solve_that_is_cut_short_is_told():
     found = algorithms.score(own, *TASKS[PARITY].samples(3, 8, 1))
     assert found["converged"] == 0 and found["steps"] == found["most_steps"] == 3
     assert "converged" not in algorithms.score(net(who.STACK), *TASKS[PARITY].samples(3, 8, 1))
+
+
+def test_what_is_said_is_what_was_measured():
+    runs = []
+    for seed in (0, 1):
+        common = {"case": MAZE, "seed": seed, "probe": 9, "by_size": [[5, 100.0], [9, 90.0]]}
+        steps = {"steps_by_size": [[5, 10.0], [9, 20.0 + 2 * seed]], "by_steps": [[2, 10.0], [4, 80.0], [8, 60.0]]}
+        runs += [common | {"contestant": who.DEQ, "largest": 80.0 + 20 * seed, "converged": 75.0} | steps]
+        runs += [common | {"contestant": who.STACK, "largest": 5.0, "by_steps": [[2, 5.0]]}]
+    largest, taken, allowed = algorithms.says(runs)
+    assert largest == "mazes, wholly right at size 9, trained on 5: DEQ 90 %, stack 5 %."
+    assert taken == "mazes, DEQ: 10 steps at size 5, 21 at 9, where 75 % of its solves converge."
+    assert allowed == "mazes of size 9, DEQ by steps taken: 10 % at 2, at best 80 % at 4, 60 % at 8."

@@ -202,3 +202,22 @@ def test_a_limited_copy_leaves_the_policy_alone():
     before = copy.deepcopy(policy.body.adjoint)
     control.limited(policy, 2)
     assert policy.body.adjoint == before
+
+
+def test_what_is_said_is_what_was_measured():
+    curve = [[1, 2.0, 10.0], [2, 4.0, 20.0]]
+    common = {"case": control.CARTPOLE, "curve": curve, "return": 100.0}
+    runs = []
+    for seed in (0, 1):
+        warm = {"steps": 3.0 + seed, "cold_steps": 9.0 + seed, "cold_return": 80.0, "moved": 0.125}
+        curves = {"cold_by_steps": [[1, 30.0], [2, 60.0]], "warm_by_steps": [[1, 40.0], [2, 70.0]]}
+        runs += [common | {"contestant": who.DEQ, "seed": seed} | warm | curves]
+        quick = [[1, 1.0, 5.0], [2, 3.0, 15.0]]
+        runs += [common | {"contestant": who.STACK, "seed": seed, "curve": quick}]
+    time, steps, held = control.says(runs)
+    assert time.endswith("after 3.0 s, when the quickest is done: DEQ 10, stack 15.")
+    assert "from the last equilibrium takes 3.5 steps, one from zeros 9.5: a win." in steps
+    assert "z moves by 12 % of its norm; returns are 100 and 80." in steps
+    assert held.endswith(
+        "held to 1 step an action: 40 where each begins with the last state, 30 where it begins with zeros."
+    )

@@ -271,8 +271,13 @@ def run(job: Job) -> dict[str, Any]:
     return found
 
 
+def _present(runs: list[Run]) -> list[str]:
+    """Cases of which there are runs."""
+    return [case for case in STUDY.cases if plots.of(runs, case=case)]
+
+
 def pictures(runs: list[Run]) -> dict[str, Draw]:
-    cases = [case for case in STUDY.cases if plots.of(runs, case=case)]
+    cases = _present(runs)
     size = "size: bits, or pixels a side"
     sizes = [("by_size", size, "wholly right, %"), ("steps_by_size", size, "steps")]
 
@@ -291,7 +296,7 @@ def pictures(runs: list[Run]) -> dict[str, Draw]:
 
 
 def says(runs: list[Run]) -> Iterator[str]:
-    for case in STUDY.cases:
+    for case in _present(runs):
         own = plots.of(runs, case=case)
         by_name = {name: plots.of(own, contestant=name) for name in plots.names(own)}
         small, largest = (own[0]["by_size"][i][0] for i in (0, -1))

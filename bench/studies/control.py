@@ -308,8 +308,13 @@ def run(job: Job) -> dict[str, Any]:
     return found | by_steps(policy, job)
 
 
+def _present(runs: list[Run]) -> list[str]:
+    """Cases of which there are runs."""
+    return [case for case in STUDY.cases if plots.of(runs, case=case)]
+
+
 def pictures(runs: list[Run]) -> dict[str, Draw]:
-    cases = [case for case in STUDY.cases if plots.of(runs, case=case)]
+    cases = _present(runs)
     curves = [
         ("cold_by_steps", "steps an action, cold start", "return"),
         ("warm_by_steps", "steps an action, warm start", "return"),
@@ -332,7 +337,7 @@ def pictures(runs: list[Run]) -> dict[str, Draw]:
 
 
 def says(runs: list[Run]) -> Iterator[str]:
-    for case in STUDY.cases:
+    for case in _present(runs):
         own = plots.of(runs, case=case)
         seconds, values = at_equal_time(
             {name: [r["curve"] for r in plots.of(own, contestant=name)] for name in plots.names(own)}

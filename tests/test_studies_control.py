@@ -217,7 +217,7 @@ def test_what_is_said_is_what_was_measured():
     time, steps, held = control.says(runs)
     assert time.endswith("after 3.0 s, when the quickest is done: DEQ 10, stack 15.")
     assert "from the last equilibrium takes 3.5 steps, one from zeros 9.5: a win." in steps
-    assert "z moves by 12 % of its norm; returns are 100 and 80." in steps
+    assert "z moves by 12 % of its norm. The return is 100, all solves from zeros 80." in steps
     assert held.endswith(
         "held to 1 step an action: 40 where each begins with the last state, 30 where it begins with zeros."
     )

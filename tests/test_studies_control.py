@@ -71,12 +71,24 @@ def test_what_is_learnt_from_is_what_happened(monkeypatch):
     advantage = torch.stack([surprise[0] + decay * surprise[1], surprise[1], surprise[2]])
     assert torch.allclose(returns.view(3, 2), advantage + value[:3])
     assert torch.allclose(ahead.view(3, 2), (advantage - advantage.mean()) / advantage.std(), atol=1e-5)
-    assert list(experience.returns) == [16.0, 32.0] and experience.running.tolist() == [8.0, 16.0]
+    assert (
+        experience.recent() == 24.0
+        and list(experience.returns) == [16.0, 32.0]
+        and experience.running.tolist() == [8.0, 16.0]
+    )
     policy = experience.agent.policy
     third = policy.onward(now.view(3, 2, 3)[2])
     assert torch.equal(experience.z, third[1]), "the third step begins with zeros"
     chances = experience.task.distribution(policy(now), experience.agent.spread)
     assert torch.allclose(chances.log_prob(action), chance, atol=1e-2)
+
+
+def test_an_unfinished_episode_counts_as_it_began():
+    own = job(control.PENDULUM, who.BLOCK)
+    experience = control.Experience(agent(own), own)
+    experience.collect()
+    assert not experience.returns and experience.taken == TINY["horizon"] == 8
+    assert experience.recent() == pytest.approx(experience.running.mean() / 8 * 40)
 
 
 def test_an_explicit_policy_carries_nothing():

@@ -149,9 +149,9 @@ class Experience:
         self.agent, self.task, self.settings, self.device = agent, TASKS[job.case], job.settings, job.device
         self.envs = environments(job.case, self.settings["copies"])
         self.observations, _ = self.envs.reset(seed=1000 * job.seed)
-        self.running = np.zeros(self.settings["copies"])
+        self.running, self.taken = np.zeros(self.settings["copies"]), 0
         self.returns: deque[float] = deque(maxlen=RECENT)
-        self.clock = Clock(job.device)
+        self.clock, self.limit = Clock(job.device), job.settings["limit"][job.case]
         self.z: Tensor | None = None
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
@@ -161,6 +161,12 @@ class Experience:
             for _ in range(self.settings["epochs"]):
                 for index in torch.randperm(len(seen[0])).split(self.settings["batch"]):
                     yield tuple(t[index.to(self.device)] for t in seen)
+
+    def recent(self) -> float:
+        """The mean return of the last episodes; until one has ended, that of an episode that goes on as it began."""
+        if self.returns:
+            return mean(self.returns)
+        return float(self.running.mean()) * self.limit / max(1, self.taken)
 
     def tensor(self, array: np.ndarray) -> Tensor:
         return torch.as_tensor(array, dtype=torch.float32, device=self.device)
@@ -177,6 +183,7 @@ class Experience:
             self.observations, reward, ended, cut, info = self.envs.step(task.taken(action))
             done, after = ended | cut, self.observations
             self.running += reward
+            self.taken += 1
             if done.any():
                 after = after.copy()
                 after[done] = np.stack(info["final_obs"][done])
@@ -287,7 +294,7 @@ def run(job: Job) -> dict[str, Any]:
 
     def check() -> float:
         acted.append(experience.clock.spent)
-        return mean(experience.returns) if experience.returns else float(experience.running.mean())
+        return experience.recent()
 
     rates = {"updates": settings["updates"][job.case], "lr": settings["lr"], "weight_decay": 0.0}
     found |= train(agent, agent.loss, iter(experience), **rates, check=check)

@@ -7,7 +7,8 @@ import importlib
 
 from .study import Study
 
-STUDIES = ("images", "text", "series", "explain")  # modules of this folder; each defines its STUDY
+# Modules of this folder, in the order of the report; each defines its STUDY.
+STUDIES = ("images", "text", "series", "control", "algorithms", "explain")
 
 
 def study(name: str) -> Study:

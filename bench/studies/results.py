@@ -30,7 +30,9 @@ def path_of(results: dict[str, Any], folder: Path) -> Path:
 def save(results: dict[str, Any], path: Path) -> None:
     """The file is there whole or as it was."""
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(results, indent=1) + "\n")
+    head = json.dumps(results | {"runs": None}, indent=1)
+    runs = ",\n".join(f"  {json.dumps(run)}" for run in results["runs"])  # a line each
+    part.write_text(head.replace('"runs": null', f'"runs": [\n{runs}\n ]') + "\n")
     part.replace(path)
 
 

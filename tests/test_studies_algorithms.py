@@ -131,6 +131,16 @@ def test_size_does_not_matter_to_a_block():
     assert not torch.allclose(inner[:, 0, 0], block(z, u)[:, 1, 1], atol=1e-3)
 
 
+def test_a_block_of_one_row_is_that_of_a_string():
+    block, line = algorithms.Block(parity.CHANNELS), parity.Block()
+    with torch.no_grad():
+        for conv, linear in ((block.first, line.first), (block.last, line.last)):
+            conv.weight[:, :, 1] = linear.weight.unflatten(1, (3, -1)).transpose(1, 2)
+            conv.bias.copy_(linear.bias)
+    z, u = torch.randn(2, 7, parity.CHANNELS), torch.randn(2, 7, parity.CHANNELS)
+    assert torch.allclose(block(z[:, None], u[:, None])[:, 0], line(z, u), atol=1e-5)
+
+
 def test_the_loop_is_told_its_steps_and_the_stack_has_its_own():
     x, _ = TASKS[MAZE].samples(2, 9, 1)
     for name, steps in ((who.LOOP, 81 // 4), (who.STACK, 2), (who.BLOCK, 1)):
@@ -152,6 +162,8 @@ def test_a_solve_that_is_cut_short_is_told():
     own = net(who.DEQ, tol=1e-9, max_steps=3)
     found = algorithms.score(own, *TASKS[PARITY].samples(3, 8, 1))
     assert found["converged"] == 0 and found["steps"] == found["most_steps"] == 3
+    _, steps, converged = net(who.HYBRID, tol=1e-9, max_steps=3).answer(TASKS[PARITY].samples(3, 8, 1)[0])
+    assert steps.tolist() == [5, 5, 5] and not converged.any()
     assert "converged" not in algorithms.score(net(who.STACK), *TASKS[PARITY].samples(3, 8, 1))
 
 

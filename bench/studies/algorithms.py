@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from matplotlib.ticker import ScalarFormatter
 from torch import Tensor, nn
 
 from tritondeq.adjoints import Unrolled
@@ -289,7 +288,7 @@ def pictures(runs: list[Run]) -> dict[str, Draw]:
         grid = plots.panels(figure, cases, [("by_steps", "steps taken", "wholly right, %")], runs)
         for ax, case in zip(grid, cases, strict=True):
             ax.set_xscale("log", base=2)
-            ax.xaxis.set_major_formatter(ScalarFormatter())
+            ax.xaxis.set_major_formatter("{x:g}")
             ax.set_title(f"{case} of size {plots.of(runs, case=case)[0]['probe']}", fontsize=10)
 
     return {

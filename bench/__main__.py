@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from . import blocks, launches, measure, memory, report, shapes, solves, steps, uneven
+from .common import installed
 
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"  # those that are committed
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     if device.type == "cpu":
         _say("No GPU is used: this measures the torch backend on the CPU, not the Triton kernels.")
     for package, lost in (("torchdeq", "is not among the rivals"), ("matplotlib", "no pictures")):
-        if not report.installed(package):
+        if not installed(package):
             _say(f'{package} is not installed, so {lost}: pip install "tritondeq[bench]"')
     status = 0
     try:
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     path = arguments.out / f"{measure.name_of(results['machine'])}.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
     written = [path]
-    if report.installed("matplotlib"):
+    if installed("matplotlib"):
         from . import pictures
 
         written += pictures.draw(results, arguments.out)
@@ -240,7 +241,7 @@ def unfit(device: torch.device) -> str | None:
     if capability < OLDEST:
         name, has = torch.cuda.get_device_name(device), ".".join(map(str, capability))
         return f"{name} has capability {has}, and the kernels need 8.0 (A100) or later: take --cpu"
-    if not report.installed("triton"):
+    if not installed("triton"):
         return "Triton, which has the kernels and the clock, is not installed: pip install triton, or take --cpu"
     from triton import knobs
 
@@ -259,7 +260,7 @@ def _refused(folder: Path) -> str | None:
 
 
 def _progress(parts: list) -> Any:
-    if report.installed("tqdm") and sys.stderr.isatty():
+    if installed("tqdm") and sys.stderr.isatty():
         from tqdm import tqdm
 
         return tqdm(parts, unit="case", file=sys.stderr)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from . import measure
-from .report import Results
+from .common import Results
 
 # Of Okabe and Ito, told apart by the colour-blind; a contestant has its own in every picture.
 COLOURS = {

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..kernels import launch
 from . import solves, targets
+from .common import markdown_table
 
 MATRICES = {"affine": 1, "mlp": 4, "gated": 3}  # of D x D that a cell multiplies by, the MLP having 2 D hidden features
 KERNELS = {"affine": 1, "mlp": 3, "gated": 3}  # that torch.compile makes of an evaluation
@@ -284,8 +285,6 @@ def times() -> Iterator[list[str]]:
 
 def markdown() -> str:
     """All that NOTES.md holds of it."""
-    from .report import markdown_table
-
     lines = [*markdown_table(list(rows())), "", "What could reach those that are predicted to be missed:", ""]
     predicted = table()
     for target in targets.TARGETS:

@@ -5,22 +5,16 @@ files given between the marks there.
 """
 
 import argparse
-import importlib.util
 import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from . import measure, predict, targets
+from .common import Results, markdown_table
 
-Results = dict[str, Any]
 MARKS = "<!-- bench: written by tritondeq.bench.report, not by hand -->\n", "<!-- /bench -->"
 KEYS = ("schema", "suite", "complete", "machine", "roofs", "tests", "left_out", "records")
-
-
-def installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 def load(path: Path) -> Results:
@@ -176,11 +170,6 @@ def _by(records: list[dict], key: str) -> dict[str, dict[str, dict]]:
     for r in records:
         groups.setdefault(r[key], {})[r["contestant"]] = r
     return groups
-
-
-def markdown_table(rows: list[list[str]]) -> list[str]:
-    rule = ["---", *("---:" for _ in rows[0][1:])]
-    return [f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])]
 
 
 def _time(seconds: float) -> str:

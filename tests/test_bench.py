@@ -622,7 +622,7 @@ def test_a_gpu_too_old_and_a_cache_that_cannot_be_written(monkeypatch, tmp_path)
     assert "set TRITON_CACHE_DIR to a folder it can write to" in bench.unfit(cuda)
     monkeypatch.setattr(knobs.cache, "dir", str(tmp_path / "new"))
     assert bench.unfit(cuda) is None and bench.unfit(CPU) is None
-    monkeypatch.setattr(report, "installed", lambda package: package != "triton")
+    monkeypatch.setattr(bench, "installed", lambda package: package != "triton")
     assert "pip install triton, or take --cpu" in bench.unfit(cuda) and bench.unfit(CPU) is None
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from tritondeq.bench.studies import contestants as who
-from tritondeq.bench.studies import control
+from tritondeq.bench.studies import control, ppo
 from tritondeq.bench.studies.study import Job
 from tritondeq.demo.common import one_thread, parameters
 
 gymnasium = pytest.importorskip("gymnasium")
-CASES = (control.CARTPOLE, control.PENDULUM)
+CASES = (ppo.CARTPOLE, ppo.PENDULUM)
 TINY = control.STUDY.settings["tiny"] | {"limit": dict.fromkeys(CASES, 40)}
 
 
@@ -26,14 +26,14 @@ def job(case: str, contestant: str = who.DEQ, **settings) -> Job:
     return Job(case, contestant, 0, TINY | settings, torch.device("cpu"))
 
 
-def agent(job: Job) -> control.Agent:
-    return control.Agent(control.build(job), control.TASKS[job.case], job.settings["critic"])
+def agent(job: Job) -> ppo.Agent:
+    return ppo.Agent(control.build(job), ppo.TASKS[job.case], job.settings["critic"])
 
 
 def test_advantages_are_discounted_sums_up_to_the_end_of_an_episode():
     surprise, done = torch.randn(6, 3, dtype=torch.float64), torch.zeros(6, 3, dtype=torch.float64)
     done[2, 1] = done[5, 2] = 1
-    found = control.advantages(surprise, done, 0.7)
+    found = ppo.advantages(surprise, done, 0.7)
     for copy_, last in ((0, [5] * 6), (1, [2, 2, 2, 5, 5, 5]), (2, [5] * 6)):
         for t in range(6):
             wanted = sum(0.7 ** (k - t) * surprise[k, copy_] for k in range(t, last[t] + 1))
@@ -56,15 +56,15 @@ class Script:
 
 def test_what_is_learnt_from_is_what_happened(monkeypatch):
     """Values are sums of observations: time that is up is followed by the value of the last state, an end by none."""
-    own = job(control.PENDULUM, copies=2, horizon=3)
-    experience = control.Experience(agent(own), own)
+    own = job(ppo.PENDULUM, copies=2, horizon=3)
+    experience = ppo.Experience(agent(own), own)
     experience.envs = script = Script()
     experience.observations = script.next[0]
     monkeypatch.setattr(experience.agent, "value", lambda observations: observations.sum(-1))
     now, action, chance, ahead, returns = experience.collect()
     assert torch.equal(now.view(3, 2, 3), torch.tensor(script.next[:3]))
     assert np.allclose(np.stack(script.told), 2 * action.view(3, 2, 1).numpy())
-    value, decay = torch.tensor(script.next).sum(-1), 0.9 * control.TRACE
+    value, decay = torch.tensor(script.next).sum(-1), 0.9 * ppo.TRACE
     reward = torch.tensor([1.0, 2.0])
     after = torch.stack([value[1], torch.tensor([0.0, 21.0]), value[3]])
     surprise = reward + 0.9 * after - value[:3]
@@ -84,16 +84,16 @@ def test_what_is_learnt_from_is_what_happened(monkeypatch):
 
 
 def test_an_unfinished_episode_counts_as_it_began():
-    own = job(control.PENDULUM, who.BLOCK)
-    experience = control.Experience(agent(own), own)
+    own = job(ppo.PENDULUM, who.BLOCK)
+    experience = ppo.Experience(agent(own), own)
     experience.collect()
     assert not experience.returns and experience.taken == TINY["horizon"] == 8
     assert experience.recent() == pytest.approx(experience.running.mean() / 8 * 40)
 
 
 def test_an_explicit_policy_carries_nothing():
-    own = job(control.CARTPOLE, who.LOOP)
-    experience = control.Experience(agent(own), own)
+    own = job(ppo.CARTPOLE, who.LOOP)
+    experience = ppo.Experience(agent(own), own)
     experience.collect()
     assert experience.z is None
 
@@ -141,7 +141,7 @@ def test_episodes_are_those_of_gymnasium(case, warm):
             counts.append(policy.body.last.steps.item())
             seen += [now[0]] * (i == 0)
             rest += [z[0]] * (i == 0)
-            action = 2 * out[0].numpy() if case == control.PENDULUM else int(out.argmax())
+            action = 2 * out[0].numpy() if case == ppo.PENDULUM else int(out.argmax())
             observation, reward, ended, cut, _ = env.step(action)
             total += reward
             if ended or cut:
@@ -156,7 +156,7 @@ def test_episodes_are_those_of_gymnasium(case, warm):
 
 
 def test_a_warm_solve_ends_where_a_cold_one_does():
-    own = job(control.PENDULUM, tol=1e-5)
+    own = job(ppo.PENDULUM, tol=1e-5)
     policy = control.build(own)
     played, cold = (control.play(policy, own, warm=warm) for warm in (True, False))
     with torch.no_grad():
@@ -167,12 +167,12 @@ def test_a_warm_solve_ends_where_a_cold_one_does():
 
 @pytest.mark.parametrize("name", control.STUDY.contestants)
 def test_a_policy_is_its_body_between_two_layers(name):
-    own = job(control.CARTPOLE, name, tol=1e-6, max_steps=60)
+    own = job(ppo.CARTPOLE, name, tol=1e-6, max_steps=60)
     policy, x = control.build(own), torch.randn(5, 4)
     out, z = policy.onward(x)
-    inner = policy.stem(x / torch.tensor(control.TASKS[control.CARTPOLE].scale))
+    inner = policy.stem(x / torch.tensor(ppo.TASKS[ppo.CARTPOLE].scale))
     assert torch.allclose(policy(x), policy.head(policy.body(inner)), atol=1e-5) and torch.equal(policy(x), out)
-    carried = control.carried(policy, x, None)[1]
+    carried = ppo.carried(policy, x, None)[1]
     assert (carried is None) == (name not in (who.DEQ, who.HYBRID))
     if carried is not None:
         core = policy.body.core if name == who.HYBRID else policy.body
@@ -183,7 +183,7 @@ def test_a_policy_is_its_body_between_two_layers(name):
 
 def test_a_limited_policy_takes_so_many_steps():
     for name in (who.DEQ, who.LOOP):
-        policy, x = control.build(job(control.PENDULUM, name)), torch.randn(3, 3)
+        policy, x = control.build(job(ppo.PENDULUM, name)), torch.randn(3, 3)
         inner = policy.stem(x / policy.scale)
         cell = policy.body.cell
         u, z0 = cell.inject(inner), torch.randn(3, TINY["width"])
@@ -191,13 +191,13 @@ def test_a_limited_policy_takes_so_many_steps():
         few = control.limited(policy, 3)
         assert torch.allclose(few.onward(x, z0)[1], wanted, atol=1e-6) and who.steps(few.body) == 3
         assert policy.body.last is None
-    hybrid = control.limited(control.build(job(control.PENDULUM, who.HYBRID)), 2)
+    hybrid = control.limited(control.build(job(ppo.PENDULUM, who.HYBRID)), 2)
     assert hybrid.onward(x)[0].shape == (3, 1) and hybrid.body.core.last.steps.max() == 2
 
 
 def test_ppo_learns():
-    own = job(control.CARTPOLE, who.BLOCK, width=16, critic=32, copies=16, horizon=32, epochs=8, batch=128, episodes=8)
-    own.settings.update(updates={control.CARTPOLE: 320}, limit={control.CARTPOLE: 200})
+    own = job(ppo.CARTPOLE, who.BLOCK, width=16, critic=32, copies=16, horizon=32, epochs=8, batch=128, episodes=8)
+    own.settings.update(updates={ppo.CARTPOLE: 320}, limit={ppo.CARTPOLE: 200})
     untrained = control.play(control.build(own), own, warm=True)["return"]
     found = control.run(own)
     assert found["return"] > 3 * untrained and found["curve"][-1][2] > 2 * found["curve"][0][2]
@@ -205,12 +205,12 @@ def test_ppo_learns():
 
 
 def test_the_wide_policy_has_the_parameters_of_the_stack():
-    size = {n: parameters(control.build(job(control.CARTPOLE, n, width=16, depth=4))) for n in (who.WIDE, who.STACK)}
+    size = {n: parameters(control.build(job(ppo.CARTPOLE, n, width=16, depth=4))) for n in (who.WIDE, who.STACK)}
     assert abs(size[who.WIDE] / size[who.STACK] - 1) < 0.1
 
 
 def test_a_limited_copy_leaves_the_policy_alone():
-    policy = control.build(job(control.PENDULUM))
+    policy = control.build(job(ppo.PENDULUM))
     before = copy.deepcopy(policy.body.adjoint)
     control.limited(policy, 2)
     assert policy.body.adjoint == before
@@ -218,7 +218,7 @@ def test_a_limited_copy_leaves_the_policy_alone():
 
 def test_what_is_said_is_what_was_measured():
     curve = [[1, 2.0, 10.0], [2, 4.0, 20.0]]
-    common = {"case": control.CARTPOLE, "curve": curve, "return": 100.0}
+    common = {"case": ppo.CARTPOLE, "curve": curve, "return": 100.0}
     runs = []
     for seed in (0, 1):
         warm = {"steps": 3.0 + seed, "cold_steps": 9.0 + seed, "cold_return": 80.0, "moved": 0.125}

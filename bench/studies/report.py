@@ -10,7 +10,7 @@ from typing import Any
 from tritondeq.demo.common import spread
 from tritondeq.demo.pictures import save
 
-from ..report import markdown_table
+from ..common import markdown_table
 from . import STUDIES, plots, results, study
 from . import contestants as who
 from .study import Measure, Run, Study

@@ -560,3 +560,13 @@ def test_rank_correlation():
 def test_the_area_under_the_curve():
     score, wrong = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0, 0, 1, 1])
     assert explain.auc(score, wrong) == 1 and explain.auc(-score, wrong) == 0 and explain.auc(score, wrong * 0) is None
+
+
+@pytest.mark.parametrize("name", studies.STUDIES)
+def test_what_is_said_needs_no_runs_of_other_cases(name):
+    study = studies.study(name)
+    (found,) = results.chosen(results.FOLDER)[name]
+    for case in study.cases:
+        own = [run for run in found["runs"] if run["case"] == case]
+        said = list(study.says(own))
+        assert said and all(sentence in list(study.says(found["runs"])) for sentence in said)

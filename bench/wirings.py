@@ -139,7 +139,7 @@ def start(name: str, scale: float, blocks: int, cell: str, seed: int) -> Outcome
         if p.ndim > 1:
             p.mul_(scale)
     layer = tdeq.to_equilibrium(stack, cell=cell, prelude=1, batch_norm="group").deq
-    x = stack[0](x)
+    x = _state(stack[0](x))
     layer.solver, layer.tol, layer.max_steps = tdeq.Picard(0.3), 1e-5, 2000
     found = layer.solve(x)
     radius = tdeq.spectral_radius(layer, found.value, x, products=30).where(found.converged, torch.nan)
@@ -148,6 +148,10 @@ def start(name: str, scale: float, blocks: int, cell: str, seed: int) -> Outcome
         layer.solver = SOLVERS[solver]
         steps[solver] = _steps(layer.solve(x))
     return Outcome(radius, steps, _steps(_familiar(layer.cell.block, x)))
+
+
+def _state(out: Tensor | tuple) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
 
 
 def _steps(solution: tdeq.Solution) -> Tensor:
@@ -160,8 +164,7 @@ def _familiar(block: nn.Module, x: Tensor) -> tdeq.Solution:
 
     def f(z: Tensor) -> Tensor:
         y = (x + z) / 2
-        out = block(y)
-        v = y + ((out[0] if isinstance(out, tuple) else out) - y) / 2
+        v = (y + _state(block(y))) / 2
         return size * v / torch.linalg.vector_norm(v, dim=dims, keepdim=True)
 
     return tdeq.fixed_point(f, x, tol=TOL, max_steps=MOST)

@@ -1,0 +1,193 @@
+"""What the bench times, and that nothing is timed that is wrong, cannot run or takes too long."""
+
+import contextlib
+import signal
+import time
+
+import pytest
+import torch
+
+from tritondeq.bench import __main__ as bench
+from tritondeq.bench import blocks, measure, rivals, shapes, solves, uneven
+from tritondeq.kernels import affine, launch
+
+CPU = torch.device("cpu")
+
+
+def test_rows_of_many_depths_are_what_the_target_speaks_of():
+    w, u = uneven.problem(4096, CPU)
+    options = {"activation": "identity", "tol": uneven.TOL, "max_steps": uneven.MOST}
+    steps = affine.affine_solve_ref(w, u, **options)[1]
+    assert 10 < steps.float().mean() < 20 and steps.min() <= 6 and 150 < steps.max() < uneven.MOST
+    rows = launch.SHAPES["affine"]
+    with uneven.lockstep():
+        assert launch.parameters("affine", batch=9, shapes=[(128, 128)], terms=2, memory=0)["REFILL"] == 0
+    assert launch.SHAPES["affine"] is rows and list(uneven.run(CPU, "tiny", 0.1)) == []
+
+
+def test_a_wrong_block_is_found(monkeypatch):
+    calls, layer, steps = blocks.contestants(blocks.SIZES["tiny"], CPU, compiled=False)
+    broken = calls | {"tied loop": lambda: calls["tied loop"]() * 1.2}
+    monkeypatch.setattr(blocks, "contestants", lambda *_, **__: (broken, layer, steps))
+    records = list(blocks.run(CPU, "tiny", 0.01, lambda: True, pytest.fail))
+    assert [bool(r["wrong"]) for r in records] == [False, True] and all("seconds" not in r for r in records)
+
+
+def test_a_wrong_gradient_is_a_fault():
+    setup = solves.Setup(solves.Case("G2", 8, 16, train=True), CPU)
+    calls = setup.contestants(False)
+
+    def doubled():
+        z, k = calls["tied loop"]()
+        setup.cell.weight.grad *= 2
+        return z, k
+
+    faults = solves.wrong_gradients(setup, {"tritondeq": calls["tritondeq"], "tied loop": doubled})
+    assert "gradient differs" in faults["tied loop"]
+    assert solves.wrong_gradients(setup, calls)["tied loop"] is None
+
+
+def test_a_suite_has_the_goals_that_its_shapes_have():
+    for case in solves.cases("full", cuda=True):
+        if not case.steps:
+            assert solves.goal_of(case.shape, case.train) == case.goal, case
+    assert solves.goal_of(shapes.Shape("transformer", 128, 64), train=False) == "shape"
+
+
+def test_shapes_are_combined_and_the_rest_is_the_default():
+    parse = bench._parser().parse_args
+    assert shapes.asked(parse([])) == [] and shapes.asked(parse(["--suite", "full"])) == []
+    asked = shapes.asked(parse("--cell MLP gated --rows 5 7 5 --dtype bf16".split()))
+    assert asked == [shapes.Shape(cell, 128, rows, True) for cell in ("mlp", "gated") for rows in (5, 7)]
+    assert shapes.asked(parse(["--features", "3"])) == [shapes.Shape("affine", 3, 1024)]
+
+
+def test_sequences_and_images_are_whole():
+    assert shapes.Shape("transformer", 8, 600).dims == (3, 256, 8)
+    assert shapes.Shape("transformer", 8, 5).dims == (1, 5, 8)
+    assert shapes.Shape("conv", 8, 300).dims == (2, 8, 16, 16) and shapes.Shape("conv", 8, 300).positions == 512
+    assert shapes.Shape("conv", 8, 10).dims == (2, 8, 3, 3)
+    assert shapes.Shape("gated", 8, 5).dims == (5, 8)
+
+
+@pytest.mark.parametrize("cell", shapes.CELLS)
+@pytest.mark.parametrize("low", [False, True], ids=shapes.DTYPES)
+def test_every_cell_is_measured_and_agrees_with_its_rivals(cell, low):
+    lost = []
+    for width in (16, 13) if cell == "affine" else (16,):
+        for case in solves.asked([shapes.Shape(cell, width, 24, low)], compiled=True):
+            records = list(solves.run(case, CPU, {"copy": 1e10, "fp32": 1e11}, 0.0, lambda: True, lost.append))
+            assert not [r["wrong"] for r in records if r["wrong"]] and all(r["over_ours"] > 0 for r in records)
+            names = {r["contestant"] for r in records}
+            assert {"tritondeq", "tied loop", "untied stack"} <= names and not any("compiled" in n for n in names)
+    assert not lost
+
+
+def test_flops_are_those_of_the_cell(monkeypatch):
+    setup = solves.Setup(solves.Case("shape", 5, 16, cell="gated"), CPU)
+    assert setup.flops == pytest.approx(2 * 3 * 16 * 16 * 5 * setup.mean) and setup.nbytes == 4 * (2 * 5 * 16 + 768)
+
+
+def test_counted_steps_are_taken_by_all_or_it_is_a_fault():
+    case = solves.Case("depth", 4, 16, steps=6)
+    setup = solves.Setup(case, CPU)
+    assert setup.steps == setup.mean == 6 and setup.wrong("tied loop", (setup.values[1], 6)) is None
+    with torch.no_grad():
+        early = rivals.Tied(setup.cell, 4)(setup.x)
+    assert "differs from ours" in setup.wrong("eager loop", (early, 4))
+
+
+def fails(error):
+    def call():
+        raise error
+
+    return call
+
+
+def test_what_cannot_run_here_is_lost_and_what_ours_raises_is_a_fault():
+    broken = RuntimeError("\n  Failed to find C compiler. Please specify via CC environment variable.\nlong story")
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot")
+    calls = {
+        "tritondeq": lambda: 1,
+        "tritondeq Anderson": fails(RuntimeError("no such kernel")),
+        "tritondeq, compiled cell": fails(broken),
+        "compiled tied loop": fails(broken),
+        "tied loop": fails(full),
+        "torchdeq Anderson": fails(NotImplementedError("lu for bf16")),
+        "eager loop": fails(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")),
+    }
+    lost = []
+    outcomes, faults = measure.attempt(calls, "case", lambda: True, lost.append)
+    assert outcomes == {"tritondeq": 1} and faults == {
+        "tritondeq Anderson": "tritondeq Anderson: raised RuntimeError: no such kernel"
+    }
+    assert list(calls) == ["tritondeq", "tritondeq Anderson"]
+    compiler = "torch.compile failed: Failed to find C compiler. Please specify via CC environment variable."
+    assert lost == [
+        f"case, tritondeq, compiled cell: {compiler}",
+        f"case, compiled tied loop: {compiler}",
+        "case, tied loop: out of memory",
+        "case, torchdeq Anderson: raised NotImplementedError: lu for bf16",
+        "case, eager loop: out of memory",
+    ]
+    with pytest.raises(torch.OutOfMemoryError):
+        measure.attempt({"tritondeq": fails(full)}, "case", lambda: True, lost.append)
+
+
+def test_nothing_is_compiled_when_time_is_short():
+    lost = []
+    calls = {"tritondeq": lambda: 1, "compiled tied loop": pytest.fail}
+    assert measure.attempt(calls, "case", lambda: False, lost.append) == ({"tritondeq": 1}, {})
+    assert lost == ["case, compiled tied loop: no time to compile it"] and list(calls) == ["tritondeq"]
+
+
+def test_a_deadline_stops_what_goes_on_and_leaves_no_alarm(monkeypatch):
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(measure.Late), measure.deadline(0.05):
+        time.sleep(5)
+    with measure.deadline(30):
+        pass
+    monkeypatch.setattr(measure, "AGAIN", 0.05)
+    with pytest.raises(measure.Late), measure.deadline(0.05):
+        with contextlib.suppress(measure.Late):
+            time.sleep(5)
+        time.sleep(5)
+    assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_what_is_compiled_is_what_a_target_speaks_of_and_once_all_the_rest(monkeypatch):
+    """With a stand-in for the compiler."""
+    monkeypatch.setattr(rivals, "compiled", lambda net, graphs: net)
+
+    def compiled(**options):
+        made = solves.Setup(solves.Case("G1", 4, 8, compiled=True, **options), CPU).contestants(True)
+        return [name for name in made if "compiled" in name]
+
+    assert compiled() == ["compiled tied loop"] and compiled(train=True) == ["compiled untied stack"]
+    nets = ["compiled tied loop", "compiled untied stack"]
+    assert compiled(every=True) == ["compiled cell in a loop", *nets] and compiled(every=True, train=True) == nets
+    suite = [case for case in solves.cases("full", cuda=True) if case.compiled]
+    assert {case.train for case in suite if case.every} == {True, False} and len(suite) < 16
+    assert not any(case.compiled for case in solves.cases("full", cuda=False) + solves.cases("quick", cuda=True))
+
+
+def test_compiled_code_is_forgotten_between_cases(monkeypatch):
+    """torch.compile takes a module's code a few times, then leaves it as it is and says nothing."""
+    pytest.importorskip("torch._dynamo")
+    called = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: called.append("reset"))
+    measure.forget(CPU)
+    assert called == ["reset"]
+
+
+def test_a_result_is_kept_from_who_writes_over_it():
+    memory = torch.zeros(3)
+    calls = {"tritondeq": lambda: (memory.fill_(1), 5), "tied loop": lambda: (memory.fill_(2), 5)}
+    outcomes, _ = measure.attempt(calls, "case", lambda: True, pytest.fail)
+    assert [z.tolist() for z, _ in outcomes.values()] == [[1] * 3, [2] * 3]
+
+
+def test_fewer_steps_than_were_asked_for_are_a_fault(monkeypatch):
+    monkeypatch.setattr(solves, "slow", lambda cell, x: None)
+    records = list(solves.run(solves.Case("depth", 3, 8, steps=60), CPU, {}, 0.0, lambda: True, pytest.fail))
+    assert "60 were asked for" in records[0]["wrong"] and not any("seconds" in r for r in records)

@@ -9,6 +9,7 @@ import torch
 from tritondeq.bench.studies import algorithms
 from tritondeq.bench.studies import contestants as who
 from tritondeq.bench.studies.algorithms import MAZE, PARITY, TASKS, Contestant
+from tritondeq.bench.studies.mazes import Block, maze
 from tritondeq.demo import parity
 from tritondeq.demo.common import one_thread
 
@@ -36,7 +37,7 @@ def distances(floor: torch.Tensor, start: tuple[int, int]) -> dict[tuple[int, in
 @pytest.mark.parametrize("size", [5, 9, 15])
 def test_a_maze_is_perfect_and_its_way_is_the_shortest(size):
     for seed in range(5):
-        picture, way = algorithms.maze(size, random.Random(seed))
+        picture, way = maze(size, random.Random(seed))
         wall, floor, ends = picture.unbind(-1)
         assert torch.equal(wall + floor, torch.ones(size, size)) and set(way.unique().tolist()) == {0, 1}
         assert wall[[0, -1]].all() and wall[:, [0, -1]].all() and floor[1::2, 1::2].all()
@@ -124,7 +125,7 @@ def test_steps_without_gradient_have_none():
 
 def test_size_does_not_matter_to_a_block():
     """Far from the border, a maze in a larger one is read the same."""
-    block = algorithms.Block(8)
+    block = Block(8)
     z, u = torch.randn(2, 11, 11, 8), torch.randn(2, 11, 11, 8)
     inner = block(z[:, 1:-1, 1:-1], u[:, 1:-1, 1:-1])
     assert torch.allclose(inner[:, 2:-2, 2:-2], block(z, u)[:, 3:-3, 3:-3], atol=1e-5)
@@ -132,7 +133,7 @@ def test_size_does_not_matter_to_a_block():
 
 
 def test_a_block_of_one_row_is_that_of_a_string():
-    block, line = algorithms.Block(parity.CHANNELS), parity.Block()
+    block, line = Block(parity.CHANNELS), parity.Block()
     with torch.no_grad():
         for conv, linear in ((block.first, line.first), (block.last, line.last)):
             conv.weight[:, :, 1] = linear.weight.unflatten(1, (3, -1)).transpose(1, 2)

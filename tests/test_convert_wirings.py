@@ -40,7 +40,8 @@ def test_the_committed_table_has_all_wirings(committed):
 
 
 def test_a_part_of_the_measurement_lies_within_the_committed_table(committed, capsys):
-    """Where every sample converged: how a diverging one fares differs between machines."""
+    """Of torch's blocks, where every sample converged: how a diverging one fares differs between machines, and what
+    other packages draw between their releases."""
     wirings.main(["--seeds", "1", "--blocks", "3"])
     printed = capsys.readouterr().out
     found, checked = table(printed), 0
@@ -48,13 +49,15 @@ def test_a_part_of_the_measurement_lies_within_the_committed_table(committed, ca
     assert [*found] == [(name, weights) for weights in ("1x", "4x") for name in here] and len(here) >= 5
     assert printed.count("Not measured: ") == len(wirings.WIRINGS) - len(here)
     for key, row in found.items():
+        own = wirings.WIRINGS[key[0]].needs == "torch"
+        assert own or key[1] == "4x" or (numbers(row["spectral radius"])[1] < 1 and "not" not in str(row)), key
         for column, cell in row.items():
-            if "not" not in committed[key]["undamped"] and column != "weights":
+            if own and "not" not in committed[key]["undamped"] and column != "weights":
                 (low, high), (least, most) = numbers(cell), numbers(committed[key][column])
                 room = {"spectral radius": 0.02, "its over ours": 0.3}.get(column, 1)
                 assert least - room <= low <= high <= most + room, (key, column)
                 checked += 1
-    assert checked >= 6 * 8
+    assert checked == 8 * 6  # torch's encoders, of large weights, are left out
     mean, first = numbers(found["MLP, pre-norm", "1x"]["spectral radius"])
     assert mean < 0.5 * first  # a mean of three has weights smaller by sqrt(3), and so both its matrices
 
@@ -77,7 +80,7 @@ def test_the_docstring_tells_what_the_command_printed(committed):
     assert f"four times as large, up to {rho:.2f} and {many:g} where all converge" in doc
     pre, post = "encoder, pre-norm", "encoder, post-norm"
     assert f"{missed(pre, 'undamped')} % (pre-norm) and {missed(post, 'undamped')} % (post-norm) do not in 200" in doc
-    assert f"and {missed(pre, 'Anderson(5)')} % and {missed(post, 'Anderson(5)')} % by Anderson" in doc
+    assert f"by Anderson {missed(pre, 'Anderson(5)')} % and {missed(post, 'Anderson(5)')} %." in doc
     failing = {name for (name, weights), row in committed.items() if "not" in row["undamped"]}
     assert failing == {pre, post} and not any("not" in str(row) for (_, w), row in committed.items() if w == "1x")
 

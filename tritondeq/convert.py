@@ -52,7 +52,7 @@ def to_equilibrium(
     By `python -m tritondeq.bench.wirings` (MLPs, pre- and post-norm encoders, ResNet stages, ViT, GPT-2; 3 or 8 blocks
     with random weights): spectral radius 0.01 to 0.68, 2 to 15 undamped evaluations to 1e-3, and 1.1 to 3.0 times as
     many of the familiar block. With weights four times as large, up to 0.78 and 29 where all converge; of the encoders
-    46 % (pre-norm) and 73 % (post-norm) do not in 200, and 10 % and 10 % by Anderson. Watch `last.steps` as it trains,
+    46 % (pre-norm) and 73 % (post-norm) do not in 200, by Anderson 10 % and 10 %. Watch `last.steps` as it trains,
     lower `gain`, or take Anderson. The layer does not compute what the stack did: a converted net has to be trained.
 
     The container that is returned takes the stack's place, called or looped over: blocks before, the layer, blocks

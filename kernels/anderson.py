@@ -17,7 +17,8 @@ from torch import Tensor
 from . import launch, steps
 from .dispatch import StepsOp, interpreting, register
 from .rules import SAFEGUARD
-from .steps import Steps
+from .steps import Steps, contiguous
+from .tails import Tail
 from .tl_anderson import anderson_weights
 from .tl_common import bf16_pair
 from .tl_steps import (
@@ -26,6 +27,7 @@ from .tl_steps import (
     PHASE,
     STEPS,
     STOPPED,
+    columns,
     dot2,
     evaluation,
     image,
@@ -43,7 +45,8 @@ SAFE = tl.constexpr(SAFEGUARD)
 @triton.jit(do_not_specialize=["limit"])
 def _measure_kernel(
     z_ptr,  # [B, N]: z_k
-    y_ptr,  # [B, N], any floating dtype; before the activation TAIL
+    y_ptrs,  # parts of y, each [B, N], any floating dtype
+    v_ptrs,  # gains and weight of the tail, each [D]
     prev_ptr,  # [B, N]: z_(k-1)
     next_ptr,  # [B, N]: z_(k-2)
     best_ptr,  # [B, N]
@@ -60,6 +63,9 @@ def _measure_kernel(
     left_ptr,  # []
     B,
     N,
+    D,
+    eps,
+    mix,
     limit,
     M: tl.constexpr,
     HALF: tl.constexpr,
@@ -77,8 +83,7 @@ def _measure_kernel(
     flags = flags_ptr + b
     phase = tl.load(flags + PHASE * B)
     if phase != DONE:
-        cols = (pid % SPLITS) * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask = cols < N
+        cols, mask, d = columns(pid % SPLITS, N, D, BLOCK_N, TAIL)
         row = b.to(tl.int64) * N
         offs = row + cols
         if phase == STOPPED:
@@ -86,7 +91,9 @@ def _measure_kernel(
         else:
             k = tl.load(flags + STEPS * B) + 1
             slot = (k + M - 2) % M
-            z, y, g, seen = evaluation(z_ptr, y_ptr, keep_ptr, offs, mask, HAS_KEEP, TAIL, INTERP)
+            z, y, g, seen = evaluation(
+                z_ptr, y_ptrs, v_ptrs, keep_ptr, offs, mask, d, D, eps, mix, HAS_KEEP, TAIL, INTERP
+            )
             dg = tl.zeros_like(g)
             if k > 1:
                 dg = g - tl.load(g_ptr + offs, mask=mask, other=0.0)
@@ -105,7 +112,9 @@ def _measure_kernel(
             tl.store(part, rr)
             tl.store(part + SPLITS, ss)
             for i in range(M):
-                old = tl.load(dg_ptr + row * M + i * N + cols, mask=cols < tl.where(i == slot, 0, N), other=0.0)
+                old = tl.load(
+                    dg_ptr + row * M + i * N + cols, mask=mask & (cols < tl.where(i == slot, 0, N)), other=0.0
+                )
                 old = tl.where(i == slot, dg, old.to(g.dtype))
                 with_g, with_dg = dot2(old, g, old, dg, INTERP)
                 tl.store(part + (2 + i) * SPLITS, with_g)
@@ -156,7 +165,8 @@ def _weigh(
 @triton.jit
 def _mix_kernel(
     z_ptr,  # [B, N]: z_k
-    y_ptr,  # [B, N], any floating dtype; before the activation TAIL
+    y_ptrs,  # parts of y, each [B, N], any floating dtype
+    v_ptrs,  # gains and weight of the tail, each [D]
     next_ptr,  # [B, N]: becomes z_(k+1)
     dh_ptr,  # [B, M, N]
     gamma_ptr,  # [B, M]
@@ -164,6 +174,9 @@ def _mix_kernel(
     flags_ptr,  # [5, B]
     B,
     N,
+    D,
+    eps,
+    mix,
     M: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -174,13 +187,12 @@ def _mix_kernel(
     b = pid // SPLITS
     phase = tl.load(flags_ptr + PHASE * B + b)
     if phase != DONE:
-        cols = (pid % SPLITS) * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask = cols < N
+        cols, mask, d = columns(pid % SPLITS, N, D, BLOCK_N, TAIL)
         row = b.to(tl.int64) * N
         z = tl.load(z_ptr + row + cols, mask=mask, other=0.0)
         if phase == ACTIVE:
             damping = tl.load(numbers_ptr)
-            y = image(y_ptr, row + cols, mask, z, TAIL, INTERP)
+            y = image(y_ptrs, v_ptrs, row + cols, mask, d, z, D, eps, mix, TAIL, INTERP)
             z = tl.where(damping == 1.0, y, z + damping * (y - z))
             for i in range(M):
                 gamma = tl.load(gamma_ptr + b * M + i)
@@ -190,7 +202,7 @@ def _mix_kernel(
 
 class AndersonSteps(Steps):
     def __init__(
-        self, z: Tensor, keep: Tensor | None, tol: float, limit: int, tail: str, *, memory, damping, ridge, half
+        self, z: Tensor, keep: Tensor | None, tol: float, limit: int, tail: Tail, *, memory, damping, ridge, half
     ):
         numbers = damping, max(ridge, 4 * torch.finfo(z.dtype).eps)
         batch, width = z.shape
@@ -206,13 +218,14 @@ class AndersonSteps(Steps):
         for history in (self.dg, self.dh, self.gram, self.gamma):
             history.zero_()
 
-    def take(self, y: Tensor) -> None:
-        y, shape, m = y.contiguous(), self.z.shape, self.memory
-        measured = (self.z, y, self.prev, self.next, self.best, self.keep, self.g, self.dg, self.dh, self.gram)
-        measured += (self.gamma, self.numbers, self.stats, self.flags, self.part, self.count)
-        mixed = (self.z, y, self.next, self.dh, self.gamma, self.numbers, self.flags)
+    def take(self, *parts: Tensor) -> None:
+        y, shape, m = contiguous(parts), self.shape, self.memory
+        measured = (self.z, y, self.vectors, self.prev, self.next, self.best, self.keep)
+        measured += (self.g, self.dg, self.dh, self.gram, self.gamma)
+        measured += (self.numbers, self.stats, self.flags, self.part, self.count)
+        mixed = (self.z, y, self.vectors, self.next, self.dh, self.gamma, self.numbers, self.flags)
         mixing = {name: self.config[name] for name in ("SPLITS", "BLOCK_N", "TAIL", "INTERP", "num_warps")}
-        with launch.on(y.device):
+        with launch.on(self.z.device):
             _measure_kernel[self.grid](
                 *measured, *shape, self.limit, M=m, HALF=self.half, enable_fp_fusion=True, **self.config
             )

@@ -20,13 +20,15 @@ from torch import Tensor
 from . import launch
 from .dispatch import StepsOp, register
 from .rules import SAFEGUARD
-from .steps import Steps, refuses
+from .steps import Steps, contiguous, refuses
+from .tails import Tail
 from .tl_steps import (
     ACTIVE,
     DONE,
     PHASE,
     STEPS,
     STOPPED,
+    columns,
     dot2,
     evaluation,
     image,
@@ -45,7 +47,8 @@ COEFS = tl.constexpr(2)  # coefficients that are not: 1 / den and <left, g>
 @triton.jit(do_not_specialize=["limit"])
 def _measure_kernel(
     z_ptr,  # [B, N]: z_k
-    y_ptr,  # [B, N], any floating dtype; before the activation TAIL
+    y_ptrs,  # parts of y, each [B, N], any floating dtype
+    v_ptrs,  # gains and weight of the tail, each [D]
     prev_ptr,  # [B, N]: z_(k-1)
     next_ptr,  # [B, N]: z_(k-2)
     best_ptr,  # [B, N]
@@ -61,6 +64,9 @@ def _measure_kernel(
     left_ptr,  # []
     B,
     N,
+    D,
+    eps,
+    mix,
     limit,
     M: tl.constexpr,
     HAS_KEEP: tl.constexpr,
@@ -77,8 +83,7 @@ def _measure_kernel(
     flags = flags_ptr + b
     phase = tl.load(flags + PHASE * B)
     if phase != DONE:
-        cols = (pid % SPLITS) * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask = cols < N
+        cols, mask, d = columns(pid % SPLITS, N, D, BLOCK_N, TAIL)
         row = b.to(tl.int64) * N
         offs = row + cols
         if phase == STOPPED:
@@ -86,8 +91,10 @@ def _measure_kernel(
         else:
             k = tl.load(flags + STEPS * B) + 1
             slot = tl.where(k > 1, (k + M - 2) % M, M)  # none at first
-            made = cols < tl.where(slot < M, N, 0)
-            z, y, g, seen = evaluation(z_ptr, y_ptr, keep_ptr, offs, mask, HAS_KEEP, TAIL, INTERP)
+            made = mask & (cols < tl.where(slot < M, N, 0))
+            z, y, g, seen = evaluation(
+                z_ptr, y_ptrs, v_ptrs, keep_ptr, offs, mask, d, D, eps, mix, HAS_KEEP, TAIL, INTERP
+            )
             dz = tl.zeros_like(g)
             dg = tl.zeros_like(g)
             if k > 1:
@@ -108,7 +115,7 @@ def _measure_kernel(
             tl.store(part + 4 * SPLITS, zd)
             tl.store(part + 5 * SPLITS, dd)
             for i in range(M):
-                known = cols < tl.where(i == slot, 0, N)  # the oldest update leaves H first
+                known = mask & (cols < tl.where(i == slot, 0, N))  # the oldest update leaves H first
                 u = tl.load(u_ptr + row * M + i * N + cols, mask=known, other=0.0)
                 v = tl.load(v_ptr + row * M + i * N + cols, mask=known, other=0.0)
                 with_dg, with_g = dot2(v, dg, v, g, INTERP)
@@ -162,7 +169,8 @@ def _weigh(
 @triton.jit
 def _mix_kernel(
     z_ptr,  # [B, N]: z_k
-    y_ptr,  # [B, N], any floating dtype; before the activation TAIL
+    y_ptrs,  # parts of y, each [B, N], any floating dtype
+    v_ptrs,  # gains and weight of the tail, each [D]
     next_ptr,  # [B, N]: becomes z_(k+1)
     u_ptr,  # [B, M, N]
     v_ptr,  # [B, M, N]
@@ -170,6 +178,9 @@ def _mix_kernel(
     flags_ptr,  # [5, B]
     B,
     N,
+    D,
+    eps,
+    mix,
     M: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -180,25 +191,24 @@ def _mix_kernel(
     b = pid // SPLITS
     phase = tl.load(flags_ptr + PHASE * B + b)
     if phase != DONE:
-        cols = (pid % SPLITS) * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask = cols < N
+        cols, mask, d = columns(pid % SPLITS, N, D, BLOCK_N, TAIL)
         row = b.to(tl.int64) * N
         z = tl.load(z_ptr + row + cols, mask=mask, other=0.0)
         k = tl.load(flags_ptr + STEPS * B + b)
         slot = tl.where(k > 1, (k + M - 2) % M, M)
         new = tl.zeros_like(z)
         left = tl.zeros_like(z)
-        made = cols < tl.where(slot < M, N, 0)
+        made = mask & (cols < tl.where(slot < M, N, 0))
         if phase == ACTIVE:
             coef = coef_ptr + b * (COEFS + 3 * M)
             us = u_ptr + row * M + cols
             vs = v_ptr + row * M + cols
-            z = image(y_ptr, row + cols, mask, z, TAIL, INTERP)
+            z = image(y_ptrs, v_ptrs, row + cols, mask, d, z, D, eps, mix, TAIL, INTERP)
             dz = tl.load(us + slot * N, mask=made, other=0.0)
             right = -tl.load(vs + slot * N, mask=made, other=0.0)
             left = -dz
             for i in range(M):
-                known = cols < tl.where(i == slot, 0, N)
+                known = mask & (cols < tl.where(i == slot, 0, N))
                 u = tl.load(us + i * N, mask=known, other=0.0)
                 left += tl.load(coef + COEFS + i) * tl.load(vs + i * N, mask=known, other=0.0)
                 right += tl.load(coef + COEFS + M + i) * u
@@ -214,7 +224,7 @@ def _mix_kernel(
 
 
 class BroydenSteps(Steps):
-    def __init__(self, z: Tensor, keep: Tensor | None, tol: float, limit: int, tail: str, *, memory: int):
+    def __init__(self, z: Tensor, keep: Tensor | None, tol: float, limit: int, tail: Tail, *, memory: int):
         numbers = (torch.finfo(z.dtype).eps,)
         batch, width = z.shape
         self.memory, self.g = memory, z.new_empty(z.shape)
@@ -235,13 +245,13 @@ class BroydenSteps(Steps):
         self.u.copy_(v)
         self.v.copy_(u)
 
-    def take(self, y: Tensor) -> None:
-        y, shape, m = y.contiguous(), self.z.shape, self.memory
-        measured = (self.z, y, self.prev, self.next, self.best, self.keep, self.g, self.u, self.v, self.coef)
-        measured += (self.numbers, self.stats, self.flags, self.part, self.count)
-        mixed = (self.z, y, self.next, self.u, self.v, self.coef, self.flags)
+    def take(self, *parts: Tensor) -> None:
+        y, shape, m = contiguous(parts), self.shape, self.memory
+        measured = (self.z, y, self.vectors, self.prev, self.next, self.best, self.keep)
+        measured += (self.g, self.u, self.v, self.coef, self.numbers, self.stats, self.flags, self.part, self.count)
+        mixed = (self.z, y, self.vectors, self.next, self.u, self.v, self.coef, self.flags)
         mixing = {name: self.config[name] for name in ("SPLITS", "BLOCK_N", "TAIL", "INTERP", "num_warps")}
-        with launch.on(y.device):
+        with launch.on(self.z.device):
             _measure_kernel[self.grid](*measured, *shape, self.limit, M=m, enable_fp_fusion=True, **self.config)
             _mix_kernel[self.grid](*mixed, *shape, M=m, enable_fp_fusion=True, **mixing)
 

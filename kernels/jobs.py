@@ -1,9 +1,9 @@
 """The launches of every op as offline.py compiles them: kernel, types and constants, as the launchers pass them."""
 
 import importlib
-from typing import Any
+from typing import Any, NamedTuple
 
-from . import launch
+from . import launch, space, tails
 
 FLOATS = {2: "bf16", 4: "fp32", 8: "fp64"}
 ROWS = {name: "*fp32" for name in ("z0_ptr", "z_ptr", "residual_ptr")} | {"d_ptr": "*bf16"}
@@ -13,14 +13,28 @@ AFFINE = {f"{name}_ptr": "*fp32" for name in ("kept", "other", "pre", "best", "s
 AFFINE |= {"d_ptr": "*bf16", "w_ptr": "*bf16", "moved_ptr": "*i1", "flags_ptr": "*i32", "left_ptr": "*i32"}
 AFFINE |= {"B": "i32", "limit": "i32", "depth": "i32", "damping": "fp32"}
 STEPS = {"keep_ptr": "*u8", "flags_ptr": "*i32", "left_ptr": "*i32", "B": "i32", "N": "i32", "limit": "i32"}
+STEPS |= {"D": "i32", "eps": "fp32", "mix": "fp32"}
 POINTERS = {
-    "picard:_step_kernel": "z y prev next best numbers stats part",
-    "anderson:_measure_kernel": "z y prev next best g dg dh gram gamma numbers stats part",
-    "anderson:_mix_kernel": "z y next dh gamma numbers",
-    "broyden:_measure_kernel": "z y prev next best g u v coef numbers stats part",
-    "broyden:_mix_kernel": "z y next u v coef",
+    "picard:_step_kernel": "z prev next best numbers stats part",
+    "anderson:_measure_kernel": "z prev next best g dg dh gram gamma numbers stats part",
+    "anderson:_mix_kernel": "z next dh gamma numbers",
+    "broyden:_measure_kernel": "z prev next best g u v coef numbers stats part",
+    "broyden:_mix_kernel": "z next u v coef",
     "tl_steps:finish_kernel": "z prev best",
 }
+
+
+class Tail(NamedTuple):
+    """What a launch knows of a tails.Tail: how many parts, rows of how many features, 0 where they don't matter."""
+
+    act: str = "identity"
+    parts: int = 1
+    scaled: tuple[bool, ...] = (False,) * tails.PARTS
+    mixed: bool = False
+    features: int = 0
+
+
+PLAIN = Tail()
 MEASURES = ("HAS_KEEP", "SPLITS", "BLOCK_S", "BLOCK_N", "FLOOR", "TAIL", "INTERP")
 MIXES = ("M", "SPLITS", "BLOCK_N", "TAIL", "INTERP")
 TAKES = {
@@ -70,21 +84,25 @@ def affine_steps(
     """A step with its GEMM."""
     splits = -(-features // config["BLOCK_N"])
     constants = {"D": features, "WIDTH": -(-features // 256) * 256, "ACT": act, "ADJ": adj, "START": start}
-    constants |= {"TERMS": terms, "BLOCK_S": _power(splits), "INTERP": False}
+    constants |= {"TERMS": terms, "BLOCK_S": space.power_of_two(splits), "INTERP": False}
     return _job("affine_steps:_step_kernel", chip, AFFINE, constants, config)
 
 
 def steps(
-    kernel: str, chip: int, config: dict, *, itemsize: int, cell: int, memory: int, half: bool, tail: str
+    kernel: str, chip: int, config: dict, *, width: int, itemsize: int, cell: int, memory: int, half: bool, tail=PLAIN
 ) -> dict[str, Any]:
-    """A launch of fused solver steps, a key of POINTERS; `cell` is the size of what the cell gives."""
-    known = config | {"M": memory, "HALF": half, "HAS_KEEP": True, "FLOOR": 1e-2, "TAIL": tail, "INTERP": False}
-    known["BLOCK_S"] = _power(config["SPLITS"])
+    """A launch of fused solver steps, a key of POINTERS; `cell` is the size of what the cell gives, `tail` a Tail."""
+    known = config | {"M": memory, "HALF": half, "HAS_KEEP": True, "FLOOR": 1e-2, "INTERP": False}
+    row = space.power_of_two(tail.features) if tail.features else 0
+    known["TAIL"] = tail.act, tail.scaled, tail.mixed, row
+    known["BLOCK_S"] = space.power_of_two(config["SPLITS"])
     types = {f"{name}_ptr": f"*{FLOATS[itemsize]}" for name in POINTERS[kernel].split()}
     types |= ({"dg_ptr": "*bf16"} if half else {}) | STEPS
-    types |= {"y_ptr": f"*{FLOATS[cell]}"} if "y_ptr" in types else {}
+    types |= {"y_ptrs": [f"*{FLOATS[cell]}"] * tail.parts, "v_ptrs": [f"*{FLOATS[itemsize]}"] * tail.parts}
     constants = {name: known[name] for name in TAKES[kernel]}
-    return _job(kernel, chip, types, constants, {"num_warps": config["num_warps"]})
+    job = _job(kernel, chip, types, constants, {"num_warps": config["num_warps"]})
+    sizes = {"N": width, "D": tail.features}
+    return job | {"multiples": [name for name in sizes if name in types and sizes[name] and sizes[name] % 16 == 0]}
 
 
 def residual_rms(chip: int, config: dict, *, features: int, a: int, b: int) -> dict[str, Any]:
@@ -101,7 +119,7 @@ def group_norm(kernel: str, chip: int, config: dict, *, width: int, itemsize: in
     splits = config["SPLITS"]
     constants = {"D": width, "HAS_B": True, "RELU": relu, "INTERP": False}
     if kernel == "_normalise_kernel":
-        constants |= {"BLOCK_S": _power(splits) if splits > 1 else 0, "ROUND": False}
+        constants |= {"BLOCK_S": space.power_of_two(splits) if splits > 1 else 0, "ROUND": False}
     types = GROUP_NORM | {f"{name}_ptr": f"*{FLOATS[itemsize]}" for name in "aby"}
     return _job(f"group_norm:{kernel}", chip, types, constants, {k: v for k, v in config.items() if k != "SPLITS"})
 
@@ -110,10 +128,6 @@ def _job(kernel: str, chip: int, types: dict, constants: dict, config: dict) -> 
     options = {name: value for name, value in config.items() if name in ("num_warps", "num_stages")}
     constants = constants | {name: value for name, value in config.items() if name not in options}
     return {"kernel": f"{__package__}.{kernel}", "chip": chip, "types": types, "constants": constants, **options}
-
-
-def _power(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 def of_candidate(op: str, chip: int, config: dict, dtype: str, shape: dict) -> list[dict[str, Any]]:
@@ -128,9 +142,10 @@ def of_candidate(op: str, chip: int, config: dict, dtype: str, shape: dict) -> l
         return [rows(op, chip, config, **of, adj=adj) for adj in (False, True)]
     if launch.SHAPES[op] is launch.steps:
         state = shape["itemsize"]
-        of = {"itemsize": state, "cell": min(state, itemsize), "memory": {"anderson": 5, "broyden": 10}.get(op, 0)}
+        memory = {"anderson": 5, "broyden": 10}.get(op, 0)
+        of = {"width": shape["width"], "itemsize": state, "cell": min(state, itemsize), "memory": memory}
         kernels = [kernel for kernel in POINTERS if kernel.startswith((f"{op}:", "tl_steps:"))]
-        return [steps(kernel, chip, config, **of, half=False, tail="identity") for kernel in kernels]
+        return [steps(kernel, chip, config, **of, half=False) for kernel in kernels]
     if op == "residual_rms":
         return [residual_rms(chip, config, features=shape["features"], a=itemsize, b=itemsize)]
     kernels = ["_normalise_kernel"] + (["_measure_kernel"] if config["SPLITS"] > 1 else [])

@@ -8,7 +8,19 @@ from functools import cache, lru_cache
 import torch
 
 from . import space, tables
-from .space import GROUP, LARGE, SHARED, TILES, affine_fits, affine_tile, block, row_bytes
+from .space import (
+    GROUP,
+    LARGE,
+    ROW,
+    SHARED,
+    TILES,
+    affine_fits,
+    affine_tile,
+    block,
+    power_of_two,
+    row_bytes,
+    steps_of,
+)
 
 FEATURES = 256  # most of an affine cell that one launch holds
 PROGRAMS = {16: 8, 32: 8, 64: 8, 128: 4, 256: 1}  # on one multiprocessor, by width
@@ -53,18 +65,21 @@ def rows(
     }
 
 
-def steps(*, width: int, itemsize: int) -> dict:
+def steps(*, width: int, itemsize: int, features: int = 0) -> dict | None:
     """Of a fused solver step: SPLITS programs share a sample, a function of its width alone, so that a sample's bits do
-    not depend on its batch."""
-    most = 8192 // itemsize
-    block = min(most, max(128, 1 << (width - 1).bit_length()))
-    splits = -(-width // block)
-    return {"BLOCK_N": block, "SPLITS": splits, "num_warps": max(1, block * itemsize // 1024)}
+    not depend on its batch. Where a tail wants rows of `features` a program has whole ones; None where none fits."""
+    block = min(8192 // itemsize, max(128, power_of_two(width)))
+    if features:
+        row = power_of_two(features)
+        if row > ROW[itemsize]:
+            return None
+        block = max(row, min(block, row * power_of_two(width // features)))
+    return steps_of(block, width, itemsize, features)
 
 
 def whole_rows(*, features: int) -> dict:
     """Of an op on whole rows: a tile of 1024 elements, or one row; 16 elements a thread."""
-    block_d = 1 << (features - 1).bit_length()
+    block_d = power_of_two(features)
     block_r = max(1, 1024 // block_d)
     return {"BLOCK_R": block_r, "BLOCK_D": block_d, "num_warps": block_r * block_d // 512}
 
@@ -177,10 +192,10 @@ def grid_seconds(
 
 def group_norm(*, pixels: int, width: int) -> dict | None:
     """Of GroupNorm, by the pixels and channels of one group; None where the channels of a pixel don't fit a program."""
-    block_d = 1 << (width - 1).bit_length()
+    block_d = power_of_two(width)
     if block_d > GROUP:
         return None
-    block_p = min(GROUP // block_d, 1 << (pixels - 1).bit_length())
+    block_p = min(GROUP // block_d, power_of_two(pixels))
     warps = min(16, max(1, block_p * block_d // 512))
     return {"BLOCK_P": block_p, "BLOCK_D": block_d, "SPLITS": -(-pixels // block_p), "num_warps": warps}
 

@@ -18,14 +18,28 @@ from torch import Tensor
 
 from . import launch
 from .dispatch import StepsOp, register
-from .steps import Steps, refuses
-from .tl_steps import DONE, PHASE, STOPPED, dot2, evaluation, judge, last_to_arrive, part_sum, save_best, settle
+from .steps import Steps, contiguous, refuses
+from .tails import Tail
+from .tl_steps import (
+    DONE,
+    PHASE,
+    STOPPED,
+    columns,
+    dot2,
+    evaluation,
+    judge,
+    last_to_arrive,
+    part_sum,
+    save_best,
+    settle,
+)
 
 
 @triton.jit(do_not_specialize=["limit"])
 def _step_kernel(
     z_ptr,  # [B, N]: z_k
-    y_ptr,  # [B, N], any floating dtype; before the activation TAIL
+    y_ptrs,  # parts of y, each [B, N], any floating dtype
+    v_ptrs,  # gains and weight of the tail, each [D]
     prev_ptr,  # [B, N]: z_(k-1)
     next_ptr,  # [B, N]: z_(k-2), then z_(k+1)
     best_ptr,  # [B, N]
@@ -37,6 +51,9 @@ def _step_kernel(
     left_ptr,  # []
     B,
     N,
+    D,
+    eps,
+    mix,
     limit,
     HAS_KEEP: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -51,13 +68,14 @@ def _step_kernel(
     flags = flags_ptr + b
     phase = tl.load(flags + PHASE * B)
     if phase != DONE:
-        cols = (pid % SPLITS) * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask = cols < N
+        cols, mask, d = columns(pid % SPLITS, N, D, BLOCK_N, TAIL)
         offs = b.to(tl.int64) * N + cols
         if phase == STOPPED:
             settle(z_ptr, prev_ptr, next_ptr, best_ptr, flags, B, offs, mask, SPLITS)
         else:
-            z, y, g, seen = evaluation(z_ptr, y_ptr, keep_ptr, offs, mask, HAS_KEEP, TAIL, INTERP)
+            z, y, g, seen = evaluation(
+                z_ptr, y_ptrs, v_ptrs, keep_ptr, offs, mask, d, D, eps, mix, HAS_KEEP, TAIL, INTERP
+            )
             rr, ss = dot2(g, g, seen, seen, INTERP)
             damping = tl.load(numbers_ptr)
             onward = tl.where(damping == 1.0, y, z + damping * (y - z))
@@ -77,14 +95,14 @@ def _step_kernel(
 
 
 class PicardSteps(Steps):
-    def __init__(self, z: Tensor, keep: Tensor | None, tol: float, limit: int, tail: str, *, damping: float):
+    def __init__(self, z: Tensor, keep: Tensor | None, tol: float, limit: int, tail: Tail, *, damping: float):
         super().__init__("picard", z, keep, tol, limit, tail, numbers=(damping,), parts=2)
 
-    def take(self, y: Tensor) -> None:
-        tensors = (self.z, y.contiguous(), self.prev, self.next, self.best, self.keep)
+    def take(self, *parts: Tensor) -> None:
+        tensors = (self.z, contiguous(parts), self.vectors, self.prev, self.next, self.best, self.keep)
         tensors += (self.numbers, self.stats, self.flags, self.part, self.count)
-        with launch.on(y.device):
-            _step_kernel[self.grid](*tensors, *self.z.shape, self.limit, enable_fp_fusion=True, **self.config)
+        with launch.on(self.z.device):
+            _step_kernel[self.grid](*tensors, *self.shape, self.limit, enable_fp_fusion=True, **self.config)
 
 
 picard = register("picard", StepsOp(PicardSteps, refuses, "one launch a step"))

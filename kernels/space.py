@@ -11,6 +11,7 @@ from itertools import product
 
 SHARED = 166912  # bytes of shared memory a block can have on sm_80, the least of the chips we aim at
 GROUP = 8192  # values that one program of group_norm holds at most
+ROW = {4: 4096, 8: 1024}  # most elements of a row that a program of a fused solver step holds, by their size
 LARGE = 4096  # rows from which throughput matters more than latency
 WARPS = 16  # most of a program
 
@@ -24,9 +25,14 @@ TILES = {
 MORE_TILES = ((64, 128, 32, 4), (32, 64, 64, 4), (16, 64, 64, 4))  # that only a measurement picks
 
 
+def power_of_two(n: int) -> int:
+    """Least that is no less."""
+    return 1 << (n - 1).bit_length()
+
+
 def block(width: int) -> int:
     """Least power of two that holds it, and that a dot can take."""
-    return max(16, 1 << (width - 1).bit_length())
+    return max(16, power_of_two(width))
 
 
 def row_bytes(shapes, block_b: int, resident: int, terms: int) -> int:
@@ -36,6 +42,13 @@ def row_bytes(shapes, block_b: int, resident: int, terms: int) -> int:
     if resident < terms:
         tile = max(tile, 2 * min(64, block_d) * (block_d + block_b))
     return 2 * resident * sum(block(n) * block(m) for n, m in shapes) + tile + 1024
+
+
+def steps_of(block: int, width: int, itemsize: int, features: int) -> dict:
+    """Launch parameters of a fused solver step with programs of `block` columns."""
+    rows = block // power_of_two(features) if features else 0
+    splits = -(-(width // features) // rows) if features else -(-width // block)
+    return {"BLOCK_N": block, "SPLITS": splits, "num_warps": max(1, block * itemsize // 1024)}
 
 
 def affine_tile(
@@ -109,13 +122,14 @@ def _rows(base: dict, *, batch, shapes, terms, memory, shared=SHARED, **chip) ->
         yield base | {"REFILL": refill}
 
 
-def _steps(base: dict, *, width: int, itemsize: int) -> Iterator[dict]:
-    least, most = 128, 16384 // itemsize
+def _steps(base: dict, *, width: int, itemsize: int, features: int = 0) -> Iterator[dict]:
+    least = power_of_two(features) if features else 128
+    padded = width // features * least if features else max(width, least)
     for scale in (0.25, 0.5, 1, 2):
         block_n = int(base["BLOCK_N"] * scale)
-        if least <= block_n <= most and block_n < 2 * max(width, least):
+        if least <= block_n <= 16384 // itemsize and block_n < 2 * padded:
             for warps in _near_warps(block_n * itemsize / 1024):
-                yield {"BLOCK_N": block_n, "SPLITS": -(-width // block_n), "num_warps": warps}
+                yield steps_of(block_n, width, itemsize, features) | {"num_warps": warps}
 
 
 def _whole_rows(base: dict, *, features: int) -> Iterator[dict]:
@@ -151,6 +165,10 @@ def _itself(**shape) -> dict:
     return shape
 
 
+def _steps_key(*, width, itemsize, features=0) -> dict:
+    return {"width": width, "itemsize": itemsize, "features": features}
+
+
 def _affine_key(*, batch, features, terms, start=False, **shared) -> dict:
     return {"batch": batch, "features": features, "terms": terms, "start": start}
 
@@ -162,7 +180,7 @@ ROWS = Space(
     near=("shapes",),
     around=_rows,
 )
-STEPS = Space(("BLOCK_N", "num_warps"), ("width", "itemsize"), _itself, ("width",), _steps)
+STEPS = Space(("BLOCK_N", "num_warps"), ("width", "itemsize", "features"), _steps_key, ("width",), _steps)
 WHOLE_ROWS = Space(("BLOCK_R", "num_warps"), ("features",), _itself, ("features",), _whole_rows)
 AFFINE_STEPS = Space(
     names=("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "num_warps", "num_stages"),

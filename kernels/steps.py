@@ -9,6 +9,8 @@ from torch import Tensor
 from . import launch
 from .dispatch import interpreting
 from .rules import FLOOR, FLOOR_FP64, Rules
+from .space import power_of_two
+from .tails import Tail
 from .tl_steps import ACTIVE, BAR, BEST, MARK, PHASE, REL, STEPS, finish_kernel
 
 
@@ -64,12 +66,12 @@ class Steps(Samples):
         keep: Elements that count in norms and inner products, [B, N] bool, or None.
         tol: Relative residual at which a sample has converged.
         limit: Evaluations of a sample at most.
-        tail: Activation that f leaves to these kernels, "identity" if none; float32 only.
+        tail: What f leaves to these kernels; it `fits`.
         numbers: What the kernels want of the solver's options, in the dtype of the state.
         parts: Sums that the programs of a sample hand over.
     """
 
-    def __init__(self, op: str, z: Tensor, keep: Tensor | None, tol: float, limit: int, tail: str, numbers, parts):
+    def __init__(self, op: str, z: Tensor, keep: Tensor | None, tol: float, limit: int, tail: Tail, numbers, parts):
         batch, width = z.shape
         super().__init__(batch, z.dtype, z.device, tol)
         self.limit = limit
@@ -78,16 +80,20 @@ class Steps(Samples):
         self.numbers = z.new_empty(len(numbers))
         for i, number in enumerate(numbers):
             self.numbers[i].fill_(number)
-        config = launch.parameters(op, z.device, width=width, itemsize=z.element_size())
+        shape = {"width": width, "itemsize": z.element_size(), "features": tail.features}
+        config = launch.parameters(op, z.device, **shape)
         self.grid = (batch * config["SPLITS"],)
         self.config = config | {
             "HAS_KEEP": keep is not None,
-            "TAIL": tail,
+            "TAIL": (tail.act, tail.scaled, tail.mix != 1, power_of_two(tail.features) if tail.features else 0),
             "INTERP": interpreting(),
             "BLOCK_S": triton.next_power_of_2(config["SPLITS"]),
             "FLOOR": FLOOR_FP64 if z.dtype == torch.float64 else FLOOR,
         }
         self.part = z.new_empty(batch, parts, config["SPLITS"])
+        vectors = *tail.gains, tail.weight
+        self.vectors = tuple(z if v is None else v.detach() for v in vectors)  # z: a pointer that nobody reads
+        self.shape = batch, width, tail.features, tail.eps, tail.mix
         self.reset(z)
 
     def reset(self, z: Tensor) -> None:
@@ -96,8 +102,8 @@ class Steps(Samples):
         self.best.copy_(z)
         self.forget()
 
-    def take(self, y: Tensor) -> None:
-        """Launches the step after y = f(z)."""
+    def take(self, *parts: Tensor) -> None:
+        """Launches the step after y = f(z), which the tail makes of these, each [B, N]."""
         raise NotImplementedError
 
     def onward(self, left: int | None = None) -> Tensor:
@@ -112,6 +118,10 @@ class Steps(Samples):
         with launch.on(self.best.device):
             finish_kernel[self.grid](self.z, self.prev, self.best, self.flags, *self.best.shape, **config)
         return self.best, *self.outcome()
+
+
+def contiguous(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(part.contiguous() for part in parts)
 
 
 def refuses(*, width: int, dtype: torch.dtype, memory: int = 0) -> str | None:

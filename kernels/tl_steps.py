@@ -13,20 +13,72 @@ PHASE, STEPS, IMPROVED, BEFORE, ARRIVED = (tl.constexpr(i) for i in range(5))
 DONE, ACTIVE, STOPPED = (tl.constexpr(i) for i in range(3))  # PHASE; STOPPED: by the last evaluation
 
 
+# Of TAIL: act, which parts have a gain, whether there is a mix, and the block of a row, 0 where rows don't matter.
+ACT, SCALED, MIXED, ROW = (tl.constexpr(i) for i in range(4))
+
+
 @triton.jit
-def image(y_ptr, offs, mask, z, TAIL: tl.constexpr, INTERP: tl.constexpr):
-    """y = f(z), from what f gave, in the dtype of z."""
-    y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(z.dtype)
-    if TAIL != "identity":
-        y = act(y, TAIL, INTERP)
+def columns(split, N, D, BLOCK_N: tl.constexpr, TAIL: tl.constexpr):
+    """(columns of a program, which there are, feature of each); whole rows of D features where the tail wants them."""
+    i = tl.arange(0, BLOCK_N)
+    if TAIL[ROW] == 0:
+        cols = split * BLOCK_N + i
+        return cols, cols < N, i
+    else:
+        d = i % TAIL[ROW]
+        cols = (split * (BLOCK_N // TAIL[ROW]) + i // TAIL[ROW]) * D + d
+        return cols, (d < D) & (cols < N), d
+
+
+@triton.jit
+def image(y_ptrs, v_ptrs, offs, mask, d, z, D, eps, mix, TAIL: tl.constexpr, INTERP: tl.constexpr):
+    """y = f(z), from the parts that f gave, in the dtype of z; as `tails.Tail`."""
+    y = tl.load(y_ptrs[0] + offs, mask=mask, other=0.0).to(z.dtype)
+    for i in tl.static_range(1, len(y_ptrs)):
+        part = tl.load(y_ptrs[i] + offs, mask=mask, other=0.0).to(z.dtype)
+        if TAIL[SCALED][i]:
+            part *= tl.load(v_ptrs[i - 1] + d, mask=d < D, other=0.0).to(z.dtype)
+        y += part
+    if TAIL[ACT] == "rms":
+        weight = tl.load(v_ptrs[len(v_ptrs) - 1] + d, mask=d < D, other=0.0).to(z.dtype)
+        y = tl.where(mask, rms(y, D, eps, TAIL[ROW]) * weight, 0.0)  # of a row that is not there, eps may be 0
+    elif TAIL[ACT] != "identity":
+        y = act(y, TAIL[ACT], INTERP)
+    if TAIL[MIXED]:
+        y = z + mix * (y - z)
     return y
 
 
 @triton.jit
-def evaluation(z_ptr, y_ptr, keep_ptr, offs, mask, HAS_KEEP: tl.constexpr, TAIL: tl.constexpr, INTERP: tl.constexpr):
+def rms(s, D, eps, ROW: tl.constexpr):
+    """Each row of D values over the root of its mean square; what is not there is 0."""
+    if s.shape[0] == ROW:
+        return s * (1.0 / tl.sqrt(tl.sum(s * s, 0) / D + eps))
+    else:
+        rows = tl.reshape(s, (s.shape[0] // ROW, ROW))
+        rows *= (1.0 / tl.sqrt(tl.sum(rows * rows, 1) / D + eps))[:, None]
+        return tl.reshape(rows, (s.shape[0],))
+
+
+@triton.jit
+def evaluation(
+    z_ptr,
+    y_ptrs,
+    v_ptrs,
+    keep_ptr,
+    offs,
+    mask,
+    d,
+    D,
+    eps,
+    mix,
+    HAS_KEEP: tl.constexpr,
+    TAIL: tl.constexpr,
+    INTERP: tl.constexpr,
+):
     """(z, y, y - z where it counts, y where it counts) of y = f(z)."""
     z = tl.load(z_ptr + offs, mask=mask, other=0.0)
-    y = image(y_ptr, offs, mask, z, TAIL, INTERP)
+    y = image(y_ptrs, v_ptrs, offs, mask, d, z, D, eps, mix, TAIL, INTERP)
     g = y - z
     seen = y
     if HAS_KEEP:

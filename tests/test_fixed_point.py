@@ -6,6 +6,7 @@ import torch
 from hypothesis import strategies as st
 from problems import tanh_problem
 
+import tritondeq as tdeq
 from tritondeq import Anderson, Broyden, Picard, Status, fixed_point
 from tritondeq.kernels import rules
 
@@ -381,3 +382,14 @@ def test_an_error_in_f_comes_through_and_leaves_no_mode_behind():
     with pytest.raises(ZeroDivisionError, match="mine"):
         fixed_point(f, torch.zeros(2, 3))
     assert (w * 2).grad_fn.next_functions[0][0].variable is w
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_cell_is_a_function_too(backend):
+    """f(z, injection); what its methods would tell of an injection is for layers."""
+    cell, x = tdeq.cells.Affine(5), torch.randn(3, 5)
+    with tdeq.backend(backend):
+        solution = tdeq.fixed_point(cell, torch.zeros(3, 5), (cell.inject(x),), tol=1e-6)
+        z = tdeq.DEQ(cell, tol=1e-6)(x)
+    torch.testing.assert_close(solution.value, z, rtol=1e-4, atol=1e-5)
+    assert torch.autograd.grad(solution.value.sum(), cell.weight)[0].abs().max() > 0

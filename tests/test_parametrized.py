@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import tritondeq as tdeq
 from tritondeq import DEQ, Anderson, Implicit, Neumann, Picard, Unrolled, graphs
+from tritondeq.kernels.tails import Tail
 
 WIDTH = 5
 
@@ -134,8 +135,8 @@ def test_a_tail_sees_the_same_weight():
         def forward(self, z, x):
             return torch.tanh(self.before(z, x))
 
-        def tail(self):
-            return self.before, "tanh"
+        def tail(self, injection):
+            return lambda z, x: (self.before(z, x),), Tail("tanh")
 
     cell, calls = counted(Tailed())
     layer, x = DEQ(cell, tol=1e-5), torch.randn(3, WIDTH)

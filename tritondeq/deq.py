@@ -285,16 +285,16 @@ class _Map:
 
     @property
     def tail(self):
-        told = self.cell.tail() if _tells(self.cell, "tail") and not self.opaque else None
+        told = self.cell.tail(self.injection) if _tells(self.cell, "tail") and not self.opaque else None
         if told is None:
             return None
-        before, name = told
+        parts, tail = told
 
-        def held(z: Any, injection: Any, weights: tuple[Tensor, ...]) -> Any:
+        def held(z: Any, injection: Any, weights: tuple[Tensor, ...]) -> tuple[Any, ...]:
             with self.held(weights):
-                return before(z, injection)
+                return parts(z, injection)
 
-        return held, name
+        return held, tail
 
 
 def _tells(cell: nn.Module, what: str) -> bool:

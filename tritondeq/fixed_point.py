@@ -13,8 +13,9 @@ from .capture import Linearised
 from .graphs import Call, CapturedPoint
 from .kernels.dispatch import CellOp, Op, WholeSolve
 from .kernels.rules import Rules
+from .kernels.tails import PLAIN
 from .layout import Layout
-from .loop import Estimate, Settings, drive, iterate, room
+from .loop import Estimate, Settings, drive, flat_tail, iterate, room, told
 from .solution import Solution
 from .solvers import Broyden, Picard, Solver
 from .solvers.base import count, number
@@ -41,8 +42,8 @@ def fixed_point(
     Args:
         f: Returns a state of the structure, shapes and device of `z0`. What it captures gets gradients too. Its
             attribute `whole_solve`, if any, is a `WholeSolve`: kernels that hold f, for a whole solve or for each step;
-            `tail` is (g, name) where f is the activation of that name of g; `splitting` is what solvers that split
-            operators need to know.
+            `tail` is (g, Tail) where f is that Tail of the parts that g returns, a tuple; `splitting` is what solvers
+            that split operators need to know.
         z0: Where to start: a floating-point tensor or a tuple / list / dict of them, in any nesting. The iteration runs
             in float32 (float64 if any tensor is) whatever their dtype and autocast say; f gets and may return theirs.
         args: Further arguments of f.
@@ -91,7 +92,7 @@ def _fixed_point(f, z0, args, solver, adjoint, tol, max_steps, batch_dims, mask,
     if isinstance(adjoint, Unrolled):
         flat, solution = _unroll(apply, start, settings, adjoint, trace)
     else:
-        whole = getattr(f, "whole_solve", None)
+        whole = told(f, "whole_solve", WholeSolve)
         op, path = _plan(whole, layout, settings, trace)
         backward = _for_adjoint(settings, adjoint)
         splitting = _splitting(f, settings.solver, backward.solver)
@@ -113,7 +114,7 @@ def _fixed_point(f, z0, args, solver, adjoint, tol, max_steps, batch_dims, mask,
             elif isinstance(solver, SplittingSolver):
                 flat, solution, op, path = _split(lambda: solver.solve(splitting), start, layout, settings, trace)
             elif op is None:
-                plan = replace(settings, tail=_tail(f, layout, args))
+                plan = replace(settings, tail=flat_tail(f, layout, args))
                 flat, solution = iterate(apply, start, plan, trace)
             else:
                 flat, solution = _run(op, op.solve, (*whole.operands, start), whole, settings, trace)
@@ -159,15 +160,6 @@ def _for_adjoint(settings: Settings, adjoint: Adjoint) -> Settings:
     )
 
 
-def _tail(f: Callable, layout: Layout, args: tuple) -> tuple[Callable[[Tensor], Tensor], str] | None:
-    """`f.tail`, if any, as a map of [B, N]."""
-    tail = getattr(f, "tail", None)
-    if tail is None:
-        return None
-    before, name = tail
-    return (lambda flat: layout.pack(before(layout.unpack(flat), *args))), name
-
-
 class _Backward(BackwardSolves):
     """Solves the linear systems of the exact adjoint."""
 
@@ -185,6 +177,7 @@ class _Backward(BackwardSolves):
             elif isinstance(settings.solver, SplittingSolver):
                 u, solution, op, path = self._pull(g, transpose=True)
             elif op is None:
+                settings = replace(settings, tail=(lambda u: (at.vjp(u), g), PLAIN))
                 u, solution = iterate(lambda u: at.vjp(u) + g, g, settings)
             else:
                 u, solution = _run(op, op.adjoint, (*whole.at(self.z), g), whole, settings)
@@ -202,6 +195,7 @@ class _Backward(BackwardSolves):
                     y = self._pull(w @ split.w.mT, transpose=False)[0]
                     return (split.slope(split.linear(self.z), 1.0) * y + w) * scale
             settings = replace(self.settings, estimate=None)  # that is of the transposed problem
+            settings = replace(settings, tail=(lambda v: (at.jvp(v), w), PLAIN))
             return iterate(lambda v: at.jvp(v) + w, w, settings)[0] * scale
 
     def _pull(self, g: Tensor, transpose: bool):
@@ -238,7 +232,7 @@ def _plan(
 def _splitting(f: Callable, *solvers: Solver) -> Splitting | None:
     """What f tells of itself to those of these solvers that split operators."""
     asking = [solver for solver in solvers if isinstance(solver, SplittingSolver)]
-    splitting = getattr(f, "splitting", None) if asking else None
+    splitting = told(f, "splitting", Splitting) if asking else None
     if asking and splitting is None:
         raise ValueError(f"solver {asking[0]!r} needs a cell with a splitting, such as cells.Monotone")
     return splitting

@@ -13,7 +13,7 @@ replays it first, unless nothing came between (`Captured.holder`).
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from torch.utils import _pytree as pytree
 
 from .capture import Linearised
 from .kernels.dispatch import CellOp
+from .kernels.tails import PLAIN
 from .layout import Layout, describe
-from .loop import Look, Settings, keep_autocast, plan_steps
+from .loop import Look, Settings, flat_tail, keep_autocast, plan_steps, split_tail
 from .recorder import Recorder, Work, can_record
 from .solution import Solution
 
@@ -148,7 +149,10 @@ class Captured:
         with outside:
             with torch.no_grad():
                 if call.op is None:
-                    self.forward = _Solve(record, apply, self.start, call.settings)
+                    before, tail = flat_tail(self.map, self.layout, self.args)
+                    before, _ = keep_autocast(before, self.start.device.type, caches=False)
+                    settings = replace(call.settings, tail=(before, tail))
+                    self.forward = _Solve(record, apply, self.start, settings)
                 else:
                     self.forward = self._by_cell(record, call.op.solve, call, call.settings)
             self.differentiable = False
@@ -181,7 +185,8 @@ class Captured:
             )
         with torch.no_grad():
             if call.backward_op is None:
-                self.adjoint = _Solve(record, lambda u: self.at.vjp(u) + self.g, self.g, call.backward)
+                settings = replace(call.backward, tail=(lambda u: (self.at.vjp(u), self.g), PLAIN))
+                self.adjoint = _Solve(record, lambda u: self.at.vjp(u) + self.g, self.g, settings)
             else:
                 self.adjoint = self._by_cell(record, call.backward_op.adjoint, call, call.backward, adjoint=True)
             self.pull = record(pull)
@@ -239,21 +244,21 @@ class _Solve:
             op, why = plan_steps(settings.solver, start.device, start.shape[1], start.dtype)
             if op is None:
                 raise Refused(f"graph=True needs a solver whose steps are fused: {why}")
-            options = asdict(settings.solver)
-            steps = op.start(start, settings.keep, settings.tol, settings.max_steps, "identity", **options)
+            f, tail = split_tail(f, settings, start)
+            steps = op.start(start, settings.keep, settings.tol, settings.max_steps, tail, **asdict(settings.solver))
         self.steps, self.most = steps, -(-settings.max_steps // CHUNK)
 
         def begin() -> None:
             if renew is not None:
                 renew()
             steps.reset(start)
-            steps.take(f(steps.z) if f else None)
+            steps.take(*(f(steps.z) if f else ()))
             evaluate(CHUNK - 1)
 
         def evaluate(times: int = CHUNK) -> None:
             for _ in range(times):
                 z = steps.onward()
-                steps.take(f(z) if f else None)
+                steps.take(*(f(z) if f else ()))
 
         def end() -> None:
             self.outcome = steps.finish()

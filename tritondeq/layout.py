@@ -58,15 +58,18 @@ class Layout:
         self.single = self.spec == pytree.tree_structure(0)
         self.flat = self.single and first.shape == (self.batch, self.width) and first.dtype == self.dtype
 
-    def pack(self, state: Any, name: str = "f(z)") -> Tensor:
-        """The state as [B, N] in float32, or float64 if any leaf is; a view where it can be.
+    def pack(self, state: Any, name: str = "f(z)", cast: bool = True) -> Tensor:
+        """The state as [B, N] in float32, or float64 if any leaf is; a view where it can be. Without `cast` a state of
+        one tensor keeps its dtype.
 
         Raises:
             TypeError, ValueError: its structure, shapes, device or kind differ from the example's.
         """
         if self.single:
             self._check(state, 0, name)
-            return state if self.flat and state.dtype == self.dtype else self._flatten(state, 0)
+            if self.flat and state.dtype == self.dtype:
+                return state
+            return self._flatten(state, 0) if cast else self._rows(state, 0)
         leaves, spec = pytree.tree_flatten(state)
         if spec != self.spec:
             raise ValueError(f"{name} must have the structure of z0: wanted {self.spec}, got {spec}")
@@ -80,6 +83,13 @@ class Layout:
             return flat.view_as(flat) if self.flat else self._unflatten(flat, 0)
         parts = flat.split(self.sizes, dim=1)
         return pytree.tree_unflatten([self._unflatten(part, i) for i, part in enumerate(parts)], self.spec)
+
+    def has_rows(self, features: int) -> bool:
+        """Whether [B, N] is made of rows of `features` elements, the last dim of the only tensor; 0: any will do."""
+        if not features:
+            return True
+        last = len(self.batch_shape) < len(self.shapes[0]) and self.shapes[0][-1] == features
+        return self.single and last and not self.channels_last[0]
 
     def per_sample(self, vector: Tensor) -> Tensor:
         """[..., B] as [..., *batch shape]."""

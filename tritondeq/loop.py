@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .kernels import dispatch
 from .kernels.rules import Rules
+from .kernels.tails import PLAIN, Tail
 from .solution import Solution
 from .solvers import Solver
 
@@ -26,7 +27,7 @@ class Settings:
     max_steps: int
     keep: Tensor | None  # mask [B, N]
     group: Any
-    tail: "tuple[Callable[[Tensor], Tensor], str] | None" = None  # (g, name) where f is that activation of g
+    tail: tuple[Callable[[Tensor], tuple[Tensor, ...]], Tail] | None = None  # (parts, what f makes of them)
     estimate: "Estimate | None" = None  # of the forward solve, to begin with
     leaves: "Estimate | None" = None  # filled by this solve
 
@@ -42,11 +43,11 @@ def iterate(
 ) -> tuple[Tensor, Solution]:
     """The loop. Returns the iterate [B, N] with the lowest residual, and a Solution without it."""
     op, how = plan_steps(settings.solver, z.device, z.shape[1], z.dtype) if z.shape[0] else (None, "")
-    tail = settings.tail if op and z.dtype == torch.float32 else None
-    f, outside = keep_autocast(tail[0] if tail else f, z.device.type)
+    parts, tail = split_tail(f, settings, z, fused=op is not None)
+    parts, outside = keep_autocast(parts, z.device.type)
     with outside:
-        steps = _start(op, z, settings, tail[1] if tail else "identity")
-        best, solution = drive(steps, settings, trace, f, z)
+        steps = _start(op, z, settings, tail)
+        best, solution = drive(steps, settings, trace, parts, z)
         if settings.leaves is not None:
             settings.leaves.rings = tuple(_oldest_first(ring, solution.steps) for ring in steps.estimate())
     solution.path = f"loop, {how}" if op else "loop"
@@ -54,13 +55,14 @@ def iterate(
 
 
 def drive(
-    steps: Any, settings: Settings, trace: bool = False, f: Callable | None = None, z: Tensor | None = None
+    steps: Any, settings: Settings, trace: bool = False, parts: Callable | None = None, z: Tensor | None = None
 ) -> tuple[Tensor, Solution]:
-    """As `iterate`, for these steps, of f from z on; steps that evaluate the cell themselves need neither."""
+    """As `iterate`, for these steps, which make f of its parts, from z on; steps that evaluate the cell themselves need
+    neither."""
     residuals = []
     look = Look(steps.rules.best.device, settings.group)
     for k in range(1, settings.max_steps + 1):
-        steps.take(f(z) if f else None)
+        steps.take(*(parts(z) if parts else ()))
         if trace:
             residuals.append(steps.rel.clone())
         left = look(steps.left)
@@ -73,6 +75,33 @@ def drive(
     return best, solution
 
 
+def told(f: Callable, what: str, kind: type) -> Any:
+    """What f tells of itself, or None; a cell's methods of these names want an injection, and tell nothing."""
+    value = getattr(f, what, None)
+    return value if isinstance(value, kind) else None
+
+
+def flat_tail(f: Callable, layout: Any, args: tuple) -> tuple[Callable[[Tensor], tuple[Tensor, ...]], Tail]:
+    """`f.tail` as a map of [B, N]; a plain one where there is none, or where the state has no such rows."""
+    before, tail = told(f, "tail", tuple) or (None, PLAIN)
+    if before is None or not layout.has_rows(tail.features):
+        before, tail = (lambda *a: (f(*a),)), PLAIN
+
+    def parts(flat: Tensor) -> tuple[Tensor, ...]:
+        return tuple(layout.pack(part, cast=False) for part in before(layout.unpack(flat), *args))
+
+    return parts, tail
+
+
+def split_tail(
+    f: Callable[[Tensor], Tensor], settings: Settings, z: Tensor, fused: bool = True
+) -> tuple[Callable[[Tensor], tuple[Tensor, ...]], Tail]:
+    """(parts, tail): what is evaluated of f, and what the steps make of that."""
+    if fused and settings.tail is not None and settings.tail[1].fits(settings.solver.fused_steps, z):
+        return settings.tail
+    return lambda z: (f(z),), PLAIN
+
+
 def plan_steps(solver: Solver, device: torch.device, width: int, dtype: torch.dtype) -> tuple[Any, str]:
     """(the op that takes this solver's steps or None, how they are taken or why it does not)."""
     if solver.fused_steps is None:
@@ -81,7 +110,7 @@ def plan_steps(solver: Solver, device: torch.device, width: int, dtype: torch.dt
     return dispatch.pick(solver.fused_steps, device, width=width, dtype=dtype, memory=memory)
 
 
-def _start(op: Any, z: Tensor, settings: Settings, tail: str) -> Any:
+def _start(op: Any, z: Tensor, settings: Settings, tail: Tail) -> Any:
     """The steps of a solve."""
     solver = settings.solver
     with room(solver, z):

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import cells
 from .fixed_point import fixed_point
 from .kernels import dispatch, launch
+from .kernels.tails import PLAIN
 from .loop import Settings, drive
 from .solvers import Anderson, Broyden, Picard, Solver
 from .solvers.splitting import affine_problem, bf16_terms
@@ -198,7 +199,7 @@ class SolverSteps(Work):
                 )
 
         def timed() -> Callable[[], Any]:
-            steps = dispatch.load(self.op).start(z, None, NEVER, ENDLESS, "identity", **asdict(solver))
+            steps = dispatch.load(self.op).start(z, None, NEVER, ENDLESS, PLAIN, **asdict(solver))
 
             def call() -> None:
                 steps.reset(z)

@@ -158,11 +158,10 @@ def launches(monkeypatch):
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("decay", [False, True])
-@pytest.mark.parametrize(
-    "wiring, kept", [("outer", [True, True, False]), ("damped", [False] * 2), ("head", [True] * 2)]
-)
+@pytest.mark.parametrize("wiring, kept", [("outer", [True, True]), ("damped", [False]), ("head", [True, False])])
 def test_the_transformer_takes_it(monkeypatch, wiring, kept, decay, autocast, device):
-    """In the solve, not where the gradient is taken; with the same solution, steps and gradient."""
+    """In the solve, not where the gradient is taken; with the same solution, steps and gradient. The last sum and norm
+    of a block are the step's."""
     seen = launches(monkeypatch)
     layer = DEQ(Transformer(12, heads=2, wiring=wiring, decay=decay), tol=1e-2 if autocast else 1e-5, max_steps=60)
     layer, x, results = layer.to(device), torch.randn(2, 5, 12, device=device), []
@@ -193,4 +192,4 @@ def test_where_the_transformer_does_without(monkeypatch, device):
         cell.outer_norm = nn.LayerNorm(12, device=device)
         layer = DEQ(cell, tol=1e-5)
         z = layer(x)
-        assert seen and all(seen) and z.mean(-1).abs().max() < 1e-4
+        assert seen == [True, True] * layer.last.steps.max() and z.mean(-1).abs().max() < 1e-4

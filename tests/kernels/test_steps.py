@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tritondeq as tdeq
 from tritondeq import Anderson, Broyden, Picard, Status
 from tritondeq.kernels import anderson, broyden, dispatch, launch, picard, tl_steps
+from tritondeq.kernels.tails import PLAIN
 
 SOLVERS = [Picard(), Picard(damping=0.7), Anderson(memory=1), Anderson(memory=3, damping=0.8), Anderson(memory=8)]
 SOLVERS += [Broyden(memory=1), Broyden(memory=4), Anderson(memory=3, half=True)]
@@ -341,7 +342,7 @@ def test_steps_after_the_last_change_nothing_and_memory_is_used_again(solver, de
     op = dispatch.load(solver.fused_steps)
     ends = []
     for extra in (0, 5):
-        steps = op.start(torch.full_like(z0, 7.0), None, 1e-4, 8, "identity", **asdict(solver))
+        steps = op.start(torch.full_like(z0, 7.0), None, 1e-4, 8, PLAIN, **asdict(solver))
         for start in (z0 + 1, z0):
             steps.reset(start)
             z = steps.z
@@ -362,7 +363,7 @@ def test_steps_after_the_last_change_nothing_and_memory_is_used_again(solver, de
 def test_memory_of_a_solve(solver, states, device):
     """In states beside the cell's own output, as README tells; what is kept for each sample does not count."""
     z0 = torch.zeros(2, 1 << 12, device=device)
-    steps = dispatch.load(solver.fused_steps).start(z0, None, 1e-3, 5, "identity", **asdict(solver))
+    steps = dispatch.load(solver.fused_steps).start(z0, None, 1e-3, 5, PLAIN, **asdict(solver))
     held = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in vars(steps).values() if torch.is_tensor(t)}
     size = z0.untyped_storage().nbytes()
     assert sum(storage.nbytes() for storage in held.values()) <= states * size + 0.02 * size

@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 
 from ..kernels.dispatch import WholeSolve
 from ..kernels.formulas import ACTIVATIONS
+from ..kernels.tails import Tail
 from ..solvers.base import number
 from ..solvers.splitting import affine_problem, bf16_terms
 from .base import Cell, features_of, row_options
@@ -92,8 +93,8 @@ class Affine(Cell):
         u, w = injection
         return torch.addmm(u.reshape(-1, self.features), z.reshape(-1, self.features), w.mT).view(z.shape)
 
-    def tail(self) -> tuple[Callable, str]:
-        return self._linear, self.activation
+    def tail(self, injection: tuple[Tensor, Tensor]) -> tuple[Callable, Tail]:
+        return lambda z, injection: (self._linear(z, injection),), Tail(self.activation)
 
     def whole_solve(self, injection: tuple[Tensor, Tensor]) -> WholeSolve:
         w, u, narrow = self._operands(injection)

@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 
 from ..kernels.dispatch import WholeSolve
 from ..kernels.rules import EPS
+from ..kernels.tails import Tail
 from ..layout import Layout
 from ..solvers import Picard, Solver
 from ..solvers.base import count
@@ -79,9 +80,9 @@ class Cell(nn.Module):
         """The op whose kernels hold this cell, if there is one: they solve it in one launch, or in one a step."""
         return None
 
-    def tail(self) -> tuple[Callable[[Any, Any], Any], str] | None:
-        """(g, name) if forward(z, injection) is the activation of that name (kernels/affine.py lists them) of
-        g(z, injection): a fused step applies it as it reads."""
+    def tail(self, injection: Any) -> tuple[Callable[[Any, Any], tuple[Any, ...]], Tail] | None:
+        """(g, tail) if forward(z, injection) is what `tail` makes of the tuple g(z, injection): sums, LayerScale, the
+        RMS norm, an activation, damping. A fused step does it as it reads."""
         return None
 
     def splitting(self, injection: Any) -> Splitting | None:

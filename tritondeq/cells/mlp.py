@@ -1,12 +1,15 @@
 """A residual MLP block with a norm that keeps it in bounds."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.dispatch import WholeSolve
-from ..kernels.formulas import RMS_EPS, hidden_slopes, mlp, mlp_inner, mlp_outer
+from ..kernels.formulas import RMS_EPS, hidden, hidden_slopes, mlp, mlp_inner, mlp_outer
+from ..kernels.tails import Tail
 from ..solvers.base import count
 from ..solvers.splitting import bf16_terms
 from .base import Cell, features_of, row_options
@@ -30,7 +33,8 @@ class MLP(Cell):
     On a GPU a solve by Picard or Anderson(memory <= 4) is one Triton launch, and so is its adjoint, as long as the
     bfloat16 terms of the weights fit in a multiprocessor's shared memory: two terms each, one with bfloat16 operands or
     under autocast, three below a tolerance of 1e-5. That is some 100,000 weights in one term on an H100, D and H
-    rounded up to powers of two.
+    rounded up to powers of two. Beyond that a solve takes the loop, whose fused steps do the last sum, with its norm or
+    decay, as they read.
 
     Args:
         features: Width D of the state; z is [..., D].
@@ -104,6 +108,18 @@ class MLP(Cell):
     def forward(self, z: Tensor, injection: tuple) -> Tensor:
         u, weights, biases, scale = injection
         return mlp(self.form, self._activation, weights, biases, scale, u, z)
+
+    def tail(self, injection: tuple) -> tuple[Callable, Tail]:
+        scale = injection[3]
+        if self.form == "post":
+            return self._parts, Tail("rms", weight=scale, eps=RMS_EPS)
+        return self._parts, Tail(gains=(None, scale))
+
+    def _parts(self, z: Tensor, injection: tuple) -> tuple[Tensor, Tensor, Tensor]:
+        """What f is the sum of, with a z where the form is "pre", before the norm where it is "post"."""
+        u, weights, biases, _ = injection
+        pre = mlp_inner(self.form, weights, biases, u, z)
+        return u, F.linear(hidden(self._activation, pre), weights[1], biases[1]), z
 
     @property
     def _activation(self) -> str:

@@ -1,4 +1,4 @@
-"""GroupNorm between convolutions, with what stands around it."""
+"""The norms of cells, with the sums and activations that stand around them."""
 
 import torch
 from torch import Tensor, nn
@@ -36,3 +36,27 @@ class GroupNorm(nn.GroupNorm):
         x = a if b is None else a + b
         y = super().forward(torch.relu(x) if self.relu == "before" else x)
         return torch.relu(y) if self.relu == "after" else y
+
+
+def summed(a: Tensor, b: Tensor, gamma: Tensor | None) -> Tensor:
+    return a + b if gamma is None else torch.addcmul(a, gamma, b)
+
+
+def sum_and_norm(
+    a: Tensor, b: Tensor, gamma: Tensor | None, norm: nn.Module, keep_sum: bool = True
+) -> tuple[Tensor | None, Tensor]:
+    """(s, norm(s)) with s = a + gamma b; in one kernel where no gradient and no compiler looks on."""
+    if plain_norm(norm) and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        autocast = torch.is_autocast_enabled(a.device.type)
+        operands = {"a": a, "b": b, "gamma": gamma, "weight": norm.weight}
+        op, _ = dispatch.pick("residual_rms", a.device, autocast=autocast, **operands)
+        if op is not None:
+            return op.run(**operands, eps=norm.eps, keep_sum=keep_sum)
+    s = summed(a, b, gamma)
+    return s, norm(s)
+
+
+def plain_norm(norm: nn.Module) -> bool:
+    """Whether it is the norm that kernels know, and nobody listens."""
+    heard = norm._forward_hooks or norm._forward_pre_hooks
+    return type(norm) is nn.RMSNorm and norm.eps is not None and norm.weight is not None and not heard

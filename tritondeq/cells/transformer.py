@@ -1,5 +1,6 @@
 """A transformer block as a cell: attention and a feed-forward net around a normed, injected state."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -7,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dropout import FixedDropout
-from ..kernels import dispatch
+from ..kernels.tails import Tail
 from ..solvers.base import count, number
 from .base import Cell
+from .norm import plain_norm, sum_and_norm, summed
 from .past import Past, Store
 from .tokens import attention_mask, rotary_angles, rotated, tokens_of
 
@@ -188,22 +190,40 @@ class Transformer(Cell):
         return torch.zeros_like(injection.u)
 
     def forward(self, z: Tensor, injection: Injection) -> Tensor:
-        u, a = injection.u, injection.decay
+        parts = self._parts(z, injection)
+        if self.wiring == "head":
+            (u, attended, fed), (first, second) = parts, injection.scales
+            return torch.addcmul(torch.addcmul(u, first, attended), second, fed)
+        _, n = sum_and_norm(*parts, None, self._last_norm, keep_sum=False)
+        return n if self.wiring == "outer" else torch.lerp(z, n, self.damping)
+
+    def tail(self, injection: Injection) -> tuple[Callable, Tail] | None:
+        if self.wiring == "head":
+            return self._parts, Tail(gains=injection.scales)
+        norm = self._last_norm
+        if not plain_norm(norm):
+            return None
+        return self._parts, Tail("rms", weight=norm.weight, eps=norm.eps, mix=self.damping or 1.0)
+
+    @property
+    def _last_norm(self) -> nn.Module:
+        return self.outer_norm if self.wiring == "outer" else self.ffn_norm
+
+    def _parts(self, z: Tensor, injection: Injection) -> tuple[Tensor, ...]:
+        """What f ends with the sum of: the residual and the feed-forward branch, or u and both branches of "head"."""
         if self.wiring == "damped":
             y = self._enter(z, injection)
-            _, h = _sum_and_norm(y, self._attention(y, injection), None, self.attention_norm, keep_sum=False)
-            _, n = _sum_and_norm(h, self._ffn(h), None, self.ffn_norm, keep_sum=False)
-            return torch.lerp(z, n, self.damping)
-        first, second = injection.scales or (None, None)
-        y, n = _sum_and_norm(u, z, a, self.attention_norm)
-        branch = self._attention(n, injection)
-        h, n = _sum_and_norm(y, branch, first, self.ffn_norm)
-        if self.wiring == "head":
-            return torch.addcmul(torch.addcmul(u, first, branch), second, self._ffn(n))
-        return _sum_and_norm(h, self._ffn(n), None, self.outer_norm, keep_sum=False)[1]
+            _, h = sum_and_norm(y, self._attention(y, injection), None, self.attention_norm, keep_sum=False)
+            return h, self._ffn(h)
+        u, (first, _) = injection.u, injection.scales or (None, None)
+        y, n = sum_and_norm(u, z, injection.decay, self.attention_norm)
+        attended = self._attention(n, injection)
+        h, n = sum_and_norm(y, attended, first, self.ffn_norm, keep_sum=self.wiring == "outer")
+        fed = self._ffn(n)
+        return (u, attended, fed) if self.wiring == "head" else (h, fed)
 
     def _enter(self, z: Tensor, injection: Injection) -> Tensor:
-        return _sum(injection.u, z, injection.decay)
+        return summed(injection.u, z, injection.decay)
 
     def _qkv(self, h: Tensor, injection: Injection) -> tuple[Tensor, Tensor, Tensor]:
         heads = self.qkv(h).unflatten(-1, (-1, self.width)).transpose(1, 2)
@@ -278,25 +298,6 @@ class Transformer(Cell):
         said += [f"hidden={self.hidden}", f"wiring={self.wiring!r}", f"activation={self.activation!r}"]
         said += [f"{name}={getattr(self, name)}" for name in ("causal", "rotary", "decay", "damping", "gamma_max")]
         return ", ".join(said)
-
-
-def _sum(a: Tensor, b: Tensor, gamma: Tensor | None) -> Tensor:
-    return a + b if gamma is None else torch.addcmul(a, gamma, b)
-
-
-def _sum_and_norm(
-    a: Tensor, b: Tensor, gamma: Tensor | None, norm: nn.Module, keep_sum: bool = True
-) -> tuple[Tensor | None, Tensor]:
-    """(s, norm(s)) with s = a + gamma b; in one kernel where no gradient and no compiler looks on."""
-    plain = type(norm) is nn.RMSNorm and norm.eps is not None
-    if plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        autocast = torch.is_autocast_enabled(a.device.type)
-        operands = {"a": a, "b": b, "gamma": gamma, "weight": norm.weight}
-        op, _ = dispatch.pick("residual_rms", a.device, autocast=autocast, **operands)
-        if op is not None:
-            return op.run(**operands, eps=norm.eps, keep_sum=keep_sum)
-    s = _sum(a, b, gamma)
-    return s, norm(s)
 
 
 def _one_of(name: str, value: str, options: Any) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..kernels.dispatch import WholeSolve
 from ..kernels.launch import FEATURES
+from ..kernels.tails import Tail
 from .base import Solver
 
 NEWTON = 16  # steps of prox: enough for float64 and alpha between 0.01 and 100
@@ -101,9 +102,9 @@ class Reformulation:
         return torch.addmm(self.shift, w, self.matrix.mT)
 
     @property
-    def tail(self) -> tuple[Callable[[Tensor], Tensor], str] | None:
+    def tail(self) -> tuple[Callable[[Tensor], tuple[Tensor, ...]], Tail] | None:
         """As a cell's, of maps of [B, D]."""
-        return (self.linear, self.name) if self.name and self.pre is None else None
+        return (lambda w: (self.linear(w),), Tail(self.name)) if self.name and self.pre is None else None
 
     @property
     def whole_solve(self) -> WholeSolve | None:

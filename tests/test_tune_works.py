@@ -178,6 +178,7 @@ def test_every_argument_of_a_rare_launch_is_told(cell, features, dtype):
                 assert set(told) <= arguments <= set(told) | set(job["types"])
                 assert all(told[name] == config[name] for name in set(config) & set(told))
                 assert told["TERMS"] == work.shape["terms"] and job["num_warps"] == config["num_warps"]
+                assert work.op != "mlp" or told["ACT"] == ("silu" if "swiglu" in str(work) else "gelu")
                 assert told.get("MEMORY") == work.shape.get("memory")
                 assert told.get("START") == work.shape.get("start", False) or work.op != "affine_steps"
                 assert job.get("launch_cooperative_grid", False) == (work.op == "affine_grid")

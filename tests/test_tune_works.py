@@ -49,7 +49,7 @@ def test_every_op_with_launch_parameters_is_measured():
 
 
 def test_every_value_that_a_key_may_have_is_measured():
-    """In kernels that hold a cell: each of terms, memories and counts of matrices; the nearest is taken of sizes only."""
+    """In kernels that hold a cell: each of terms, memories and counts of matrices; of sizes the nearest is taken."""
     memory = importlib.import_module("tritondeq.kernels.rows").MEMORY
     d, h = 64, 128
     sizes = {"affine": [((d, d),)], "gated": [((d, d),) * 3], "mlp": [((h, d), (d, h)), ((h, d), (d, h), (h, d))]}

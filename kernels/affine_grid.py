@@ -256,7 +256,7 @@ def _solve(w, u, start, strides, adjoint, *, activation, tol, max_steps, damping
     batch, features = u.shape
     z = torch.empty_like(u, memory_format=torch.contiguous_format)
     of = {"shared": launch.shared_memory(u.device), "processors": launch.multiprocessors(u.device)}
-    config = launch.parameters("affine_grid", batch=batch, features=features, terms=terms, **of)
+    config = launch.parameters("affine_grid", u.device, batch=batch, features=features, terms=terms, **of)
     tiles, splits = -(-batch // config["BLOCK_M"]), -(-features // config["BLOCK_N"])
     words = torch.zeros(tiles + 3 * batch, dtype=torch.int32, device=u.device)
     status, steps, residual = words[tiles:].view(3, batch)

@@ -12,6 +12,9 @@ ROWS |= {name: "fp32" for name in ("tol", "damping", "ridge")}
 AFFINE = {f"{name}_ptr": "*fp32" for name in ("kept", "other", "pre", "best", "stats", "part")}
 AFFINE |= {"d_ptr": "*bf16", "w_ptr": "*bf16", "moved_ptr": "*i1", "flags_ptr": "*i32", "left_ptr": "*i32"}
 AFFINE |= {"B": "i32", "limit": "i32", "depth": "i32", "damping": "fp32"}
+GRID = {f"{name}_ptr": "*fp32" for name in ("w", "u", "start", "part", "z")} | {"d_ptr": "*bf16"}
+GRID |= {f"{name}_ptr": "*i32" for name in ("turn", "status", "steps", "residual")}
+GRID |= {"B": "i32", "tol": "fp32", "max_steps": "i32", "damping": "fp32", "stride_wn": "i32", "stride_wk": "i32"}
 STEPS = {"keep_ptr": "*u8", "flags_ptr": "*i32", "left_ptr": "*i32", "B": "i32", "N": "i32", "limit": "i32"}
 STEPS |= {"D": "i32", "eps": "fp32", "mix": "fp32"}
 POINTERS = {
@@ -88,6 +91,23 @@ def affine_steps(
     return _job("affine_steps:_step_kernel", chip, AFFINE, constants, config)
 
 
+def affine_grid(chip: int, config: dict, *, features: int, terms: int, act: str, adj: bool) -> dict[str, Any]:
+    """A whole solve spread over the chip, or its adjoint, of a W whose rows lie one after the other."""
+    splits = -(-features // config["BLOCK_N"])
+    polls = importlib.import_module(f"{__package__}.affine_grid").POLLS
+    constants = {
+        "D": features,
+        "ACT": act,
+        "ADJ": adj,
+        "TERMS": terms,
+        "SPLITS": splits,
+        "BLOCK_S": space.power_of_two(splits),
+    }
+    constants |= {"POLLS": polls, "INTERP": False, "stride_wn" if adj else "stride_wk": 1}
+    job = _job("affine_grid:grid_kernel", chip, GRID, constants, config)
+    return job | {"launch_cooperative_grid": True}
+
+
 def steps(
     kernel: str, chip: int, config: dict, *, width: int, itemsize: int, cell: int, memory: int, half: bool, tail=PLAIN
 ) -> dict[str, Any]:
@@ -130,20 +150,26 @@ def _job(kernel: str, chip: int, types: dict, constants: dict, config: dict) -> 
     return {"kernel": f"{__package__}.{kernel}", "chip": chip, "types": types, "constants": constants, **options}
 
 
-def of_candidate(op: str, chip: int, config: dict, dtype: str, shape: dict) -> list[dict[str, Any]]:
-    """All launches of an op at one of `launch.candidates`, at what people run most."""
+def of_candidate(op: str, chip: int, config: dict, dtype: str, shape: dict, form: str = "post") -> list[dict[str, Any]]:
+    """All launches of an op at one of `launch.candidates`, at what people run most; `form` of the MLP cell."""
     itemsize = {"fp32": 4, "bf16": 2, "fp64": 8}[dtype]
-    if op == "affine_steps":
+    if op in ("affine_steps", "affine_grid"):
         of = {"features": shape["features"], "terms": shape["terms"], "act": "tanh"}
+        if op == "affine_grid":
+            return [affine_grid(chip, config, **of, adj=adj) for adj in (False, True)]
+        of |= {"start": shape.get("start", False)}
         return [affine_steps(chip, config, **of, adj=adj) for adj in (False, True)]
     if launch.SHAPES[op] is launch.rows:
         of = {"shapes": shape["shapes"], "terms": shape["terms"], "memory": shape["memory"]}
-        of |= {"affine": {"act": "tanh"}, "mlp": {"act": "gelu", "form": "post"}, "gated": {"act": ""}}[op]
+        gate = "silu" if len(shape["shapes"]) == 3 else "gelu"
+        of |= {"affine": {"act": "tanh"}, "mlp": {"act": gate, "form": form}, "gated": {"act": ""}}[op]
         return [rows(op, chip, config, **of, adj=adj) for adj in (False, True)]
     if launch.SHAPES[op] is launch.steps:
         state = shape["itemsize"]
         memory = {"anderson": 5, "broyden": 10}.get(op, 0)
         of = {"width": shape["width"], "itemsize": state, "cell": min(state, itemsize), "memory": memory}
+        features = shape.get("features", 0)
+        of |= {"tail": Tail("rms", parts=2, features=features)} if features else {}
         kernels = [kernel for kernel in POINTERS if kernel.startswith((f"{op}:", "tl_steps:"))]
         return [steps(kernel, chip, config, **of, half=False) for kernel in kernels]
     if op == "residual_rms":

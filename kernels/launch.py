@@ -11,8 +11,10 @@ from . import space, tables
 from .space import (
     GROUP,
     LARGE,
+    PROCESSORS,
     ROW,
     SHARED,
+    SLICES,
     TILES,
     affine_fits,
     affine_tile,
@@ -101,9 +103,9 @@ def affine_steps(*, batch: int, features: int, terms: int, start: bool = False, 
 
 
 # What the rule below reckons with, of an H200: FLOP/s of cuBLAS by what the cell multiplies in, bytes/s, the seconds of
-# a launch, multiprocessors, and the share of cuBLAS' rate that the kernel reaches.
+# a launch, and the share of cuBLAS' rate that the kernel reaches.
 RATES = {"fp32": 60e12, "tf32": 395e12, "bf16": 790e12}
-BANDWIDTH, LAUNCH, PROCESSORS, SHARE = 4.3e12, 2e-6, 132, 0.7
+BANDWIDTH, LAUNCH, SHARE = 4.3e12, 2e-6, 0.7
 
 
 def affine_seconds(*, rows: int, features: int, terms: int, cell: str) -> tuple[float, float]:
@@ -134,23 +136,11 @@ def affine_grid(
     more programs than `processors`, or a slice of W doesn't fit beside 16 rows in `shared` bytes.
 
     The depth of a product is divided among the warps (GROUPS), which add up what they have at its end: all of them have
-    work, and none has a long chain. Slices of 64 features would spill registers.
+    work, and none has a long chain.
     """
-    groups, block_k = 8, 64
-    chunks = -(-features // (groups * block_k))
-    for block_n in (16, 32):
-        programs = -(-batch // 16) * -(-features // block_n)
-        if programs <= processors and 2 * chunks * groups * block_k * (terms * block_n + 16) <= shared:
-            return {
-                "BLOCK_M": 16,
-                "BLOCK_N": block_n,
-                "BLOCK_K": block_k,
-                "GROUPS": groups,
-                "CHUNKS": chunks,
-                "num_warps": groups,
-                "num_stages": 1,
-            }
-    return None
+    of = {"batch": batch, "features": features, "terms": terms, "shared": shared, "processors": processors}
+    configs = (space.affine_slice(block_n, 8, 64, 8, **of) for block_n in SLICES)
+    return next(filter(None, configs), None)
 
 
 # What the rule below reckons with, of an H200: bytes/s of L2 for one multiprocessor and for all, seconds until one sees
@@ -219,6 +209,7 @@ SPACES = {
     steps: space.STEPS,
     whole_rows: space.WHOLE_ROWS,
     affine_steps: space.AFFINE_STEPS,
+    affine_grid: space.AFFINE_GRID,
     group_norm: space.GROUP_NORM,
 }
 

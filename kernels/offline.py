@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes of shared memory a block can have
+PROCESSORS = {80: 108, 90: 132, 100: 148}  # multiprocessors of an A100, an H100 and a B200
 MMA = {80: ("HMMA",), 90: ("HMMA", "HGMMA"), 100: ("HMMA", "UTCHMMA")}
 
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);", re.M)

@@ -12,6 +12,7 @@ from itertools import product
 SHARED = 166912  # bytes of shared memory a block can have on sm_80, the least of the chips we aim at
 GROUP = 8192  # values that one program of group_norm holds at most
 ROW = {4: 4096, 8: 1024}  # most elements of a row that a program of a fused solver step holds, by their size
+WIDE = 32768  # elements of a sample from which a fused solver step's programs are many
 LARGE = 4096  # rows from which throughput matters more than latency
 WARPS = 16  # most of a program
 
@@ -23,6 +24,8 @@ TILES = {
     3: ((128, 128, 32, 4), (64, 64, 32, 4), (16, 32, 128, 3)),  # of 256 x 128 Triton 3.6 makes nothing on sm_100
 }
 MORE_TILES = ((64, 128, 32, 4), (32, 64, 64, 4), (16, 64, 64, 4))  # that only a measurement picks
+PROCESSORS = 132  # multiprocessors of an H200
+SLICES = (16, 32)  # features of W that a program of a solve with a grid barrier holds; 64 would spill registers
 
 
 def power_of_two(n: int) -> int:
@@ -72,6 +75,35 @@ def affine_fits(block_m: int, block_n: int, block_k: int, stages: int, terms: in
     return stages * stage + block_m * block_n <= shared  # the latter for a part on its way between layouts
 
 
+def affine_slice(
+    block_n: int,
+    groups: int,
+    block_k: int,
+    warps: int,
+    *,
+    batch: int,
+    features: int,
+    terms: int,
+    shared: int = SHARED,
+    processors: int = PROCESSORS,
+) -> dict | None:
+    """Launch parameters of a solve spread over the chip, for slices of so many features; None where they are more than
+    `processors`, which could not run at once, or where one doesn't fit beside 16 rows in `shared` bytes."""
+    chunks = -(-features // (groups * block_k))
+    programs = -(-batch // 16) * -(-features // block_n)
+    if programs > processors or 2 * chunks * groups * block_k * (terms * block_n + 16) > shared:
+        return None
+    return {
+        "BLOCK_M": 16,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "GROUPS": groups,
+        "CHUNKS": chunks,
+        "num_warps": warps,
+        "num_stages": 1,
+    }
+
+
 @dataclass(frozen=True)
 class Space:
     """What can be chosen for one pure function.
@@ -101,10 +133,11 @@ def _near_warps(warps: int) -> list[int]:
 
 def _rows_key(*, batch, shapes, terms, memory, shared=SHARED, **chip) -> dict:
     """A row's bits are the same in batches of all sizes, or of those on one side of LARGE where the pure function has
-    two tiles."""
+    two tiles. Anderson with 1 or 3 differences takes what 2 or 4 do, which want more registers."""
     shapes = tuple(tuple(shape) for shape in shapes)
     two = len(shapes) == 1 and not memory and row_bytes(shapes, 16, terms, terms) <= shared
-    return {"batch": LARGE + 1 if two and batch > LARGE else 1, "shapes": shapes, "terms": terms, "memory": memory}
+    batch = LARGE + 1 if two and batch > LARGE else 1
+    return {"batch": batch, "shapes": shapes, "terms": terms, "memory": memory + memory % 2}
 
 
 def _rows(base: dict, *, batch, shapes, terms, memory, shared=SHARED, **chip) -> Iterator[dict]:
@@ -153,6 +186,13 @@ def _affine_steps(base: dict, *, batch, features, terms, start=False, shared=SHA
         yield affine_tile(*own, group=group)
 
 
+def _affine_grid(base: dict, **shape) -> Iterator[dict]:
+    for block_n, (groups, warps), block_k in product(SLICES, ((4, 8), (8, 8), (8, 16)), (32, 64, 128)):
+        config = affine_slice(block_n, groups, block_k, warps, **shape)
+        if config and (warps, block_k) != (16, 128):  # which spills
+            yield config
+
+
 def _group_norm(base: dict, *, pixels: int, width: int) -> Iterator[dict]:
     for scale in (0.25, 0.5, 1, 2):
         block_p = int(base["BLOCK_P"] * scale)
@@ -166,11 +206,21 @@ def _itself(**shape) -> dict:
 
 
 def _steps_key(*, width, itemsize, features=0) -> dict:
-    return {"width": width, "itemsize": itemsize, "features": features}
+    """Samples of WIDE elements or more are many programs alike, and share a choice."""
+    return {"width": min(width, WIDE), "itemsize": itemsize, "features": features}
 
 
 def _affine_key(*, batch, features, terms, start=False, **shared) -> dict:
     return {"batch": batch, "features": features, "terms": terms, "start": start}
+
+
+def _grid_key(*, batch, features, terms, processors=PROCESSORS, **shared) -> dict:
+    """Batches for which the pure function takes slices of one width have one key: the most rows of them."""
+    for block_n in SLICES:
+        tiles = processors // -(-features // block_n)
+        if batch <= 16 * tiles:
+            return {"batch": 16 * tiles, "features": features, "terms": terms}
+    return {"batch": batch, "features": features, "terms": terms}
 
 
 ROWS = Space(
@@ -180,7 +230,7 @@ ROWS = Space(
     near=("shapes",),
     around=_rows,
 )
-STEPS = Space(("BLOCK_N", "num_warps"), ("width", "itemsize", "features"), _steps_key, ("width",), _steps)
+STEPS = Space(("BLOCK_N", "num_warps"), ("width", "itemsize", "features"), _steps_key, ("width", "features"), _steps)
 WHOLE_ROWS = Space(("BLOCK_R", "num_warps"), ("features",), _itself, ("features",), _whole_rows)
 AFFINE_STEPS = Space(
     names=("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "num_warps", "num_stages"),
@@ -188,5 +238,12 @@ AFFINE_STEPS = Space(
     key=_affine_key,
     near=("batch", "features"),
     around=_affine_steps,
+)
+AFFINE_GRID = Space(
+    names=("BLOCK_N", "BLOCK_K", "GROUPS", "num_warps"),
+    keys=("batch", "features", "terms"),
+    key=_grid_key,
+    near=("batch", "features"),
+    around=_affine_grid,
 )
 GROUP_NORM = Space(("BLOCK_P", "num_warps"), ("pixels", "width"), _itself, ("pixels", "width"), _group_norm)

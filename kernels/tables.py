@@ -4,9 +4,9 @@ A table is a JSON file about one GPU, in the user's cache folder (written by `py
 the package's `tuned` folder:
 
     {"schema": 1, "gpu": "NVIDIA H100 80GB HBM3", "capability": [9, 0], "entries": [
-        {"op": "picard", "shape": {"width": 4096, "itemsize": 4}, "parameters": {"BLOCK_N": 1024, "num_warps": 4},
-         "measured": ["picard 64x4096 fp32"], "gain": 1.12, "triton": "3.6", "source": "0123456789abcdef",
-         "date": "2026-01-31"}]}
+        {"op": "picard", "shape": {"width": 4096, "itemsize": 4, "features": 0},
+         "parameters": {"BLOCK_N": 1024, "num_warps": 4}, "measured": ["picard 64x4096 fp32"], "gain": 1.12,
+         "triton": "3.6", "source": "0123456789abcdef", "date": "2026-01-31"}]}
 
 `shape` and `parameters` are as space.py has them. An entry measured with another Triton or on other kernel sources is
 stale: it is ignored. What does not fit is a warning, once a file, and is ignored too; launch.py believes an entry only
@@ -210,8 +210,8 @@ def nearest(op: str, key: dict, near: tuple[str, ...], gpu: Gpu, spaces: dict[st
 
 
 def _form(value: Any) -> Any:
-    """How numbers are nested in it."""
-    return tuple(map(_form, value)) if isinstance(value, tuple) else None
+    """How numbers are nested in it, and which are 0, which is near to no other."""
+    return tuple(map(_form, value)) if isinstance(value, tuple) else value == 0
 
 
 def _sizes(value: Any) -> list[int]:

@@ -19,6 +19,7 @@ EXTRAS = {
 TASKS, SEEDS = ("digits", "parity"), 3
 TUNED = ("affine", "monotone", "mlp", "gated", "transformer", "conv", "any")
 DTYPES = ("fp32", "bf16", "fp64")
+SIZES = {"features": ((64, 128, 256), (1024,)), "rows": ((256, 16384), ())}  # what `tune` measures, and with --all
 MOST = 2**31 - 1  # seeds that every generator takes
 INTERRUPTED = 130
 
@@ -72,8 +73,10 @@ def _doctor(arguments: argparse.Namespace, finished: list[str]) -> None:
 def _tune(arguments: argparse.Namespace, finished: list[str]) -> int:
     from .tune import Options, run
 
-    names = ("cells", "features", "rows", "dtypes", "fresh")
-    options = Options(**{name: getattr(arguments, name) for name in names})
+    told = {name: getattr(arguments, name) for name in ("cells", "features", "rows", "dtypes", "fresh", "all")}
+    for name, (usual, more) in SIZES.items():
+        told[name] = told[name] or [*usual, *(more if arguments.all else ())]
+    options = Options(**told)
     if arguments.offline is None:
         return run(options, finished)
     from .tune_offline import report
@@ -128,9 +131,12 @@ def _parser() -> argparse.ArgumentParser:
         defaults = {"cell": TUNED, "dtype": DTYPES[:2]}[name]
         told = f"default: {' '.join(defaults)}"
         tune.add_argument(f"--{name}", nargs="+", dest=f"{name}s", default=list(defaults), **kind, help=told)
-    for name, defaults in (("features", (64, 128, 256)), ("rows", (256, 16384))):
-        told = f"default: {' '.join(map(str, defaults))}"
-        tune.add_argument(f"--{name}", nargs="+", type=_at_least(1), default=list(defaults), metavar="N", help=told)
+    for name, (usual, more) in SIZES.items():
+        told = f"default: {' '.join(map(str, usual))}" + "".join(f", and with --all {size}" for size in more)
+        tune.add_argument(f"--{name}", nargs="+", type=_at_least(1), metavar="N", help=told)
+    told = "measure, after the rest, what few solves ask for: Anderson (memory up to 4) and tolerances below 1e-5 in "
+    told += "kernels that hold the cell, MLP with swiglu, and the affine cell's solve with grid barriers"
+    tune.add_argument("--all", action="store_true", help=told)
     tune.add_argument("--fresh", action="store_true", help="measure again what has been measured")
     told = "measure nothing: compile the candidates for this chip, which needs no GPU, and list what came out"
     tune.add_argument("--offline", choices=("sm_80", "sm_90", "sm_100"), help=told)

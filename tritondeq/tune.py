@@ -26,13 +26,14 @@ OLDEST = (8, 0)
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure: every combination of these; with `fresh` also what has been."""
+    """What to measure: every combination of these; with `fresh` also what has been, with `all` also what is rare."""
 
     cells: list[str]
     features: list[int]
     rows: list[int]
     dtypes: list[str]
     fresh: bool = False
+    all: bool = False
 
 
 @dataclass
@@ -124,14 +125,18 @@ def _measure_all(jobs: list[Job], gpu: tables.Gpu, clock: Callable, finished: li
 def jobs_of(
     options: Options, device: torch.device, limits: dict[str, int] | None = None
 ) -> tuple[list[Job], list[str]]:
-    """(what to measure, why some of it can't be); `limits` of another GPU than the device."""
+    """(what to measure, what is rare last; why some of it can't be); `limits` of another GPU than the device."""
     jobs: dict[tuple, Job] = {}
     unfit = []
-    for cell, features, dtype, rows in itertools.product(
-        options.cells, options.features, options.dtypes, sorted(set(options.rows))
+    for rare, cell, features, dtype, rows in itertools.product(
+        (False, True) if options.all else (False,),
+        options.cells,
+        options.features,
+        options.dtypes,
+        sorted(set(options.rows)),
     ):
         try:
-            found = list(works(cell, features, rows, dtype, device, limits))
+            found = list(works(cell, features, rows, dtype, device, limits, rare))
         except ValueError as error:
             unfit += [str(error)] if str(error) not in unfit else []
             continue

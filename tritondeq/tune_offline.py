@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .kernels import dispatch, jobs, offline
+from .kernels import dispatch, offline
 from .tune import Job, Options, chosen, jobs_of
 
 
@@ -20,12 +20,17 @@ def report(options: Options, chip: int) -> Iterator[str]:
     found, unfit = jobs_of(options, torch.device("cpu"), offline.limits(chip))
     launches = {}
     for job in found:
-        of = job.works[0].dtype, job.works[0].shape
-        launches[str(job)] = [jobs.of_candidate(job.op, chip, config, *of) for config in job.candidates]
+        launches[str(job)] = [_launches(job, chip, config) for config in job.candidates]
     made = iter(offline.run([one for configs in launches.values() for several in configs for one in several]))
     for job in found:
         yield from _table(job, chip, [[next(made) for _ in several] for several in launches[str(job)]])
     yield from (f"Left out: {why}." for why in unfit)
+
+
+def _launches(job: Job, chip: int, config: dict) -> list[dict]:
+    """Those of all its works, each once."""
+    every = [launch for work in job.works for launch in work.launches(chip, config)]
+    return [launch for i, launch in enumerate(every) if launch not in every[:i]]
 
 
 def _table(job: Job, chip: int, seen: list[list[dict]]) -> Iterator[str]:

@@ -1,48 +1,37 @@
 """What ptxas makes of the affine cell's solve with a grid barrier, and in which order the PTX touches memory."""
 
 import pytest
-import triton
 
+from tritondeq.kernels import jobs as launches
 from tritondeq.kernels import launch, offline
-from tritondeq.kernels.affine_grid import POLLS
 
-TYPES = {
-    **{name: "*fp32" for name in ("w_ptr", "u_ptr", "start_ptr", "part_ptr", "z_ptr")},
-    **{name: "*i32" for name in ("turn_ptr", "status_ptr", "steps_ptr", "residual_ptr")},
-    **{name: "i32" for name in ("B", "max_steps", "stride_wn", "stride_wk")},
-    **{name: "fp32" for name in ("tol", "damping")},
-    "d_ptr": "*bf16",
-}
 SPILLS = 16  # local loads and stores outside the loop over steps, which has none: at most 12 with Triton 3.9
 
 
 def grid_jobs():
+    """The pure function's parameters, and other candidates."""
     cases = [
-        (90, 16, 1024, 2, "tanh", False),
-        (90, 16, 1024, 2, "tanh", True),
-        (80, 16, 1024, 2, "tanh", False),
-        (100, 16, 2048, 2, "tanh", False),
-        (90, 64, 1024, 3, "tanh", False),
-        (90, 32, 2048, 1, "sin", True),
-        (80, 1, 300, 1, "gelu", True),
+        (90, 16, 1024, 2, "tanh", False, {}),
+        (90, 16, 1024, 2, "tanh", True, {}),
+        (80, 16, 1024, 2, "tanh", False, {}),
+        (100, 16, 2048, 2, "tanh", False, {}),
+        (90, 64, 1024, 3, "tanh", False, {}),
+        (90, 32, 2048, 1, "sin", True, {}),
+        (80, 1, 300, 1, "gelu", True, {}),
+        (90, 16, 2048, 2, "tanh", False, {"GROUPS": 4, "BLOCK_K": 64}),
+        (90, 32, 1024, 2, "tanh", True, {"num_warps": 16, "BLOCK_K": 32}),
+        (80, 64, 512, 3, "tanh", False, {"GROUPS": 8, "num_warps": 8, "BLOCK_K": 32}),
+        (100, 64, 1024, 1, "tanh", False, {"GROUPS": 4, "BLOCK_K": 128}),
     ]
     jobs = {}
-    for chip, rows, features, terms, act, adj in cases:
+    for chip, rows, features, terms, act, adj, chosen in cases:
         shape = {"batch": rows, "features": features, "terms": terms, "shared": offline.SHARED[chip]}
-        config = launch.parameters("affine_grid", **shape)
-        options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
-        splits = triton.cdiv(features, config["BLOCK_N"])
-        known = {"D": features, "ACT": act, "ADJ": adj, "TERMS": terms, "SPLITS": splits, "POLLS": POLLS}
-        known |= {"BLOCK_S": triton.next_power_of_2(splits), "INTERP": False}
-        known["stride_wn" if adj else "stride_wk"] = 1  # as Triton finds out at a launch
-        jobs[f"sm{chip} B{rows} D{features} terms{terms} {act} {'adjoint' if adj else 'solve'}"] = {
-            "kernel": "tritondeq.kernels.affine_grid:grid_kernel",
-            "chip": chip,
-            "types": TYPES,
-            "constants": config | known,
-            "launch_cooperative_grid": True,
-            **options,
-        }
+        shape["processors"] = offline.PROCESSORS[chip]
+        found = launch.candidates("affine_grid", **shape)
+        config = next(one for one in found if all(one[name] == value for name, value in chosen.items()))
+        name = f"sm{chip} B{rows} D{features} terms{terms} {act} {'adjoint' if adj else 'solve'}"
+        name += "".join(f" {key} {value}" for key, value in chosen.items())
+        jobs[name] = launches.affine_grid(chip, config, features=features, terms=terms, act=act, adj=adj)
     return jobs
 
 
@@ -59,16 +48,16 @@ def test_machine_code(found, name):
     seen, job = found[name], JOBS[name]
     assert "error" not in seen, seen["error"]
     assert seen["cooperative"]
-    known, terms = job["constants"], job["constants"]["TERMS"]
+    known, terms, warps = job["constants"], job["constants"]["TERMS"], job["num_warps"]
     depth = known["CHUNKS"] * known["GROUPS"] * known["BLOCK_K"]
     assert seen["shared"] <= 2 * depth * (terms * known["BLOCK_N"] + 16) <= offline.SHARED[job["chip"]]
     hot, total = seen["hot"], seen["total"]
     assert hot is not None and hot.get("LDL", 0) + hot.get("STL", 0) == 0
     assert total.get("LDL", 0) + total.get("STL", 0) <= SPILLS
     # of m16n8k16, divided among the warps: none does what another does
-    assert hot["HMMA"] == depth // known["GROUPS"] // 16 * known["BLOCK_N"] // 8 * terms
+    assert hot["HMMA"] == depth // 16 * known["BLOCK_N"] // 8 * terms // warps
     # 16 rows of d, at 8 bytes or more a thread, and the sums: no more of W, which stays
-    assert hot["LDG"] <= 16 * depth // (4 * 32 * known["GROUPS"]) + max(2, known["BLOCK_S"] // 32)
+    assert hot["LDG"] <= 16 * depth // (4 * 32 * warps) + max(2, known["BLOCK_S"] // 32)
 
 
 def blocks_of(order):

@@ -7,6 +7,7 @@ import pytest
 from tritondeq.kernels import launch, space
 
 CHIPS = [(80, 166912), (86, 101376), (90, 232448), (100, 232448)]
+PROCESSORS = {80: 108, 86: 84, 90: 132, 100: 148}
 
 
 def shapes():
@@ -21,8 +22,14 @@ def shapes():
                 "affine_steps",
                 {"batch": batch, "features": features, "terms": terms, "start": start, "shared": shared},
             )
+        for features, terms, batch in itertools.product((257, 512, 1024, 2048), (1, 2, 3), (1, 17, 64)):
+            grid = {"batch": batch, "features": features, "terms": terms}
+            yield "affine_grid", grid | {"shared": shared, "processors": PROCESSORS[chip]}
     for width, itemsize in itertools.product((1, 127, 129, 4096, 1 << 20), (4, 8)):
         yield "picard", {"width": width, "itemsize": itemsize}
+    for tokens, features, itemsize in itertools.product((1, 37, 5000), (1, 7, 129, 1024), (4, 8)):
+        if features < 1024 or itemsize == 4:
+            yield "picard", {"width": tokens * features, "itemsize": itemsize, "features": features}
     for features in (1, 3, 64, 1000, 8192):
         yield "residual_rms", {"features": features}
     for pixels, width in itertools.product((1, 49, 65536), (1, 15, 8192)):
@@ -30,6 +37,7 @@ def shapes():
 
 
 ALL = list(shapes())
+LIMITS = ("chip", "shared", "processors")
 
 
 def test_the_pure_function_comes_first_and_is_not_alone():
@@ -55,7 +63,7 @@ def test_a_key_is_a_shape():
         key = among.key(**shape)
         assert tuple(key) == among.keys and set(among.near) <= set(among.keys)
         assert among.key(**key) == key or "shared" in shape  # limits belong to the GPU, not to the key
-        assert launch.SHAPES[op](**key | {name: shape[name] for name in ("chip", "shared") if name in shape}) or (
+        assert launch.SHAPES[op](**key | {name: shape[name] for name in LIMITS if name in shape}) or (
             launch.SHAPES[op](**shape) is None
         )
 
@@ -66,7 +74,7 @@ def test_tiles_are_powers_of_two_and_warps_are_few():
             tiles = [size for name, size in config.items() if name.startswith("BLOCK_") or name == "num_warps"]
             assert all(size & (size - 1) == 0 and size > 0 for size in tiles)
             assert config["num_warps"] <= 16
-            elements = {"affine": 0, "affine_steps": 0}.get(op, 1)
+            elements = {"affine": 0, "affine_steps": 0, "affine_grid": 0}.get(op, 1)
             for name in config:
                 if elements and name.startswith("BLOCK_"):
                     elements *= config[name]
@@ -90,12 +98,50 @@ def test_candidates_fit_in_shared_memory():
                 assert config["SUB"] == max(1, m * n // (512 * config["num_warps"]))
 
 
+def test_programs_of_a_grid_run_at_once_and_their_slices_fit():
+    """Or its barrier would wait for a program that has no multiprocessor."""
+    widths = set()
+    for op, shape in ALL:
+        for config in launch.candidates(op, **shape) if op == "affine_grid" else ():
+            m, n, k, groups, chunks = (config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUPS", "CHUNKS"))
+            assert -(-shape["batch"] // m) * -(-shape["features"] // n) <= shape["processors"]
+            assert 2 * chunks * groups * k * (shape["terms"] * n + m) <= shape["shared"]
+            assert (chunks - 1) * groups * k < shape["features"] <= chunks * groups * k
+            assert config["num_warps"] in (groups, 2 * groups), "each group has a warp"
+            widths.add(n)
+    assert widths == {16, 32}
+
+
+@pytest.mark.parametrize("processors", [1, 84, 108, 132, 148])
+@pytest.mark.parametrize("features", [257, 512, 600, 1024, 2048])
+def test_a_grid_knows_no_more_of_the_batch_than_the_pure_function(features, processors):
+    """Batches with slices of one width have one key, and all of them the same candidates."""
+    found = {}
+    for batch in range(1, 65):
+        shape = {"batch": batch, "features": features, "terms": 1, "shared": 232448, "processors": processors}
+        base = launch.affine_grid(**shape)
+        if base is not None:
+            key = tuple(space.AFFINE_GRID.key(**shape).items())
+            found.setdefault(base["BLOCK_N"], set()).add((key, str(launch.candidates("affine_grid", **shape))))
+    assert all(len(of) == 1 for of in found.values())
+    assert len({key for of in found.values() for key, _ in of}) == len(found)
+    assert bool(found) == (processors > 1)
+
+
+def test_anderson_of_odd_memory_takes_what_one_more_does():
+    of = {"batch": 1, "shapes": ((64, 64),), "terms": 2}
+    assert [space.ROWS.key(**of, memory=memory)["memory"] for memory in range(5)] == [0, 2, 2, 4, 4]
+
+
 def test_parts_cover_a_sample():
     for op, shape in ALL:
         for config in launch.candidates(op, **shape):
             if "SPLITS" in config:
                 size, part = ("width", "BLOCK_N") if op == "picard" else ("pixels", "BLOCK_P")
-                assert (config["SPLITS"] - 1) * config[part] < shape[size] <= config["SPLITS"] * config[part]
+                size, part = shape[size], config[part]
+                if shape.get("features"):  # whole rows
+                    size, part = size // shape["features"], part // space.power_of_two(shape["features"])
+                assert (config["SPLITS"] - 1) * part < size <= config["SPLITS"] * part
 
 
 @pytest.mark.parametrize("terms", [1, 2, 3])

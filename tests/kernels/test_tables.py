@@ -17,7 +17,7 @@ from tritondeq.kernels.space import MORE_TILES, affine_tile
 
 GPU = tables.Gpu("Fake 9000 (80 GB)", (9, 0))
 CPU = torch.device("cpu")
-SHAPE = {"width": 4096, "itemsize": 4}
+SHAPE = {"width": 4096, "itemsize": 4, "features": 0}
 PURE = launch.SHAPES["picard"](**SHAPE)
 OTHER = launch.candidates("picard", **SHAPE)[-1]
 ROWS = {"batch": 64, "shapes": ((64, 64),), "terms": 2, "memory": 0, "shared": launch.SHARED, "chip": 90}
@@ -97,7 +97,7 @@ def test_a_pure_function_that_is_replaced_is_asked(monkeypatch):
 def test_the_nearest_shape_is_taken():
     """By ratio: 6000 is nearer to 8192 than to 4096, and each choice is made anew for the shape that asks."""
     wide = launch.candidates("picard", width=8192, itemsize=4)[1]
-    put(entry(), entry(shape={"width": 8192, "itemsize": 4}, config=wide))
+    put(entry(), entry(shape={"width": 8192, "itemsize": 4, "features": 0}, config=wide))
     near = told(width=6000, itemsize=4)
     assert near["BLOCK_N"] == wide["BLOCK_N"] and near["num_warps"] == wide["num_warps"]
     assert near["SPLITS"] == -(-6000 // near["BLOCK_N"])
@@ -123,7 +123,7 @@ def test_a_shape_far_from_all_measured_ones_has_the_pure_function():
 
 def test_the_nearest_shape_is_not_taken_where_it_can_not_be():
     """Silently: nothing is wrong with the table."""
-    put(entry(), entry(shape={"width": 64, "itemsize": 4}, config=launch.steps(width=64, itemsize=4)))
+    put(entry(), entry(shape={"width": 64, "itemsize": 4, "features": 0}, config=launch.steps(width=64, itemsize=4)))
     assert told(width=1000, itemsize=4) == launch.SHAPES["picard"](width=1000, itemsize=4)
     assert told(width=4096, itemsize=8) == launch.SHAPES["picard"](width=4096, itemsize=8)
 
@@ -147,7 +147,7 @@ def test_the_users_table_goes_before_the_shipped_one(tmp_path, monkeypatch):
     user = put(entry())
     shipped = tmp_path / "tuned" / user.name
     third = launch.candidates("picard", **SHAPE)[1]
-    wide = {"width": 1 << 20, "itemsize": 4}
+    wide = {"width": 1 << 14, "itemsize": 4, "features": 0}
     far = launch.candidates("picard", **wide)[2]
     table = raw(user)
     user.unlink()
@@ -222,12 +222,12 @@ def test_a_damaged_file_is_one_warning(text):
         {"op": ["picard"]},
         {"op": "dispatch"},
         {"shape": {"width": 4096}},
-        {"shape": {"width": 4096, "itemsize": 4, "more": 1}},
-        {"shape": {"width": -1, "itemsize": 4}},
-        {"shape": {"width": 1 << 62, "itemsize": 4}},
-        {"shape": {"width": 4096.0, "itemsize": 4}},
-        {"shape": {"width": "4096", "itemsize": 4}},
-        {"shape": {"width": [[[[1]]]], "itemsize": 4}},
+        {"shape": {"width": 4096, "itemsize": 4, "features": 0, "more": 1}},
+        {"shape": {"width": -1, "itemsize": 4, "features": 0}},
+        {"shape": {"width": 1 << 62, "itemsize": 4, "features": 0}},
+        {"shape": {"width": 4096.0, "itemsize": 4, "features": 0}},
+        {"shape": {"width": "4096", "itemsize": 4, "features": 0}},
+        {"shape": {"width": [[[[1]]]], "itemsize": 4, "features": 0}},
         {"shape": [4096, 4]},
         {"parameters": {"BLOCK_N": 1024}},
         {"parameters": {"BLOCK_N": 1024, "num_warps": 4, "START": "os:system"}},
@@ -251,13 +251,13 @@ def test_an_entry_that_does_not_fit_is_left_out_and_said(change):
     """What stands beside it stays in force."""
     path = put(entry())
     table = raw(path)
-    table["entries"] = [table["entries"][0] | change, entry_of(table, width=1 << 20)]
+    table["entries"] = [table["entries"][0] | change, entry_of(table, width=1 << 14)]
     path.write_text(json.dumps(table))
     launch.reread()
     with pytest.warns(UserWarning, match="entry 0: ") as seen:
         assert told() in (PURE, OTHER)
     assert len(seen) == 1 and str(path) in str(seen[0].message)
-    config = told(width=1 << 20, itemsize=4)
+    config = told(width=1 << 14, itemsize=4)
     assert {name: config[name] for name in ("BLOCK_N", "num_warps")} == table["entries"][1]["parameters"]
 
 
@@ -373,7 +373,7 @@ def test_a_failed_write_leaves_the_old_table(monkeypatch):
 
     monkeypatch.setattr(os, "replace", replace_)
     with pytest.raises(KeyboardInterrupt):
-        tables.write(GPU, entry(shape={"width": 64, "itemsize": 4}), launch.spaces())
+        tables.write(GPU, entry(shape={"width": 64, "itemsize": 4, "features": 0}), launch.spaces())
     assert path.read_text() == before and len(list(path.parent.iterdir())) == 2
 
 
@@ -385,7 +385,7 @@ def test_two_that_write_at_once_lose_nothing(home):
         print("ready", flush=True)
         sys.stdin.readline()
         for i in range(40):
-            shape = {"width": 128 + 2 * i + int(sys.argv[1]), "itemsize": 4}
+            shape = {"width": 128 + 2 * i + int(sys.argv[1]), "itemsize": 4, "features": 0}
             one = tables.Entry("picard", shape, {"BLOCK_N": 128, "num_warps": 1})
             tables.write(gpu, one, launch.spaces())
     """

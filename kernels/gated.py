@@ -21,12 +21,12 @@ from .dispatch import Op, register
 from .formulas import gru
 from .reference import iterate
 from .rows import MEMORY, Rows
-from .tl_common import sigmoid, tanh
+from .tl_common import act, fast_tanh, sigmoid
 from .tl_rows import dot, feed
 
 
-def gated_solve_ref(weights, inputs, z0=None, *, terms=2, **options):
-    """`gated_solve` in torch, in the dtype of the inputs; `terms` means nothing here."""
+def gated_solve_ref(weights, inputs, z0=None, *, activation="tanh", terms=2, **options):
+    """`gated_solve` in torch, in the dtype of the inputs; `terms` means nothing here, nor does `activation`."""
 
     def f(z):
         _, s, c = gru(weights, inputs, z)
@@ -36,8 +36,8 @@ def gated_solve_ref(weights, inputs, z0=None, *, terms=2, **options):
     return z, rules.steps, rules.best, rules.status()
 
 
-def gated_adjoint_ref(weights, saved, g, *, terms=2, **options):
-    """`gated_adjoint` in torch, in the dtype of `g`; `terms` means nothing here."""
+def gated_adjoint_ref(weights, saved, g, *, activation="tanh", terms=2, **options):
+    """`gated_adjoint` in torch, in the dtype of `g`; `terms` means nothing here, nor does `activation`."""
     wr, ws, wc = weights
     keep, r, ks, kc, kr = saved
 
@@ -55,12 +55,21 @@ def _start(inputs, vectors, D: tl.constexpr, ACT: tl.constexpr, INTERP: tl.const
 
 
 @triton.jit
+def _gate(x, ACT: tl.constexpr, INTERP: tl.constexpr):
+    """sigmoid(x), which is (1 + tanh(x / 2)) / 2."""
+    if ACT == "fast_tanh":
+        return 0.5 + 0.5 * fast_tanh(0.5 * x, INTERP)
+    else:
+        return sigmoid(x)
+
+
+@triton.jit
 def _step(z, d, go, inputs, vectors, carry, w, D: tl.constexpr, ACT: tl.constexpr, INTERP: tl.constexpr):
     r, s, c, pushed = carry  # before their activations; the r z in c
     r = dot(r, d, w[0])
     s = dot(s, d, w[1])
-    c, pushed = feed(c, sigmoid(r) * z, pushed, go, w[2], INTERP)
-    return z + (0.5 + 0.5 * sigmoid(s)) * (tanh(c, INTERP) - z), (r, s, c, pushed)
+    c, pushed = feed(c, _gate(r, ACT, INTERP) * z, pushed, go, w[2], INTERP)
+    return z + (0.5 + 0.5 * _gate(s, ACT, INTERP)) * (act(c, ACT, INTERP) - z), (r, s, c, pushed)
 
 
 @triton.jit
@@ -83,21 +92,22 @@ SOLVE = Rows(_start, _step)
 ADJOINT = Rows(_adjoint_start, _adjoint_step, transpose=False)
 
 
-def gated_solve(weights, inputs, z0=None, **options):
+def gated_solve(weights, inputs, z0=None, *, activation="tanh", **options):
     """The solution z* for rows of `inputs`.
 
     Args:
         weights: Wr, Ws and Wc, each [D, D] fp32.
         inputs: ur, us and uc, each [B, D] fp32.
         z0: Start, [B, D] fp32; zero if None.
+        activation: "tanh", or "fast_tanh": the hardware's, for the sigmoids too.
         options: tol, max_steps, damping, memory, ridge and terms, as `Rows.solve` has them.
     Returns:
         z [B, D] with the lowest residual seen, steps [B] int32, residual [B] of that z, status [B] int32 (rules.py).
     """
-    return SOLVE.solve("gated", "", inputs[0].shape[1], weights, (), inputs, z0, **options)
+    return SOLVE.solve("gated", activation, inputs[0].shape[1], weights, (), inputs, z0, **options)
 
 
-def gated_adjoint(weights, saved, g, **options):
+def gated_adjoint(weights, saved, g, *, activation="tanh", **options):
     """The solution u* of u = J' u + g for rows g.
 
     Args:
@@ -107,7 +117,7 @@ def gated_adjoint(weights, saved, g, **options):
     Returns:
         As `gated_solve`.
     """
-    return ADJOINT.solve("gated", "", g.shape[1], weights, (), (g, *saved), **options)
+    return ADJOINT.solve("gated", activation, g.shape[1], weights, (), (g, *saved), **options)
 
 
 def refuses(*, shapes, dtype, terms, solver_memory=0, device=None) -> str | None:

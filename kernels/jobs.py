@@ -162,7 +162,7 @@ def of_candidate(op: str, chip: int, config: dict, dtype: str, shape: dict, form
     if launch.SHAPES[op] is launch.rows:
         of = {"shapes": shape["shapes"], "terms": shape["terms"], "memory": shape["memory"]}
         gate = "silu" if len(shape["shapes"]) == 3 else "gelu"
-        of |= {"affine": {"act": "tanh"}, "mlp": {"act": gate, "form": form}, "gated": {"act": ""}}[op]
+        of |= {"affine": {"act": "tanh"}, "mlp": {"act": gate, "form": form}, "gated": {"act": "tanh"}}[op]
         return [rows(op, chip, config, **of, adj=adj) for adj in (False, True)]
     if launch.SHAPES[op] is launch.steps:
         state = shape["itemsize"]

@@ -142,6 +142,8 @@ class Captured:
         self.map.injection = self.args[0]
         self.holder: Any = None
         at_home, outside = keep_autocast(self.map, self.start.device.type, caches=False)
+        parts, tail = flat_tail(self.map, self.layout, self.args)
+        parts, _ = keep_autocast(parts, self.start.device.type, caches=False)
 
         def apply(flat: Tensor) -> Tensor:
             return self.layout.pack(at_home(self.layout.unpack(flat), *self.args))
@@ -149,9 +151,7 @@ class Captured:
         with outside:
             with torch.no_grad():
                 if call.op is None:
-                    before, tail = flat_tail(self.map, self.layout, self.args)
-                    before, _ = keep_autocast(before, self.start.device.type, caches=False)
-                    settings = replace(call.settings, tail=(before, tail))
+                    settings = replace(call.settings, tail=(parts, tail))
                     self.forward = _Solve(record, apply, self.start, settings)
                 else:
                     self.forward = self._by_cell(record, call.op.solve, call, call.settings)

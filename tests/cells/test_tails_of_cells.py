@@ -148,3 +148,20 @@ def test_captured(name, monkeypatch, device):
                 for path, p in cell.named_parameters():
                     if p.ndim == 1 or path == "scales":
                         p += 0.3 * torch.randn_like(p)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("autocast", [False, True])
+def test_captured_steps_end_the_block_too(autocast, monkeypatch, device):
+    monkeypatch.setattr(graphs, "Recorder", Recorder)
+    monkeypatch.setattr(graphs, "can_record", lambda device: True)
+    cell, seen = made("outer", device), set()
+    cell.down.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    layer, x = DEQ(cell, graph=True), torch.randn(2, 3, 12, device=device)
+    layer(x)  # draws masks, for which it evaluates the cell
+    calls = forwards(cell)
+    seen.clear()
+    with tdeq.backend("triton"), torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+        layer(x)
+    assert "graph" in layer.last.path and len(calls) <= 1
+    assert seen == {torch.bfloat16 if autocast else torch.float32}

@@ -30,6 +30,7 @@ def affine_jobs():
         *itertools.product((64, 128), (2,), (4,), (small,), ("tanh",), (True,)),
         *itertools.product((256,), (1, 2), (2, 4), (small,), ("tanh",), (True,)),
         *itertools.product((128,), (1,), (0,), (large,), ("gelu", "sin"), (False,)),
+        *itertools.product((64, 128, 256), (1,), (0,), (small, large), ("fast_tanh",), (False,)),
     ]
     narrow = [
         *itertools.product((64, 128, 256), (2,), (0,), (small, large), ("tanh",), both),
@@ -67,7 +68,13 @@ def cell_jobs():
         shapes = [(d, d)] * 3
         config = launch.parameters("gated", batch=1, shapes=shapes, terms=terms, memory=memory)
         name = f"sm{chip} gated D{d} terms{terms} memory{memory} {'adjoint' if adj else 'solve'}"
-        of = {"shapes": shapes, "terms": terms, "memory": memory, "act": "", "adj": adj}
+        of = {
+            "shapes": shapes,
+            "terms": terms,
+            "memory": memory,
+            "act": "fast_tanh" if terms == 1 else "tanh",
+            "adj": adj,
+        }
         jobs[name] = launches.rows("gated", chip, config, **of)
     return jobs
 
@@ -90,3 +97,14 @@ def test_machine_code(found, name):
     assert hot.get("LDL", 0) + hot.get("STL", 0) <= SPILLS.get(name, 0)
     if not job["constants"]["STREAM"]:
         assert not any(hot.get(op) for op in ("LDG", "LDGSTS", "UTMALDG")), "W is loaded again in the hot loop"
+
+
+@pytest.mark.parametrize("features", [64, 128, 256])
+def test_the_hardwares_tanh_is_one_instruction(found, features):
+    """Of each element; the other takes eight more, with two special functions in them."""
+    tile = 32 if features == 256 else 64
+    name = f"sm90 D{features} terms1 memory0 {{}} solve tile{tile}"
+    fast, exact = (found[name.format(act)]["hot"] for act in ("fast_tanh", "tanh"))
+    elements = tile * features // (32 * JOBS[name.format("tanh")]["num_warps"])
+    assert exact["MUFU"] - fast["MUFU"] == elements
+    assert sum(exact.values()) - sum(fast.values()) >= 8 * elements

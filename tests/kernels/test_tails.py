@@ -179,6 +179,35 @@ def test_rows_that_the_state_has_not(state, device):
     assert bool(f.calls) == (state[-1] != 8)
 
 
+@torch.no_grad()
+def test_channels_last_has_other_rows(device):
+    """Of a state [B, C, H, W] that lies in memory with its channels last, the last dim is no row of the matrix."""
+    weight, seen = torch.ones(8, device=device), []
+
+    def image(z):
+        seen.append(None)
+        return torch.ones_like(z)
+
+    image.tail = (lambda z: (torch.ones_like(z),)), Tail("rms", weight=weight, eps=0.0)
+    z0 = torch.zeros(2, 3, 4, 8, device=device).contiguous(memory_format=torch.channels_last)
+    with tdeq.backend("triton"):
+        solution = tdeq.fixed_point(image, z0)
+    assert seen and torch.equal(solution.value, torch.ones_like(z0))
+
+
+def test_second_derivatives(device):
+    """The sum J w + r of the tangent solve is the step's, too."""
+    a = torch.linspace(0.1, 0.6, 24, device=device).requires_grad_()
+    found = []
+    for name in ("torch", "triton"):
+        with tdeq.backend(name):
+            f = lambda z: torch.sin(a * z) + 0.5  # noqa: E731
+            z = tdeq.fixed_point(f, torch.zeros(3, 24, device=device), tol=1e-6, max_steps=90).value
+            (grad,) = torch.autograd.grad(z.pow(3).sum(), a, create_graph=True)
+            found.append(torch.autograd.grad(grad.sin().sum(), a)[0])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 def test_what_does_not_fit(device):
     def fits(tail, width, dtype=torch.float32):
         return tail.fits("picard", torch.zeros(1, width, dtype=dtype, device=device))

@@ -91,6 +91,15 @@ def test_tanh_to_relative_accuracy(device):
     torch.testing.assert_close(apply(x, "tanh", True).double(), 1 - x.double().tanh() ** 2, rtol=0, atol=1e-6)
 
 
+def test_fast_tanh(device):
+    """The hardware's error; its slope is that of the other."""
+    small = torch.logspace(-20, 1, SIZE // 2, device=device)
+    x = torch.cat([small, -small])
+    assert relative(apply(x, "fast_tanh"), x.double().tanh()) < 2**-10.9
+    assert torch.equal(apply(x, "fast_tanh", True), apply(x, "tanh", True))
+    assert (apply(torch.full((SIZE,), 1e4, device=device), "fast_tanh") == 1).all()
+
+
 @pytest.mark.parametrize("most", [3.0, 300.0, 1e4])
 def test_sine(device, most):
     x = torch.linspace(-most, most, SIZE, device=device)
@@ -119,7 +128,7 @@ def test_piecewise_linear(device, activation):
 
 
 @nonfinite
-@pytest.mark.parametrize("activation", ["tanh", "relu", "gelu", "sin", "identity"])
+@pytest.mark.parametrize("activation", ["tanh", "fast_tanh", "relu", "gelu", "sin", "identity"])
 def test_zero_is_kept_and_nan_is_not_lost(device, activation):
     x = torch.zeros(SIZE, device=device)
     assert (apply(x, activation) == 0).all()

@@ -59,7 +59,7 @@ class Transformer(Cell):
     The input is x [B, T, inputs], or (x, mask) with mask [B, T] bool, True for real tokens. Padding is not attended to
     and does not count in the residual; what comes out in its place means nothing. A sample is a sequence.
 
-    On a GPU the last sum of the block, LayerScale, norm, damping and the norms of the residual are one launch, the step's.
+    On a GPU the last sum of the block, LayerScale, norm, damping and the norms of the residual are one launch.
 
     Second derivatives through Implicit() need attention that torch can differentiate twice:
     torch.nn.attention.sdpa_kernel(SDPBackend.MATH).

@@ -20,6 +20,7 @@ from ..kernels.launch import FEATURES
 from ..kernels.tails import Tail
 from .base import Solver
 
+FAST_TANH = 5e-3  # tolerance from which the hardware's tanh does
 NEWTON = 16  # steps of prox: enough for float64 and alpha between 0.01 and 100
 
 
@@ -134,6 +135,14 @@ def affine_problem(w: Tensor, rows: int, activation: str, half: bool = False) ->
 def bf16_terms(tol: float, narrow: bool) -> int:
     """How many bfloat16 terms of a weight a solve to this tolerance takes."""
     return 1 if narrow else 2 if tol >= 1e-5 else 3
+
+
+def kernel_options(activation: str, tol: float, narrow: bool) -> dict[str, Any]:
+    """What kernels that hold a cell are told for a solve to this tolerance. The hardware's tanh has a relative error of
+    5e-4, which does where weights are bfloat16 and `tol` is ten times that."""
+    terms = bf16_terms(tol, narrow)
+    fast = activation == "tanh" and terms == 1 and tol >= FAST_TANH
+    return {"activation": "fast_tanh" if fast else activation, "terms": terms}
 
 
 class SplittingSolver(Solver):

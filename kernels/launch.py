@@ -35,7 +35,9 @@ def rows(
     `shared` bytes.
 
     Few rows in a tile (BLOCK_B) give latency, many give throughput until registers spill: these are the largest tiles
-    that don't, as tests/kernels/test_offline.py checks; 64 rows want the wgmma of sm_90 (`chip`). Where the terms of a
+    that don't, as tests/kernels/test_offline.py checks. 64 rows want the wgmma of sm_90 (`chip`), which does twice the
+    work of mma in the same time: with one or two terms they are taken from 128 features on, too, where the rules'
+    numbers spill (45 to 80 of 800 to 1500 instructions a step). Where the terms of a
     lone W don't fit together all but the first are streamed (STREAM), BLOCK_K rows at a time. Half a tile idles before
     its lanes take new rows (REFILL): taking them costs about one and a half steps, and at 15 steps a row a tile of 16
     loses least if 7 wait.
@@ -49,10 +51,10 @@ def rows(
         return None
     block_b = 16
     if batch > LARGE and lone and not memory and not stream:
-        large = 32 if chip // 10 != 9 or wide == 256 or (wide == 128 and terms > 1) else 64
-        block_b = large if row_bytes(shapes, large, terms, terms) <= shared else 16
+        large = (64, 32, 16) if chip // 10 == 9 and (terms < 3 or wide < 128) else (32, 16)
+        block_b = next(rows for rows in large if row_bytes(shapes, rows, terms, terms) <= shared)
     few = 4 if memory or not lone else 1
-    warps = {16: few, 32: few, 64: 4, 128: 8 if memory or block_b == 64 or not lone else 4}.get(wide, 8)
+    warps = {16: few, 32: few, 64: 4, 128: 8 if memory or not lone else 4}.get(wide, 8)
     if block_b == 64:
         warps = max(warps, 4)
     return {

@@ -76,7 +76,7 @@ def kernels() -> list[Kernel]:
             if features < 256:  # wider, the second term does not stay in shared memory
                 made.append(Kernel("affine", features, 2, "tanh", rows=rows))
                 made.append(Kernel("affine", features, 2, "tanh", adjoint=True, rows=rows))
-    return [*made, Kernel("gated", 128, 1, "fast_tanh"), Kernel("mlp", 128, 1, "gelu", form="post")]
+    return [*made, Kernel("gated", 128, 1, "fast_tanh"), Kernel("mlp", 128, 1, "fast_gelu", form="post")]
 
 
 @dataclass(frozen=True)

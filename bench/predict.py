@@ -1,17 +1,18 @@
 """Times predicted from counts, never measured: `python -m tritondeq.bench.predict` prints the table of NOTES.md.
 
 A model of one H200: rates that performance targets assume, bytes and FLOPs counted in the code, and cycles of a tile
-counted in the machine code of the prototypes. `seconds` gives the time of tritondeq on the device, `rival` that of
-others, `table` what follows for each target of targets.py. The first round on a GPU decides what of it is true.
+counted in the machine code of the kernels (CYCLES.md). `seconds` gives the time of tritondeq on the device, `rival`
+that of others, `table` what follows for each target of targets.py. The first round on a GPU decides what is true of it.
 """
 
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from ..kernels import launch
-from . import solves, targets
+from . import cycles, solves, targets
 from .common import markdown_table
 
 MATRICES = {"affine": 1, "mlp": 4, "gated": 3}  # of D x D that a cell multiplies by, the MLP having 2 D hidden features
@@ -27,34 +28,33 @@ TORCHDEQ = {"ops": 35, "passes": 21}  # of its Picard beside the cell: operation
 REFILL, IDLE = 1.5, 0.75  # steps that taking rows costs, and the share of lanes at work
 DEEPEST, MEAN = 116, 16  # of uneven.py: average over tiles of 16 rows of the deepest, and of all
 
-# Of a whole solve: width -> (seconds of one step of a tile of 16 rows alone, rows x steps / s of 132 multiprocessors
-# with tiles for throughput), at one bf16 term a weight; by cycles of the machine code (sm_90) at 1.75 GHz.
-TILE = {64: (0.46e-6, 19169e6), 128: (0.67e-6, 10293e6), 256: (1.42e-6, 2945e6)}
-ADJOINT = {64: (0.41e-6, 19169e6), 128: (0.59e-6, 8306e6), 256: (1.42e-6, 1979e6)}
-TWO_TERMS = 1.25  # times a tile's latency, where both terms stay in shared memory: D 128, 0.67 to about 0.85 us
-
 
 def gemm(rows: int, d: int, n: int, kind: str) -> float:
     """Seconds of [rows, d] x [d, n]: FLOPs, or the weights' bytes."""
     return max(2 * rows * d * n / MATMUL[kind], (2 if kind == "bf16" else 4) * d * n / COPY)
 
 
-def tile(rows: int, d: int, terms: int, table: dict) -> tuple[float, float]:
-    """(seconds of a step of a tile of 16, rows x steps / s) of a whole solve of the affine cell."""
-    width = launch.block(d)
-    latency, rate = table[max(width, 64)]
-    if terms == 1:
-        return latency, rate
-    if width < 256:
-        return latency * TWO_TERMS, rate
+def tile(rows: int, d: int, terms: int, adjoint: bool = False) -> tuple[float, float]:
+    """(seconds of a step of a tile of 16, rows x steps / s) of a whole solve of the affine cell, by CYCLES.md."""
+    width = max(launch.block(d), 64)
+    act = "fast_tanh" if terms == 1 else "tanh"
+    if width < 256 or terms == 1:
+        few, many = (cycles.Kernel("affine", width, terms, act, adjoint, rows) for rows in (cycles.FEW, cycles.MANY))
+        return _cycles()[str(few)][0], _cycles()[str(many)][1]
+    latency = _cycles()[str(cycles.Kernel("affine", width, 1, act, adjoint))][0]
     tiles = min(launch.PROCESSORS, -(-rows // 16))
     streamed = 2 * width * width * (terms - 1) / min(PORT, CACHE / tiles)  # what does not fit is read again each step
     return latency + streamed, launch.PROCESSORS * 16 / (latency + streamed)
 
 
-def whole(rows: int, d: int, evaluations: float, terms: int, table: dict | None = None) -> float:
+@cache
+def _cycles() -> dict[str, tuple[float, float]]:
+    return cycles.read()
+
+
+def whole(rows: int, d: int, evaluations: float, terms: int, adjoint: bool = False) -> float:
     """Seconds of a whole solve in one launch."""
-    latency, rate = tile(rows, d, terms, table or TILE)
+    latency, rate = tile(rows, d, terms, adjoint)
     weights = 2 * min(launch.block(d), 256) ** 2 * (1 if d > 128 else terms) / LOAD
     mean = evaluations / SLOWEST if rows * latency / 16 > evaluations * latency else evaluations
     return LAUNCH + weights + max(evaluations * latency, mean * rows / rate)
@@ -77,7 +77,8 @@ def seconds(cell: str, rows: int, d: int, evaluations: float, low: bool, train: 
     if cell in ("mlp", "gated"):
         if d != 128 or not low or train:
             return None
-        latency = 2.5e-6  # of a tile of 16: two products of 128 x 256, or three of 128 x 128, by mma
+        act = "fast_gelu" if cell == "mlp" else "fast_tanh"
+        latency, _ = _cycles()[str(cycles.Kernel(cell, d, terms, act))]
         return (
             injected(rows, d, low)
             + LAUNCH
@@ -92,7 +93,7 @@ def seconds(cell: str, rows: int, d: int, evaluations: float, low: bool, train: 
     if not train:
         return forward
     products = 3 * injected(rows, d, low=False)  # the cell at z*, dW, dU
-    return forward + whole(rows, d, evaluations, terms, ADJOINT) + products + 8 * (LAUNCH + SHORT)
+    return forward + whole(rows, d, evaluations, terms, adjoint=True) + products + 8 * (LAUNCH + SHORT)
 
 
 def step_of(rows: int, d: int, low: bool, cell: str = "affine", passes: int = 3) -> float:
@@ -239,9 +240,9 @@ DESIGNS = {
     "G1 compiled": "as the line above; for few rows also W spread over the chip, with a barrier a step",
     "G2 torchdeq": "as G1: forward and adjoint are the same kernel",
     "G2 explicit": "as G1",
-    "G3 compiled": "instructions bound it, and half of a step's are tanh: the hardware's own, of relative error 5e-4, "
-    "does for bf16",
-    "G3 rate": "as the line above; the tensor cores could do twice as much",
+    "G3 compiled": "at D 256 the products and the instructions of a lone program take turns; two that share a "
+    "multiprocessor, each with half of W's columns, would overlap them",
+    "G3 rate": "as the line above",
     "G4 torchdeq": "cuBLAS and a fused step, which launch.affine_seconds chooses where it is faster",
     "G4 compiled": "it is bf16 that misses it: our state is float32, 22 bytes an element a step against 6. Increments "
     "could stay in bf16 between steps. In float32 the target is reached",
@@ -257,7 +258,7 @@ DESIGNS = {
     "G10 states": "the best iterate saved only when its slot is about to be overwritten, and z_(k-1) read from the "
     "rings: two states less",
     "G11 torchdeq": "64 rows a tile, by wgmma",
-    "G11 compiled": "64 rows a tile, by wgmma",
+    "G11 compiled": "as the line above",
 }
 
 

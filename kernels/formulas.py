@@ -10,7 +10,6 @@ RMS_EPS = 1e-6
 
 ACTIVATIONS = {
     "tanh": torch.tanh,
-    "fast_tanh": torch.tanh,  # in kernels the hardware's
     "relu": torch.relu,
     "gelu": F.gelu,
     "silu": F.silu,
@@ -28,7 +27,6 @@ def _silu_slope(x: Tensor) -> Tensor:
 
 SLOPES = {
     "tanh": lambda x: 1 - torch.tanh(x) ** 2,
-    "fast_tanh": lambda x: 1 - torch.tanh(x) ** 2,
     "relu": lambda x: (x > 0).to(x.dtype),
     "gelu": lambda x: 0.5 + 0.5 * torch.erf(x * 0.5**0.5) + x * torch.exp(-0.5 * x * x) * (0.5 / torch.pi) ** 0.5,
     "silu": _silu_slope,
@@ -37,6 +35,9 @@ SLOPES = {
     "abs": lambda x: torch.where(x > 0, 1.0, -1.0).to(x.dtype),
     "reflected_tanh": lambda x: 1 - 2 * torch.tanh(x) ** 2,
 }
+FAST = {name: f"fast_{name}" for name in ("tanh", "gelu", "silu")}  # what kernels make of the hardware's tanh
+for table in (ACTIVATIONS, SLOPES):
+    table |= {fast: table[exact] for exact, fast in FAST.items()}
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -21,7 +21,7 @@ from .dispatch import Op, register
 from .formulas import gru
 from .reference import iterate
 from .rows import MEMORY, Rows
-from .tl_common import act, fast_tanh, sigmoid
+from .tl_common import act, fast_sigmoid, sigmoid
 from .tl_rows import dot, feed
 
 
@@ -56,9 +56,8 @@ def _start(inputs, vectors, D: tl.constexpr, ACT: tl.constexpr, INTERP: tl.const
 
 @triton.jit
 def _gate(x, ACT: tl.constexpr, INTERP: tl.constexpr):
-    """sigmoid(x), which is (1 + tanh(x / 2)) / 2."""
     if ACT == "fast_tanh":
-        return 0.5 + 0.5 * fast_tanh(0.5 * x, INTERP)
+        return fast_sigmoid(x, INTERP)
     else:
         return sigmoid(x)
 

@@ -26,7 +26,7 @@ from .tl_common import act
 from .tl_rows import dot, feed
 
 EPS = tl.constexpr(RMS_EPS)
-ACTS = ("relu", "gelu", "silu")
+ACTS = ("relu", "gelu", "silu", "fast_gelu", "fast_silu")
 
 
 def mlp_solve_ref(weights, biases, scale, u, z0=None, *, form, activation, terms=2, **options):

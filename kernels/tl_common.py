@@ -90,6 +90,11 @@ def fast_tanh(x, INTERP: tl.constexpr):
 
 
 @triton.jit
+def fast_sigmoid(x, INTERP: tl.constexpr):
+    return 0.5 + 0.5 * fast_tanh(0.5 * x, INTERP)
+
+
+@triton.jit
 def sigmoid(x):
     """1 / (1 + e^-x), 0 far to the left."""
     return 1.0 / (1.0 + tl.exp(-x))
@@ -106,8 +111,12 @@ def act(x, ACT: tl.constexpr, INTERP: tl.constexpr):
         return tl.where(x < 0.0, 0.0, x)
     elif ACT == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACT == "fast_gelu":  # Hendrycks and Gimpel 2016: off by 5e-4 at most
+        return x * (0.5 + 0.5 * fast_tanh(x * (0.7978845608 + 0.035677408137 * x * x), INTERP))
     elif ACT == "silu":
         return x * sigmoid(x)
+    elif ACT == "fast_silu":
+        return x * fast_sigmoid(x, INTERP)
     elif ACT == "sin":
         return sine(x, False)
     elif ACT == "abs":
@@ -126,9 +135,9 @@ def act_slope(x, ACT: tl.constexpr, INTERP: tl.constexpr):
         return (1.0 - t) * (1.0 + t)
     elif ACT == "relu":
         return tl.where(x > 0.0, 1.0, 0.0)
-    elif ACT == "gelu":
+    elif ACT == "gelu" or ACT == "fast_gelu":
         return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    elif ACT == "silu":
+    elif ACT == "silu" or ACT == "fast_silu":
         s = sigmoid(x)
         return s * (1.0 + x * (1.0 - s))
     elif ACT == "sin":

@@ -1,4 +1,6 @@
-"""The hardware's tanh: where kernels take it, and what its error does to a solve."""
+"""The hardware's tanh, and gelu and silu made of it: where kernels take it, and what its error does to a solve."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ import triton.language as tl
 
 import tritondeq as tdeq
 from tritondeq import DEQ, Anderson, Status
-from tritondeq.cells import Affine, Gated
+from tritondeq.cells import MLP, Affine, Gated
 from tritondeq.kernels import tl_common
 from tritondeq.solvers.splitting import FAST_TANH, kernel_options
 
@@ -21,7 +23,11 @@ CUDA = torch.cuda.is_available()
         ("tanh", FAST_TANH, True, "fast_tanh"),
         ("tanh", 4.9e-3, True, "tanh"),
         ("tanh", 1e-2, False, "tanh"),
-        ("gelu", 1e-2, True, "gelu"),
+        ("gelu", 1e-2, True, "fast_gelu"),
+        ("silu", 1e-2, True, "fast_silu"),
+        ("silu", 1e-2, False, "silu"),
+        ("relu", 1e-2, True, "relu"),
+        ("sin", 1e-2, True, "sin"),
         ("reflected_tanh", 1e-2, True, "reflected_tanh"),
     ],
 )
@@ -30,16 +36,16 @@ def test_where_it_is_taken(activation, tol, narrow, told):
     assert kernel_options(activation, tol, narrow)["activation"] == told
 
 
-@pytest.mark.parametrize("kind", [Affine, Gated])
-def test_what_cells_tell(kind):
+@pytest.mark.parametrize("kind, name", [(Affine, "tanh"), (Gated, "tanh"), (MLP, "gelu")])
+def test_what_cells_tell(kind, name):
     def told(tol, **options):
         cell = kind(8, **options)
         return cell.whole_solve(cell.inject(torch.randn(2, 8))).options(tol)["activation"]
 
-    assert told(1e-2) == told(1e-3, operands="bf16") == "tanh"
-    assert told(1e-2, operands="bf16") == "fast_tanh"
+    assert told(1e-2) == told(1e-3, operands="bf16") == name
+    assert told(1e-2, operands="bf16") == f"fast_{name}"
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert told(1e-2) == "fast_tanh" and told(1e-3) == "tanh"
+        assert told(1e-2) == f"fast_{name}" and told(1e-3) == name
 
 
 @triton.jit
@@ -51,11 +57,12 @@ def _worst(x, INTERP: tl.constexpr):
 
 @pytest.mark.skipif(CUDA, reason="for the interpreter, whose tanh is exact")
 @pytest.mark.parametrize("solver", [tdeq.Picard(), Anderson(memory=2)], ids=str)
-@pytest.mark.parametrize("kind", [Affine, Gated])
+@pytest.mark.parametrize(
+    "kind", [Affine, Gated, MLP, partial(MLP, form="pre", activation="swiglu"), partial(Affine, activation="gelu")]
+)
 def test_a_solve_with_its_worst_error(monkeypatch, kind, solver):
     """All converge, to within what the tolerance allows; so do the gradients."""
     monkeypatch.setattr(tl_common, "fast_tanh", _worst)
-    monkeypatch.setattr("tritondeq.kernels.gated.fast_tanh", _worst)
     layer = DEQ(kind(16, operands="bf16"), solver=solver, tol=FAST_TANH, max_steps=60)
     x = 2 * torch.randn(40, 16, requires_grad=True)
     with tdeq.backend("triton"):

@@ -100,6 +100,16 @@ def test_fast_tanh(device):
     assert (apply(torch.full((SIZE,), 1e4, device=device), "fast_tanh") == 1).all()
 
 
+@pytest.mark.parametrize("name", ["gelu", "silu"])
+def test_what_is_made_of_fast_tanh(device, name):
+    """Off by 5e-4 of |x| or 5e-4; the slope is that of the exact one."""
+    x = torch.linspace(-12, 12, SIZE, device=device)
+    exact = getattr(torch.nn.functional, name)(x.double())
+    off = (apply(x, f"fast_{name}").double() - exact).abs()
+    assert (off <= 5e-4 * (1 + x.abs())).all()
+    assert torch.equal(apply(x, f"fast_{name}", True), apply(x, name, True))
+
+
 @pytest.mark.parametrize("most", [3.0, 300.0, 1e4])
 def test_sine(device, most):
     x = torch.linspace(-most, most, SIZE, device=device)
@@ -128,7 +138,9 @@ def test_piecewise_linear(device, activation):
 
 
 @nonfinite
-@pytest.mark.parametrize("activation", ["tanh", "fast_tanh", "relu", "gelu", "sin", "identity"])
+@pytest.mark.parametrize(
+    "activation", ["tanh", "fast_tanh", "relu", "gelu", "fast_gelu", "silu", "fast_silu", "sin", "identity"]
+)
 def test_zero_is_kept_and_nan_is_not_lost(device, activation):
     x = torch.zeros(SIZE, device=device)
     assert (apply(x, activation) == 0).all()

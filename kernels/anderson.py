@@ -6,6 +6,9 @@ and each sample's small system, in registers. `_mix_kernel`: z_(k+1) = z_k + dam
 wider than BLOCK_N are split over several programs; the last of them sums the parts, in one order always, and does what
 is done once a sample.
 
+Kept are 2 m + 3 states: z_k, z_(k-1), the best iterate and the rings. g_k waits in dG where the next difference goes;
+with `half` it has a state of its own, and dG takes m / 2.
+
 Bytes of a step, in states B N of the dtype, memory m: (m + 3) read and 3 written, then (m + 2) read and 1 written.
 """
 
@@ -33,9 +36,9 @@ from .tl_steps import (
     image,
     judge,
     last_to_arrive,
+    leave,
+    make_way,
     part_sum,
-    save_best,
-    settle,
 )
 
 MEMORY = 8  # most differences: their small system lies in registers
@@ -48,10 +51,8 @@ def _measure_kernel(
     y_ptrs,  # parts of y, each [B, N], any floating dtype
     v_ptrs,  # gains and weight of the tail, each [D]
     prev_ptr,  # [B, N]: z_(k-1)
-    next_ptr,  # [B, N]: z_(k-2)
-    best_ptr,  # [B, N]
     keep_ptr,  # [B, N] uint8, if HAS_KEEP
-    g_ptr,  # [B, N]: g_(k-1), then g_k
+    g_ptr,  # [B, N]: g_(k-1), then g_k, if HALF; else both are in dG
     dg_ptr,  # [B, M, N], or bf16 if HALF
     dh_ptr,  # [B, M, N]
     gram_ptr,  # [B, M, M]: <dG_i, dG_j>
@@ -83,12 +84,13 @@ def _measure_kernel(
     flags = flags_ptr + b
     phase = tl.load(flags + PHASE * B)
     if phase != DONE:
-        cols, mask, d = columns(pid % SPLITS, N, D, BLOCK_N, TAIL)
-        row = b.to(tl.int64) * N
-        offs = row + cols
         if phase == STOPPED:
-            settle(z_ptr, prev_ptr, next_ptr, best_ptr, flags, B, offs, mask, SPLITS)
+            leave(flags, B, SPLITS)
         else:
+            cols, mask, d = columns(pid % SPLITS, N, D, BLOCK_N, TAIL)
+            row = b.to(tl.int64) * N
+            offs = row + cols
+            dgs = dg_ptr + row * M + cols
             k = tl.load(flags + STEPS * B) + 1
             slot = (k + M - 2) % M
             z, y, g, seen = evaluation(
@@ -96,29 +98,32 @@ def _measure_kernel(
             )
             dg = tl.zeros_like(g)
             if k > 1:
-                dg = g - tl.load(g_ptr + offs, mask=mask, other=0.0)
+                if HALF:
+                    dg = g - tl.load(g_ptr + offs, mask=mask, other=0.0)
+                else:
+                    dg = g - tl.load(dgs + slot * N, mask=mask, other=0.0)
                 dh = z - tl.load(prev_ptr + offs, mask=mask, other=0.0) + tl.load(numbers_ptr) * dg
                 tl.store(dh_ptr + row * M + slot * N + cols, dh, mask=mask)
                 if HALF:
                     dg_half, near = bf16_pair(dg.to(tl.float32), INTERP)
-                    tl.store(dg_ptr + row * M + slot * N + cols, dg_half, mask=mask)
+                    tl.store(dgs + slot * N, dg_half, mask=mask)
                     dg = near.to(g.dtype)
-                else:
-                    tl.store(dg_ptr + row * M + slot * N + cols, dg, mask=mask)
-            tl.store(g_ptr + offs, g, mask=mask)
-            save_best(next_ptr, best_ptr, flags, B, offs, mask)
+                elif M > 1:
+                    tl.store(dgs + slot * N, dg, mask=mask)
             part = part_ptr + b.to(tl.int64) * WIDTH * SPLITS + pid % SPLITS
             rr, ss = dot2(g, g, seen, seen, INTERP)
             tl.store(part, rr)
             tl.store(part + SPLITS, ss)
             for i in range(M):
-                old = tl.load(
-                    dg_ptr + row * M + i * N + cols, mask=mask & (cols < tl.where(i == slot, 0, N)), other=0.0
-                )
+                old = tl.load(dgs + i * N, mask=mask & (cols < tl.where(i == slot, 0, N)), other=0.0)
                 old = tl.where(i == slot, dg, old.to(g.dtype))
                 with_g, with_dg = dot2(old, g, old, dg, INTERP)
                 tl.store(part + (2 + i) * SPLITS, with_g)
                 tl.store(part + (2 + M + i) * SPLITS, with_dg)
+            if HALF:
+                tl.store(g_ptr + offs, g, mask=mask)
+            else:  # where the oldest difference has been read for the last time
+                tl.store(dgs + (k - 1) % M * N, g, mask=mask)
             if last_to_arrive(flags, B, SPLITS):
                 rr = part_sum(part_ptr, b, 0, SPLITS, WIDTH, BLOCK_S)
                 ss = part_sum(part_ptr, b, 1, SPLITS, WIDTH, BLOCK_S)
@@ -167,7 +172,8 @@ def _mix_kernel(
     z_ptr,  # [B, N]: z_k
     y_ptrs,  # parts of y, each [B, N], any floating dtype
     v_ptrs,  # gains and weight of the tail, each [D]
-    next_ptr,  # [B, N]: becomes z_(k+1)
+    next_ptr,  # [B, N]: z_(k-1), then z_(k+1)
+    best_ptr,  # [B, N]
     dh_ptr,  # [B, M, N]
     gamma_ptr,  # [B, M]
     numbers_ptr,  # [2]: damping, ridge
@@ -185,11 +191,13 @@ def _mix_kernel(
 ):
     pid = tl.program_id(0)
     b = pid // SPLITS
-    phase = tl.load(flags_ptr + PHASE * B + b)
+    flags = flags_ptr + b
+    phase = tl.load(flags + PHASE * B)
     if phase != DONE:
         cols, mask, d = columns(pid % SPLITS, N, D, BLOCK_N, TAIL)
         row = b.to(tl.int64) * N
         z = tl.load(z_ptr + row + cols, mask=mask, other=0.0)
+        make_way(z, next_ptr, best_ptr, flags, B, row + cols, mask)
         if phase == ACTIVE:
             damping = tl.load(numbers_ptr)
             y = image(y_ptrs, v_ptrs, row + cols, mask, d, z, D, eps, mix, TAIL, INTERP)
@@ -201,15 +209,18 @@ def _mix_kernel(
 
 
 class AndersonSteps(Steps):
+    period = 2
+
     def __init__(
         self, z: Tensor, keep: Tensor | None, tol: float, limit: int, tail: Tail, *, memory, damping, ridge, half
     ):
         numbers = damping, max(ridge, 4 * torch.finfo(z.dtype).eps)
         batch, width = z.shape
-        self.memory, self.half, self.g = memory, half, z.new_empty(z.shape)
+        self.memory, self.half = memory, half
         self.dh = z.new_empty(batch, memory, width)
         # the interpreter has no bf16: there a rounded value is held in the dtype of the state
         self.dg = self.dh.new_empty(self.dh.shape, dtype=torch.bfloat16 if half and not interpreting() else z.dtype)
+        self.g = z.new_empty(z.shape) if half else self.dg
         self.gram, self.gamma = z.new_empty(batch, memory, memory), z.new_empty(batch, memory)
         super().__init__("anderson", z, keep, tol, limit, tail, numbers, parts=2 + 2 * memory)
 
@@ -220,10 +231,10 @@ class AndersonSteps(Steps):
 
     def take(self, *parts: Tensor) -> None:
         y, shape, m = contiguous(parts), self.shape, self.memory
-        measured = (self.z, y, self.vectors, self.prev, self.next, self.best, self.keep)
+        measured = (self.z, y, self.vectors, self.next, self.keep)
         measured += (self.g, self.dg, self.dh, self.gram, self.gamma)
         measured += (self.numbers, self.stats, self.flags, self.part, self.count)
-        mixed = (self.z, y, self.vectors, self.next, self.dh, self.gamma, self.numbers, self.flags)
+        mixed = (self.z, y, self.vectors, self.next, self.best, self.dh, self.gamma, self.numbers, self.flags)
         mixing = {name: self.config[name] for name in ("SPLITS", "BLOCK_N", "TAIL", "INTERP", "num_warps")}
         with launch.on(self.z.device):
             _measure_kernel[self.grid](

@@ -19,10 +19,10 @@ STEPS = {"keep_ptr": "*u8", "flags_ptr": "*i32", "left_ptr": "*i32", "B": "i32",
 STEPS |= {"D": "i32", "eps": "fp32", "mix": "fp32"}
 POINTERS = {
     "picard:_step_kernel": "z prev next best numbers stats part",
-    "anderson:_measure_kernel": "z prev next best g dg dh gram gamma numbers stats part",
-    "anderson:_mix_kernel": "z next dh gamma numbers",
-    "broyden:_measure_kernel": "z prev next best g u v coef numbers stats part",
-    "broyden:_mix_kernel": "z next u v coef",
+    "anderson:_measure_kernel": "z prev g dg dh gram gamma numbers stats part",
+    "anderson:_mix_kernel": "z next best dh gamma numbers",
+    "broyden:_measure_kernel": "z prev u v coef numbers stats part",
+    "broyden:_mix_kernel": "z next best u v coef",
     "tl_steps:finish_kernel": "z prev best",
 }
 
@@ -45,7 +45,7 @@ TAKES = {
     "anderson:_measure_kernel": ("M", "HALF", *MEASURES),
     "anderson:_mix_kernel": MIXES,
     "broyden:_measure_kernel": ("M", *MEASURES),
-    "broyden:_mix_kernel": MIXES,
+    "broyden:_mix_kernel": ("HAS_KEEP", *MIXES),
     "tl_steps:finish_kernel": ("SPLITS", "BLOCK_N"),
 }
 GROUP_NORM = {"part_ptr": "*fp32", "weight_ptr": "*fp32", "bias_ptr": "*fp32", "eps": "fp32"}

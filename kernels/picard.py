@@ -95,6 +95,8 @@ def _step_kernel(
 
 
 class PicardSteps(Steps):
+    period = 3
+
     def __init__(self, z: Tensor, keep: Tensor | None, tol: float, limit: int, tail: Tail, *, damping: float):
         super().__init__("picard", z, keep, tol, limit, tail, numbers=(damping,), parts=2)
 

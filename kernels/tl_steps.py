@@ -176,6 +176,23 @@ def last_to_arrive(flags, B, SPLITS: tl.constexpr):
 
 
 @triton.jit
+def leave(flags, B, SPLITS: tl.constexpr):
+    """Marks as done a sample that stopped, once all its programs have seen it."""
+    if last_to_arrive(flags, B, SPLITS):
+        tl.store(flags + PHASE * B, DONE)
+
+
+@triton.jit
+def make_way(z, next_ptr, best_ptr, flags, B, offs, mask):
+    """Saves z_(k-1), which is about to be overwritten, if it is the best; or z_k if it is, of a sample that stopped."""
+    if tl.load(flags + IMPROVED * B) != 0:
+        if tl.load(flags + PHASE * B) == STOPPED:
+            tl.store(best_ptr + offs, z, mask=mask)
+    elif tl.load(flags + BEFORE * B) != 0:
+        tl.store(best_ptr + offs, tl.load(next_ptr + offs, mask=mask), mask=mask)
+
+
+@triton.jit
 def save_best(next_ptr, best_ptr, flags, B, offs, mask):
     """Saves z_(k-2), which is about to be overwritten, if it is the best: z_(k-1) was no better."""
     if (tl.load(flags + BEFORE * B) != 0) & (tl.load(flags + IMPROVED * B) == 0):
@@ -198,8 +215,7 @@ def settle(z_ptr, prev_ptr, next_ptr, best_ptr, flags, B, offs, mask, SPLITS: tl
     at = tl.load(prev_ptr + offs, mask=mask)
     tl.store(z_ptr + offs, at, mask=mask)
     tl.store(next_ptr + offs, at, mask=mask)
-    if last_to_arrive(flags, B, SPLITS):
-        tl.store(flags + PHASE * B, DONE)
+    leave(flags, B, SPLITS)
 
 
 @triton.jit
@@ -222,7 +238,7 @@ def dot2(a, b, c, d, INTERP: tl.constexpr):
 @triton.jit
 def finish_kernel(
     z_ptr,  # [B, N]: z_k, the last iterate that was evaluated
-    prev_ptr,  # [B, N]: z_(k-1)
+    prev_ptr,  # [B, N]: z_(k-1); or `best`, where that has been saved
     best_ptr,  # [B, N]
     flags_ptr,  # [5, B]
     B,

@@ -6,6 +6,7 @@ from problems import tanh_problem
 
 import tritondeq as tdeq
 from tritondeq import DEQ, Anderson, Broyden, Implicit, Picard
+from tritondeq.loop import Estimate, Settings, iterate
 
 
 def gradients(reuse, gain=1.2, name="torch", solver=Broyden(memory=40), tol=1e-9, again=False, rows=3, width=24):  # noqa: B008
@@ -50,6 +51,35 @@ def test_backends_agree():
     options = {"tol": 1e-3, "solver": Broyden(memory=6)}
     (_, eager), (_, fused) = (gradients(True, gain=0.9, name=name, **options) for name in ("torch", "triton"))
     assert (eager - fused).abs().max() <= 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("memory", [1, 3])
+@pytest.mark.parametrize("width", [9, 2 * 1024 + 1])
+def test_kernels_leave_the_same_estimate_but_for_its_oldest_update(width, memory):
+    """Of samples that stop at different steps, beginning with an estimate and without; one program holds a sample of 9
+    elements, three share the wide ones."""
+    a = torch.linspace(-0.9, 0.8, width, dtype=torch.float64)
+    c = torch.randn(3, width, dtype=torch.float64)
+    c[1] = 0.0
+    begin = Estimate()
+    begin.rings = [0.1 * torch.randn(3, memory, width, dtype=torch.float64) / width**0.5 for _ in range(2)]
+    for estimate in (None, begin):
+        found = []
+        for name in ("torch", "triton"):
+            leaves = Estimate()
+            settings = Settings(Broyden(memory=memory), 1e-3, 9, None, None, estimate=estimate, leaves=leaves)
+            with tdeq.backend(name):
+                _, solution = iterate(lambda z: a * torch.sin(z) + c, torch.zeros_like(c), settings)
+            found.append((solution.steps, leaves.rings))
+        (steps, eager), (fused_steps, fused) = found
+        assert torch.equal(fused_steps, steps) and steps[1] == 1 and steps[0] > memory + 2
+        for kept, exact in zip(fused, eager, strict=True):
+            if estimate is None:
+                assert not kept[1].any()
+            torch.testing.assert_close(kept[1], exact[1], rtol=1e-9, atol=1e-9)  # stopped before it had any
+            torch.testing.assert_close(kept[::2, 1:], exact[::2, 1:], rtol=1e-6, atol=1e-9)
+            assert not kept[::2, 0].any()
 
 
 def test_retained_graphs_begin_with_the_same_estimate():

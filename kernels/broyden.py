@@ -1,4 +1,4 @@
-"""A Broyden step of any cell in two launches; `tritondeq.solvers.Broyden` has the equations and is the reference.
+"""A Broyden step of any cell in one or two launches; `tritondeq.solvers.Broyden` has the equations, the reference.
 
 The inverse Jacobian of g is H = -I + sum_i u_i v_i'. After evaluation k, with dz and dg the changes of z and g,
 
@@ -6,13 +6,15 @@ The inverse Jacobian of g is H = -I + sum_i u_i v_i'. After evaluation k, with d
     right = H dg = sum_i b_i u_i - dg       b_i = <v_i, dg>      new = <left, g>  = sum_i a_i c_i - <dz, g>
     u, v <- (dz - right) / den, left        c_i = <v_i, g>       z+  = y - sum_i c_i u_i - new u
 
-`_measure_kernel` takes all inner products, which only need the old rings, and applies the rules as in picard.py.
-`_mix_kernel` makes the new update in the slots of the oldest, and z+.
+`_measure_kernel` takes all inner products, which only need the old rings, and applies the rules as in picard.py. Then
+the new update is made in the slots of the oldest, and z+: where several programs share a sample, and in float64, by
+`_mix_kernel`.
 
 Kept are 2 m + 3 states: z_k, z_(k-1), the best iterate and the rings. The oldest update leaves H before the newest is
 made, and its v makes room for g_k until then; a sample that stops has an update less.
 
-Bytes of a step, in states B N of the dtype, memory m: (2m + 2) read, then (2m + 2) read and 4 written.
+Bytes of a step, in states B N of the dtype, memory m: (2m + 2) read, then (2m - 2) of them again and 4
+written; in two launches (2m + 2) read, then (2m + 2) read and 4 written.
 """
 
 import torch
@@ -27,7 +29,9 @@ from .steps import Steps, contiguous, refuses
 from .tails import Tail
 from .tl_steps import (
     ACTIVE,
+    BEFORE,
     DONE,
+    IMPROVED,
     PHASE,
     STEPS,
     STOPPED,
@@ -51,7 +55,8 @@ def _measure_kernel(
     z_ptr,  # [B, N]: z_k
     y_ptrs,  # parts of y, each [B, N], any floating dtype
     v_ptrs,  # gains and weight of the tail, each [D]
-    prev_ptr,  # [B, N]: z_(k-1)
+    next_ptr,  # [B, N]: z_(k-1), then z_(k+1) if ONE_LAUNCH
+    best_ptr,  # [B, N]
     keep_ptr,  # [B, N] uint8, if HAS_KEEP
     u_ptr,  # [B, M, N]
     v_ptr,  # [B, M, N]
@@ -68,6 +73,7 @@ def _measure_kernel(
     mix,
     limit,
     M: tl.constexpr,
+    ONE_LAUNCH: tl.constexpr,
     HAS_KEEP: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -95,7 +101,7 @@ def _measure_kernel(
             z, y, g, seen = evaluation(
                 z_ptr, y_ptrs, v_ptrs, keep_ptr, offs, mask, d, D, eps, mix, HAS_KEEP, TAIL, INTERP
             )
-            dz, dg = _changes(z, g, prev_ptr, vs + slot * N, keep_ptr, offs, mask, k, HAS_KEEP)
+            dz, dg = _changes(z, g, next_ptr, vs + slot * N, keep_ptr, offs, mask, k, HAS_KEEP)
             part = part_ptr + b.to(tl.int64) * WIDTH * SPLITS + pid % SPLITS
             rr, ss = dot2(g, g, seen, seen, INTERP)
             zg, zz = dot2(dz, g, dz, dz, INTERP)
@@ -117,9 +123,14 @@ def _measure_kernel(
             if last_to_arrive(flags, B, SPLITS):
                 rr = part_sum(part_ptr, b, 0, SPLITS, WIDTH, BLOCK_S)
                 ss = part_sum(part_ptr, b, 1, SPLITS, WIDTH, BLOCK_S)
-                go, rel, best = judge(stats_ptr, flags_ptr, left_ptr, b, B, limit, rr, ss, FLOOR)
+                go, rel, best, improved, before = judge(stats_ptr, flags_ptr, left_ptr, b, B, limit, rr, ss, FLOOR)
                 if go:
                     _weigh(part_ptr, coef_ptr, numbers_ptr, b, rel <= SAFE * best, SPLITS, WIDTH, M, BLOCK_S)
+                if ONE_LAUNCH:
+                    tl.debug_barrier()  # every warp sees the coefficients that one thread wrote
+                    make_way(z_ptr, next_ptr, best_ptr, go, improved, before, offs, mask)
+                    z = _mixed(z, y, g, dz, dg, coef_ptr + b * (COEFS + 3 * M), us, vs, slot, k, go, cols, mask, N, M)
+                    tl.store(next_ptr + offs, z, mask=mask)
 
 
 @triton.jit
@@ -170,6 +181,35 @@ def _weigh(
 
 
 @triton.jit
+def _mixed(z, y, g, dz, dg, coef, us, vs, slot, k, go, cols, mask, N, M: tl.constexpr):
+    """z_(k+1), or z_k of a sample that stops, after the new update has taken the place of the oldest, and g_k that of
+    the next."""
+    new = tl.zeros_like(z)
+    left = tl.zeros_like(z)
+    if go:
+        z = y
+        right = -dg
+        left = -dz
+        for i in range(M):
+            known = mask & (cols < tl.where(i == slot, 0, N))
+            u = tl.load(us + i * N, mask=known, other=0.0)
+            left += tl.load(coef + COEFS + i) * tl.load(vs + i * N, mask=known, other=0.0)
+            right += tl.load(coef + COEFS + M + i) * u
+            z -= tl.load(coef + COEFS + 2 * M + i) * u
+        over = tl.load(coef)
+        new = (dz - right) * over
+        left = tl.where(over != 0.0, left, 0.0)
+        z -= tl.load(coef + 1) * new
+    # nothing where the sample has just stopped, so that its rings stay what H is made of; a lone update leaves at once
+    made = mask & (cols < tl.where((slot < M) & ((M > 1) | (not go)), N, 0))
+    tl.store(us + slot * N, new, mask=made)
+    tl.store(vs + slot * N, left, mask=made)
+    if go:
+        tl.store(vs + (k - 1) % M * N, g, mask=mask)
+    return z
+
+
+@triton.jit
 def _mix_kernel(
     z_ptr,  # [B, N]: z_k
     y_ptrs,  # parts of y, each [B, N], any floating dtype
@@ -206,31 +246,12 @@ def _mix_kernel(
         k = tl.load(flags + STEPS * B)
         slot = tl.where(k > 1, (k + M - 2) % M, M)
         z, y, g, seen = evaluation(z_ptr, y_ptrs, v_ptrs, keep_ptr, offs, mask, d, D, eps, mix, HAS_KEEP, TAIL, INTERP)
-        new = tl.zeros_like(z)
-        left = tl.zeros_like(z)
         dz, dg = _changes(z, g, next_ptr, vs + slot * N, keep_ptr, offs, mask, k, HAS_KEEP)
-        make_way(z, next_ptr, best_ptr, flags, B, offs, mask)
-        if phase == ACTIVE:
-            coef = coef_ptr + b * (COEFS + 3 * M)
-            z = y
-            right = -dg
-            left = -dz
-            for i in range(M):
-                known = mask & (cols < tl.where(i == slot, 0, N))
-                u = tl.load(us + i * N, mask=known, other=0.0)
-                left += tl.load(coef + COEFS + i) * tl.load(vs + i * N, mask=known, other=0.0)
-                right += tl.load(coef + COEFS + M + i) * u
-                z -= tl.load(coef + COEFS + 2 * M + i) * u
-            over = tl.load(coef)
-            new = (dz - right) * over
-            left = tl.where(over != 0.0, left, 0.0)
-            z -= tl.load(coef + 1) * new
-        # nothing where the sample has just stopped, so that its rings stay what H is made of
-        made = mask & (cols < tl.where((slot < M) & ((M > 1) | (phase == STOPPED)), N, 0))
-        tl.store(us + slot * N, new, mask=made)
-        tl.store(vs + slot * N, left, mask=made)
-        if phase == ACTIVE:
-            tl.store(vs + (k - 1) % M * N, g, mask=mask)
+        go = phase == ACTIVE
+        improved = tl.load(flags + IMPROVED * B) != 0
+        before = tl.load(flags + BEFORE * B) != 0
+        make_way(z_ptr, next_ptr, best_ptr, go, improved, before, offs, mask)
+        z = _mixed(z, y, g, dz, dg, coef_ptr + b * (COEFS + 3 * M), us, vs, slot, k, go, cols, mask, N, M)
         tl.store(next_ptr + offs, z, mask=mask)
 
 
@@ -244,6 +265,7 @@ class BroydenSteps(Steps):
         self.u, self.v = (z.new_empty(batch, memory, width) for _ in range(2))
         self.coef = z.new_empty(batch, COEFS.value + 3 * memory)
         super().__init__("broyden", z, keep, tol, limit, tail, numbers, parts=PARTS.value + 3 * memory)
+        self.one_launch = launch.one_launch("broyden", self.config, itemsize=z.element_size(), memory=memory)
 
     def reset(self, z: Tensor) -> None:
         super().reset(z)
@@ -260,13 +282,15 @@ class BroydenSteps(Steps):
 
     def take(self, *parts: Tensor) -> None:
         y, shape, m = contiguous(parts), self.shape, self.memory
-        measured = (self.z, y, self.vectors, self.next, self.keep)
+        known = {"M": m, "ONE_LAUNCH": self.one_launch}
+        measured = (self.z, y, self.vectors, self.next, self.best, self.keep)
         measured += (self.u, self.v, self.coef, self.numbers, self.stats, self.flags, self.part, self.count)
         mixed = (self.z, y, self.vectors, self.next, self.best, self.keep, self.u, self.v, self.coef, self.flags)
         mixing = {name: self.config[name] for name in ("HAS_KEEP", "SPLITS", "BLOCK_N", "TAIL", "INTERP", "num_warps")}
         with launch.on(self.z.device):
-            _measure_kernel[self.grid](*measured, *shape, self.limit, M=m, enable_fp_fusion=True, **self.config)
-            _mix_kernel[self.grid](*mixed, *shape, M=m, enable_fp_fusion=True, **mixing)
+            _measure_kernel[self.grid](*measured, *shape, self.limit, enable_fp_fusion=True, **known, **self.config)
+            if not self.one_launch:
+                _mix_kernel[self.grid](*mixed, *shape, M=m, enable_fp_fusion=True, **mixing)
 
 
-broyden = register("broyden", StepsOp(BroydenSteps, refuses, "two launches a step"))
+broyden = register("broyden", StepsOp(BroydenSteps, refuses, "one or two launches a step"))

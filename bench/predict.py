@@ -220,16 +220,16 @@ OTHERS = {
     "G5 D 1024": lambda: _device(1024),
     "G6": _uneven,
     "G7 Picard": lambda: _price(4096, 1024, 1, 3),
-    "G7 Anderson(5)": lambda: _price(4096, 1024, 2, 19),
+    "G7 Anderson(5)": lambda: _price(4096, 1024, 1, 16),
     "G8 Picard": lambda: _price(32, 64, 1, 3),
-    "G8 Anderson(5)": lambda: _price(32, 64, 2, 19),
+    "G8 Anderson(5)": lambda: _price(32, 64, 1, 16),
     "G9 time": _block,
     "G9 memory": _counted(1.0, "nothing that is kept depends on the steps"),
     "G10 flat": _counted(1.0, "nothing that is kept depends on the steps"),
-    "G10 states": _counted(2 * targets.MEMORY + 5, "three iterates in rotation, the best, a residual, two rings"),
+    "G10 states": _counted(2 * targets.MEMORY + 3, "two iterates in rotation, the best, two rings"),
     "G12 launches, Picard": _counted(1, "one kernel a step"),
     "G12 syncs, Picard": _counted(0, "the flag is read a look late"),
-    "G12 launches, Anderson(5)": _counted(2, "one kernel for dots, one that mixes"),
+    "G12 launches, Anderson(5)": _counted(2, "one kernel for dots, one that mixes, where programs share a sample"),
     "G12 syncs, Anderson(5)": _counted(0, "the flag is read a look late"),
 }
 # What could reach a target that is predicted to be missed, or nearly so.
@@ -253,10 +253,7 @@ DESIGNS = {
     "G7 Anderson(5)": "half=True, 2.5 states less",
     "G8 Picard": "an activation left to the step (`Cell.tail`) is no kernel more than the bare cell has; for any cell "
     "only a launch that overlaps the one before it (programmatic dependent launch)",
-    "G8 Anderson(5)": "the dots and the mixing in one launch, where one program holds a sample",
     "G9 time": "`graph=True` around the compiled cell",
-    "G10 states": "the best iterate saved only when its slot is about to be overwritten, and z_(k-1) read from the "
-    "rings: two states less",
     "G11 torchdeq": "64 rows a tile, by wgmma",
     "G11 compiled": "as the line above",
 }

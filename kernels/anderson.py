@@ -1,12 +1,17 @@
-"""An Anderson step of any cell in two launches; `tritondeq.solvers.Anderson` has the equation and is the reference.
+"""An Anderson step of any cell in one or two launches; `tritondeq.solvers.Anderson` has the equation, the reference.
 
 `_measure_kernel`, after evaluation k: g = y - z_k, and into the rings dG = g_k - g_(k-1) and
 dH = z_k - z_(k-1) + damping dG; one new row of the Gram matrix, <dG_i, dG>, and <dG_i, g>; the rules, as in picard.py;
-and each sample's small system, in registers. `_mix_kernel`: z_(k+1) = z_k + damping g - sum_i gamma_i dH_i. Samples
-wider than BLOCK_N are split over several programs; the last of them sums the parts, in one order always, and does what
-is done once a sample.
+and each sample's small system, in registers. Then z_(k+1) = z_k + damping g - sum_i gamma_i dH_i. Samples wider than
+BLOCK_N are split over several programs; the last of them sums the parts, in one order always, and does what is done
+once a sample, and `_mix_kernel` makes z_(k+1). So it does in float64 and of more differences than `launch.one_launch`
+allows: else registers spill.
 
-Bytes of a step, in states B N of the dtype, memory m: (m + 3) read and 3 written, then (m + 2) read and 1 written.
+Kept are 2 m + 3 states: z_k, z_(k-1), the best iterate and the rings. g_k waits in dG where the next difference goes;
+with `half` it has a state of its own, and dG takes m / 2.
+
+Bytes of a step, in states B N of the dtype, memory m: (2m + 2) read and 4 written, and what has just been written of dH
+read again; in two launches (m + 3) read and 3 written, then (m + 2) read and 1 written.
 """
 
 import torch
@@ -23,7 +28,9 @@ from .tl_anderson import anderson_weights
 from .tl_common import bf16_pair
 from .tl_steps import (
     ACTIVE,
+    BEFORE,
     DONE,
+    IMPROVED,
     PHASE,
     STEPS,
     STOPPED,
@@ -33,9 +40,10 @@ from .tl_steps import (
     image,
     judge,
     last_to_arrive,
-    part_sum,
-    save_best,
-    settle,
+    leave,
+    leave_parts,
+    make_way,
+    totals,
 )
 
 MEMORY = 8  # most differences: their small system lies in registers
@@ -47,15 +55,14 @@ def _measure_kernel(
     z_ptr,  # [B, N]: z_k
     y_ptrs,  # parts of y, each [B, N], any floating dtype
     v_ptrs,  # gains and weight of the tail, each [D]
-    prev_ptr,  # [B, N]: z_(k-1)
-    next_ptr,  # [B, N]: z_(k-2)
+    next_ptr,  # [B, N]: z_(k-1), then z_(k+1) if ONE_LAUNCH
     best_ptr,  # [B, N]
     keep_ptr,  # [B, N] uint8, if HAS_KEEP
-    g_ptr,  # [B, N]: g_(k-1), then g_k
+    g_ptr,  # [B, N]: g_(k-1), then g_k, if HALF; else both are in dG
     dg_ptr,  # [B, M, N], or bf16 if HALF
     dh_ptr,  # [B, M, N]
     gram_ptr,  # [B, M, M]: <dG_i, dG_j>
-    gamma_ptr,  # [B, M]: mixing weights
+    gamma_ptr,  # [B, M]: mixing weights, unless ONE_LAUNCH
     numbers_ptr,  # [2]: damping, ridge
     stats_ptr,  # [8, B]
     flags_ptr,  # [5, B]
@@ -69,6 +76,7 @@ def _measure_kernel(
     limit,
     M: tl.constexpr,
     HALF: tl.constexpr,
+    ONE_LAUNCH: tl.constexpr,
     HAS_KEEP: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -77,78 +85,77 @@ def _measure_kernel(
     TAIL: tl.constexpr,
     INTERP: tl.constexpr,
 ):
-    WIDTH: tl.constexpr = 2 + 2 * M
     pid = tl.program_id(0)
     b = pid // SPLITS
     flags = flags_ptr + b
     phase = tl.load(flags + PHASE * B)
     if phase != DONE:
-        cols, mask, d = columns(pid % SPLITS, N, D, BLOCK_N, TAIL)
-        row = b.to(tl.int64) * N
-        offs = row + cols
         if phase == STOPPED:
-            settle(z_ptr, prev_ptr, next_ptr, best_ptr, flags, B, offs, mask, SPLITS)
+            leave(flags, B, SPLITS)
         else:
+            cols, mask, d = columns(pid % SPLITS, N, D, BLOCK_N, TAIL)
+            row = b.to(tl.int64) * N
+            offs = row + cols
+            dgs = dg_ptr + row * M + cols
+            dhs = dh_ptr + row * M + cols
             k = tl.load(flags + STEPS * B) + 1
             slot = (k + M - 2) % M
             z, y, g, seen = evaluation(
                 z_ptr, y_ptrs, v_ptrs, keep_ptr, offs, mask, d, D, eps, mix, HAS_KEEP, TAIL, INTERP
             )
             dg = tl.zeros_like(g)
+            damping = tl.load(numbers_ptr)
+            onward = tl.where(damping == 1.0, y, z + damping * (y - z))
             if k > 1:
-                dg = g - tl.load(g_ptr + offs, mask=mask, other=0.0)
-                dh = z - tl.load(prev_ptr + offs, mask=mask, other=0.0) + tl.load(numbers_ptr) * dg
-                tl.store(dh_ptr + row * M + slot * N + cols, dh, mask=mask)
+                if HALF:
+                    dg = g - tl.load(g_ptr + offs, mask=mask, other=0.0)
+                else:
+                    dg = g - tl.load(dgs + slot * N, mask=mask, other=0.0)
+                dh = z - tl.load(next_ptr + offs, mask=mask, other=0.0) + damping * dg
+                tl.store(dhs + slot * N, dh, mask=mask)
                 if HALF:
                     dg_half, near = bf16_pair(dg.to(tl.float32), INTERP)
-                    tl.store(dg_ptr + row * M + slot * N + cols, dg_half, mask=mask)
+                    tl.store(dgs + slot * N, dg_half, mask=mask)
                     dg = near.to(g.dtype)
-                else:
-                    tl.store(dg_ptr + row * M + slot * N + cols, dg, mask=mask)
-            tl.store(g_ptr + offs, g, mask=mask)
-            save_best(next_ptr, best_ptr, flags, B, offs, mask)
-            part = part_ptr + b.to(tl.int64) * WIDTH * SPLITS + pid % SPLITS
-            rr, ss = dot2(g, g, seen, seen, INTERP)
-            tl.store(part, rr)
-            tl.store(part + SPLITS, ss)
-            for i in range(M):
-                old = tl.load(
-                    dg_ptr + row * M + i * N + cols, mask=mask & (cols < tl.where(i == slot, 0, N)), other=0.0
-                )
+                elif M > 1:
+                    tl.store(dgs + slot * N, dg, mask=mask)
+            if HALF:
+                tl.store(g_ptr + offs, g, mask=mask)
+            sums = dot2(g, g, seen, seen, INTERP)
+            for i in tl.static_range(M):
+                old = tl.load(dgs + i * N, mask=mask & (cols < tl.where(i == slot, 0, N)), other=0.0)
                 old = tl.where(i == slot, dg, old.to(g.dtype))
-                with_g, with_dg = dot2(old, g, old, dg, INTERP)
-                tl.store(part + (2 + i) * SPLITS, with_g)
-                tl.store(part + (2 + M + i) * SPLITS, with_dg)
+                sums = sums + dot2(old, g, old, dg, INTERP)
+            if not HALF:  # where the oldest difference has been read for the last time
+                tl.store(dgs + (k - 1) % M * N, g, mask=mask)
+            leave_parts(sums, part_ptr, b, pid % SPLITS, SPLITS)
             if last_to_arrive(flags, B, SPLITS):
-                rr = part_sum(part_ptr, b, 0, SPLITS, WIDTH, BLOCK_S)
-                ss = part_sum(part_ptr, b, 1, SPLITS, WIDTH, BLOCK_S)
-                go, rel, best = judge(stats_ptr, flags_ptr, left_ptr, b, B, limit, rr, ss, FLOOR)
-                if go:
-                    _weigh(part_ptr, gram_ptr, gamma_ptr, numbers_ptr, b, slot, rel, best, SPLITS, M, BLOCK_S)
+                found = totals(sums, part_ptr, b, SPLITS, BLOCK_S)
+                rr, ss = found[0], found[1]
+                go, rel, best, improved, before = judge(stats_ptr, flags_ptr, left_ptr, b, B, limit, rr, ss, FLOOR)
+                gamma = _weigh(found, gram_ptr, numbers_ptr, b, slot, rel, best, M)
+                if ONE_LAUNCH:
+                    make_way(z_ptr, next_ptr, best_ptr, go, improved, before, offs, mask)
+                    if go:
+                        onward = _mixed(onward, gamma, dhs, mask, N, M)
+                    else:
+                        onward = tl.load(z_ptr + offs, mask=mask, other=0.0)
+                    tl.store(next_ptr + offs, onward, mask=mask)
+                else:
+                    for i in tl.static_range(M):
+                        tl.store(gamma_ptr + b * M + i, gamma[i])
 
 
 @triton.jit
-def _weigh(
-    part_ptr,
-    gram_ptr,
-    gamma_ptr,
-    numbers_ptr,
-    b,
-    slot,
-    rel,
-    best,
-    SPLITS: tl.constexpr,
-    M: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
+def _weigh(sums, gram_ptr, numbers_ptr, b, slot, rel, best, M: tl.constexpr):
     """The new row of a sample's Gram matrix, and its mixing weights."""
     one = tl.arange(0, 1)  # the helpers want vectors
     gram_ptr += b.to(tl.int64) * M * M + one
     dots = ()
     new = ()
     for i in tl.static_range(M):
-        dots = dots + (part_sum(part_ptr, b, 2 + i, SPLITS, 2 + 2 * M, BLOCK_S) + one * 0.0,)
-        new = new + (part_sum(part_ptr, b, 2 + M + i, SPLITS, 2 + 2 * M, BLOCK_S) + one * 0.0,)
+        dots = dots + (sums[2 + 2 * i] + one * 0.0,)
+        new = new + (sums[3 + 2 * i] + one * 0.0,)
     gram = ()
     for i in tl.static_range(M):
         for j in tl.static_range(i + 1):
@@ -157,9 +164,19 @@ def _weigh(
     for i in tl.static_range(M):  # of the lower triangle: nobody reads the other
         tl.store(gram_ptr + tl.where(slot > i, slot * M + i, i * M + slot), new[i])
     plain = ~(rel + one * 0.0 <= SAFE * best)
-    gamma = anderson_weights(gram, dots, plain, tl.load(numbers_ptr + 1), M)
+    weights = anderson_weights(gram, dots, plain, tl.load(numbers_ptr + 1), M)
+    gamma = ()
     for i in tl.static_range(M):
-        tl.store(gamma_ptr + b * M + i + one, gamma[i])
+        gamma = gamma + (tl.sum(weights[i], 0),)
+    return gamma
+
+
+@triton.jit
+def _mixed(z, gamma, dhs, mask, N, M: tl.constexpr):
+    """z_(k+1) of the plain step z."""
+    for i in tl.static_range(M):
+        z -= gamma[i] * tl.load(dhs + i * N, mask=mask, other=0.0)
+    return z
 
 
 @triton.jit
@@ -167,7 +184,8 @@ def _mix_kernel(
     z_ptr,  # [B, N]: z_k
     y_ptrs,  # parts of y, each [B, N], any floating dtype
     v_ptrs,  # gains and weight of the tail, each [D]
-    next_ptr,  # [B, N]: becomes z_(k+1)
+    next_ptr,  # [B, N]: z_(k-1), then z_(k+1)
+    best_ptr,  # [B, N]
     dh_ptr,  # [B, M, N]
     gamma_ptr,  # [B, M]
     numbers_ptr,  # [2]: damping, ridge
@@ -185,33 +203,43 @@ def _mix_kernel(
 ):
     pid = tl.program_id(0)
     b = pid // SPLITS
-    phase = tl.load(flags_ptr + PHASE * B + b)
+    flags = flags_ptr + b
+    phase = tl.load(flags + PHASE * B)
     if phase != DONE:
         cols, mask, d = columns(pid % SPLITS, N, D, BLOCK_N, TAIL)
         row = b.to(tl.int64) * N
-        z = tl.load(z_ptr + row + cols, mask=mask, other=0.0)
+        offs = row + cols
+        onward = tl.load(z_ptr + offs, mask=mask, other=0.0)
+        improved = tl.load(flags + IMPROVED * B) != 0
+        before = tl.load(flags + BEFORE * B) != 0
+        make_way(z_ptr, next_ptr, best_ptr, phase == ACTIVE, improved, before, offs, mask)
         if phase == ACTIVE:
             damping = tl.load(numbers_ptr)
-            y = image(y_ptrs, v_ptrs, row + cols, mask, d, z, D, eps, mix, TAIL, INTERP)
-            z = tl.where(damping == 1.0, y, z + damping * (y - z))
-            for i in range(M):
-                gamma = tl.load(gamma_ptr + b * M + i)
-                z -= gamma * tl.load(dh_ptr + row * M + i * N + cols, mask=mask, other=0.0)
-        tl.store(next_ptr + row + cols, z, mask=mask)
+            y = image(y_ptrs, v_ptrs, offs, mask, d, onward, D, eps, mix, TAIL, INTERP)
+            onward = tl.where(damping == 1.0, y, onward + damping * (y - onward))
+            gamma = ()
+            for i in tl.static_range(M):
+                gamma = gamma + (tl.load(gamma_ptr + b * M + i),)
+            onward = _mixed(onward, gamma, dh_ptr + row * M + cols, mask, N, M)
+        tl.store(next_ptr + offs, onward, mask=mask)
 
 
 class AndersonSteps(Steps):
+    period = 2
+
     def __init__(
         self, z: Tensor, keep: Tensor | None, tol: float, limit: int, tail: Tail, *, memory, damping, ridge, half
     ):
         numbers = damping, max(ridge, 4 * torch.finfo(z.dtype).eps)
         batch, width = z.shape
-        self.memory, self.half, self.g = memory, half, z.new_empty(z.shape)
+        self.memory, self.half = memory, half
         self.dh = z.new_empty(batch, memory, width)
         # the interpreter has no bf16: there a rounded value is held in the dtype of the state
         self.dg = self.dh.new_empty(self.dh.shape, dtype=torch.bfloat16 if half and not interpreting() else z.dtype)
+        self.g = z.new_empty(z.shape) if half else self.dg
         self.gram, self.gamma = z.new_empty(batch, memory, memory), z.new_empty(batch, memory)
         super().__init__("anderson", z, keep, tol, limit, tail, numbers, parts=2 + 2 * memory)
+        self.one_launch = launch.one_launch("anderson", self.config, itemsize=z.element_size(), memory=memory)
 
     def reset(self, z: Tensor) -> None:
         super().reset(z)
@@ -220,16 +248,16 @@ class AndersonSteps(Steps):
 
     def take(self, *parts: Tensor) -> None:
         y, shape, m = contiguous(parts), self.shape, self.memory
-        measured = (self.z, y, self.vectors, self.prev, self.next, self.best, self.keep)
+        known = {"M": m, "HALF": self.half, "ONE_LAUNCH": self.one_launch}
+        measured = (self.z, y, self.vectors, self.next, self.best, self.keep)
         measured += (self.g, self.dg, self.dh, self.gram, self.gamma)
         measured += (self.numbers, self.stats, self.flags, self.part, self.count)
-        mixed = (self.z, y, self.vectors, self.next, self.dh, self.gamma, self.numbers, self.flags)
+        mixed = (self.z, y, self.vectors, self.next, self.best, self.dh, self.gamma, self.numbers, self.flags)
         mixing = {name: self.config[name] for name in ("SPLITS", "BLOCK_N", "TAIL", "INTERP", "num_warps")}
         with launch.on(self.z.device):
-            _measure_kernel[self.grid](
-                *measured, *shape, self.limit, M=m, HALF=self.half, enable_fp_fusion=True, **self.config
-            )
-            _mix_kernel[self.grid](*mixed, *shape, M=m, enable_fp_fusion=True, **mixing)
+            _measure_kernel[self.grid](*measured, *shape, self.limit, enable_fp_fusion=True, **known, **self.config)
+            if not self.one_launch:
+                _mix_kernel[self.grid](*mixed, *shape, M=m, enable_fp_fusion=True, **mixing)
 
 
 def refuses(*, memory: int, **problem) -> str | None:
@@ -239,4 +267,4 @@ def refuses(*, memory: int, **problem) -> str | None:
     return steps.refuses(memory=memory, **problem)
 
 
-anderson = register("anderson", StepsOp(AndersonSteps, refuses, "two launches a step"))
+anderson = register("anderson", StepsOp(AndersonSteps, refuses, "one or two launches a step"))

@@ -1,4 +1,4 @@
-"""A Broyden step of any cell in two launches; `tritondeq.solvers.Broyden` has the equations and is the reference.
+"""A Broyden step of any cell in one or two launches; `tritondeq.solvers.Broyden` has the equations, the reference.
 
 The inverse Jacobian of g is H = -I + sum_i u_i v_i'. After evaluation k, with dz and dg the changes of z and g,
 
@@ -6,10 +6,15 @@ The inverse Jacobian of g is H = -I + sum_i u_i v_i'. After evaluation k, with d
     right = H dg = sum_i b_i u_i - dg       b_i = <v_i, dg>      new = <left, g>  = sum_i a_i c_i - <dz, g>
     u, v <- (dz - right) / den, left        c_i = <v_i, g>       z+  = y - sum_i c_i u_i - new u
 
-`_measure_kernel` takes all inner products, which only need the old rings, applies the rules as in picard.py, and leaves
-dz and dg in the ring slots of the oldest update. `_mix_kernel` makes the new update there, and z+.
+`_measure_kernel` takes all inner products, which only need the old rings, and applies the rules as in picard.py. Then
+the new update is made in the slots of the oldest, and z+: where several programs share a sample, and in float64, by
+`_mix_kernel`.
 
-Bytes of a step, in states B N of the dtype, memory m: (2m + 3) read and 3 written, then (2m + 2) read and 3 written.
+Kept are 2 m + 3 states: z_k, z_(k-1), the best iterate and the rings. The oldest update leaves H before the newest is
+made, and its v makes room for g_k until then; a sample that stops has an update less.
+
+Bytes of a step, in states B N of the dtype, memory m: (2m + 2) read, then (2m - 2) of them again and 4
+written; in two launches (2m + 2) read, then (2m + 2) read and 4 written.
 """
 
 import torch
@@ -24,19 +29,20 @@ from .steps import Steps, contiguous, refuses
 from .tails import Tail
 from .tl_steps import (
     ACTIVE,
+    BEFORE,
     DONE,
+    IMPROVED,
     PHASE,
     STEPS,
     STOPPED,
     columns,
     dot2,
     evaluation,
-    image,
     judge,
     last_to_arrive,
+    leave,
+    make_way,
     part_sum,
-    save_best,
-    settle,
 )
 
 SAFE = tl.constexpr(SAFEGUARD)
@@ -49,11 +55,9 @@ def _measure_kernel(
     z_ptr,  # [B, N]: z_k
     y_ptrs,  # parts of y, each [B, N], any floating dtype
     v_ptrs,  # gains and weight of the tail, each [D]
-    prev_ptr,  # [B, N]: z_(k-1)
-    next_ptr,  # [B, N]: z_(k-2)
+    next_ptr,  # [B, N]: z_(k-1), then z_(k+1) if ONE_LAUNCH
     best_ptr,  # [B, N]
     keep_ptr,  # [B, N] uint8, if HAS_KEEP
-    g_ptr,  # [B, N]: g_(k-1), then g_k
     u_ptr,  # [B, M, N]
     v_ptr,  # [B, M, N]
     coef_ptr,  # [B, 2 + 3 M]
@@ -69,6 +73,7 @@ def _measure_kernel(
     mix,
     limit,
     M: tl.constexpr,
+    ONE_LAUNCH: tl.constexpr,
     HAS_KEEP: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -83,27 +88,20 @@ def _measure_kernel(
     flags = flags_ptr + b
     phase = tl.load(flags + PHASE * B)
     if phase != DONE:
-        cols, mask, d = columns(pid % SPLITS, N, D, BLOCK_N, TAIL)
-        row = b.to(tl.int64) * N
-        offs = row + cols
         if phase == STOPPED:
-            settle(z_ptr, prev_ptr, next_ptr, best_ptr, flags, B, offs, mask, SPLITS)
+            leave(flags, B, SPLITS)
         else:
+            cols, mask, d = columns(pid % SPLITS, N, D, BLOCK_N, TAIL)
+            row = b.to(tl.int64) * N
+            offs = row + cols
+            us = u_ptr + row * M + cols
+            vs = v_ptr + row * M + cols
             k = tl.load(flags + STEPS * B) + 1
             slot = tl.where(k > 1, (k + M - 2) % M, M)  # none at first
-            made = mask & (cols < tl.where(slot < M, N, 0))
             z, y, g, seen = evaluation(
                 z_ptr, y_ptrs, v_ptrs, keep_ptr, offs, mask, d, D, eps, mix, HAS_KEEP, TAIL, INTERP
             )
-            dz = tl.zeros_like(g)
-            dg = tl.zeros_like(g)
-            if k > 1:
-                dz = z - tl.load(prev_ptr + offs, mask=mask, other=0.0)
-                if HAS_KEEP:
-                    dz = tl.where(tl.load(keep_ptr + offs, mask=mask, other=0) != 0, dz, 0.0)
-                dg = g - tl.load(g_ptr + offs, mask=mask, other=0.0)
-            tl.store(g_ptr + offs, g, mask=mask)
-            save_best(next_ptr, best_ptr, flags, B, offs, mask)
+            dz, dg = _changes(z, g, next_ptr, vs + slot * N, keep_ptr, offs, mask, k, HAS_KEEP)
             part = part_ptr + b.to(tl.int64) * WIDTH * SPLITS + pid % SPLITS
             rr, ss = dot2(g, g, seen, seen, INTERP)
             zg, zz = dot2(dz, g, dz, dz, INTERP)
@@ -116,20 +114,36 @@ def _measure_kernel(
             tl.store(part + 5 * SPLITS, dd)
             for i in range(M):
                 known = mask & (cols < tl.where(i == slot, 0, N))  # the oldest update leaves H first
-                u = tl.load(u_ptr + row * M + i * N + cols, mask=known, other=0.0)
-                v = tl.load(v_ptr + row * M + i * N + cols, mask=known, other=0.0)
+                u = tl.load(us + i * N, mask=known, other=0.0)
+                v = tl.load(vs + i * N, mask=known, other=0.0)
                 with_dg, with_g = dot2(v, dg, v, g, INTERP)
                 tl.store(part + (PARTS + i) * SPLITS, tl.sum(u * dz, 0))
                 tl.store(part + (PARTS + M + i) * SPLITS, with_dg)
                 tl.store(part + (PARTS + 2 * M + i) * SPLITS, with_g)
-            tl.store(u_ptr + row * M + slot * N + cols, dz, mask=made)
-            tl.store(v_ptr + row * M + slot * N + cols, dg, mask=made)
             if last_to_arrive(flags, B, SPLITS):
                 rr = part_sum(part_ptr, b, 0, SPLITS, WIDTH, BLOCK_S)
                 ss = part_sum(part_ptr, b, 1, SPLITS, WIDTH, BLOCK_S)
-                go, rel, best = judge(stats_ptr, flags_ptr, left_ptr, b, B, limit, rr, ss, FLOOR)
+                go, rel, best, improved, before = judge(stats_ptr, flags_ptr, left_ptr, b, B, limit, rr, ss, FLOOR)
                 if go:
                     _weigh(part_ptr, coef_ptr, numbers_ptr, b, rel <= SAFE * best, SPLITS, WIDTH, M, BLOCK_S)
+                if ONE_LAUNCH:
+                    tl.debug_barrier()  # every warp sees the coefficients that one thread wrote
+                    make_way(z_ptr, next_ptr, best_ptr, go, improved, before, offs, mask)
+                    z = _mixed(z, y, g, dz, dg, coef_ptr + b * (COEFS + 3 * M), us, vs, slot, k, go, cols, mask, N, M)
+                    tl.store(next_ptr + offs, z, mask=mask)
+
+
+@triton.jit
+def _changes(z, g, prev_ptr, before_ptr, keep_ptr, offs, mask, k, HAS_KEEP: tl.constexpr):
+    """(dz, dg), zero at first; g_(k-1) is at `before_ptr`."""
+    dz = tl.zeros_like(z)
+    dg = tl.zeros_like(z)
+    if k > 1:
+        dz = z - tl.load(prev_ptr + offs, mask=mask, other=0.0)
+        if HAS_KEEP:
+            dz = tl.where(tl.load(keep_ptr + offs, mask=mask, other=0) != 0, dz, 0.0)
+        dg = g - tl.load(before_ptr, mask=mask, other=0.0)
+    return dz, dg
 
 
 @triton.jit
@@ -167,11 +181,42 @@ def _weigh(
 
 
 @triton.jit
+def _mixed(z, y, g, dz, dg, coef, us, vs, slot, k, go, cols, mask, N, M: tl.constexpr):
+    """z_(k+1), or z_k of a sample that stops, after the new update has taken the place of the oldest, and g_k that of
+    the next."""
+    new = tl.zeros_like(z)
+    left = tl.zeros_like(z)
+    if go:
+        z = y
+        right = -dg
+        left = -dz
+        for i in range(M):
+            known = mask & (cols < tl.where(i == slot, 0, N))
+            u = tl.load(us + i * N, mask=known, other=0.0)
+            left += tl.load(coef + COEFS + i) * tl.load(vs + i * N, mask=known, other=0.0)
+            right += tl.load(coef + COEFS + M + i) * u
+            z -= tl.load(coef + COEFS + 2 * M + i) * u
+        over = tl.load(coef)
+        new = (dz - right) * over
+        left = tl.where(over != 0.0, left, 0.0)
+        z -= tl.load(coef + 1) * new
+    # nothing where the sample has just stopped, so that its rings stay what H is made of; a lone update leaves at once
+    made = mask & (cols < tl.where((slot < M) & ((M > 1) | (not go)), N, 0))
+    tl.store(us + slot * N, new, mask=made)
+    tl.store(vs + slot * N, left, mask=made)
+    if go:
+        tl.store(vs + (k - 1) % M * N, g, mask=mask)
+    return z
+
+
+@triton.jit
 def _mix_kernel(
     z_ptr,  # [B, N]: z_k
     y_ptrs,  # parts of y, each [B, N], any floating dtype
     v_ptrs,  # gains and weight of the tail, each [D]
-    next_ptr,  # [B, N]: becomes z_(k+1)
+    next_ptr,  # [B, N]: z_(k-1), then z_(k+1)
+    best_ptr,  # [B, N]
+    keep_ptr,  # [B, N] uint8, if HAS_KEEP
     u_ptr,  # [B, M, N]
     v_ptr,  # [B, M, N]
     coef_ptr,  # [B, 2 + 3 M]
@@ -182,6 +227,7 @@ def _mix_kernel(
     eps,
     mix,
     M: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr,
@@ -189,48 +235,37 @@ def _mix_kernel(
 ):
     pid = tl.program_id(0)
     b = pid // SPLITS
-    phase = tl.load(flags_ptr + PHASE * B + b)
+    flags = flags_ptr + b
+    phase = tl.load(flags + PHASE * B)
     if phase != DONE:
         cols, mask, d = columns(pid % SPLITS, N, D, BLOCK_N, TAIL)
         row = b.to(tl.int64) * N
-        z = tl.load(z_ptr + row + cols, mask=mask, other=0.0)
-        k = tl.load(flags_ptr + STEPS * B + b)
+        offs = row + cols
+        us = u_ptr + row * M + cols
+        vs = v_ptr + row * M + cols
+        k = tl.load(flags + STEPS * B)
         slot = tl.where(k > 1, (k + M - 2) % M, M)
-        new = tl.zeros_like(z)
-        left = tl.zeros_like(z)
-        made = mask & (cols < tl.where(slot < M, N, 0))
-        if phase == ACTIVE:
-            coef = coef_ptr + b * (COEFS + 3 * M)
-            us = u_ptr + row * M + cols
-            vs = v_ptr + row * M + cols
-            z = image(y_ptrs, v_ptrs, row + cols, mask, d, z, D, eps, mix, TAIL, INTERP)
-            dz = tl.load(us + slot * N, mask=made, other=0.0)
-            right = -tl.load(vs + slot * N, mask=made, other=0.0)
-            left = -dz
-            for i in range(M):
-                known = mask & (cols < tl.where(i == slot, 0, N))
-                u = tl.load(us + i * N, mask=known, other=0.0)
-                left += tl.load(coef + COEFS + i) * tl.load(vs + i * N, mask=known, other=0.0)
-                right += tl.load(coef + COEFS + M + i) * u
-                z -= tl.load(coef + COEFS + 2 * M + i) * u
-            over = tl.load(coef)
-            new = (dz - right) * over
-            left = tl.where(over != 0.0, left, 0.0)
-            z -= tl.load(coef + 1) * new
-        # nothing where the sample has just stopped, so that its rings stay what H is made of
-        tl.store(u_ptr + row * M + slot * N + cols, new, mask=made)
-        tl.store(v_ptr + row * M + slot * N + cols, left, mask=made)
-        tl.store(next_ptr + row + cols, z, mask=mask)
+        z, y, g, seen = evaluation(z_ptr, y_ptrs, v_ptrs, keep_ptr, offs, mask, d, D, eps, mix, HAS_KEEP, TAIL, INTERP)
+        dz, dg = _changes(z, g, next_ptr, vs + slot * N, keep_ptr, offs, mask, k, HAS_KEEP)
+        go = phase == ACTIVE
+        improved = tl.load(flags + IMPROVED * B) != 0
+        before = tl.load(flags + BEFORE * B) != 0
+        make_way(z_ptr, next_ptr, best_ptr, go, improved, before, offs, mask)
+        z = _mixed(z, y, g, dz, dg, coef_ptr + b * (COEFS + 3 * M), us, vs, slot, k, go, cols, mask, N, M)
+        tl.store(next_ptr + offs, z, mask=mask)
 
 
 class BroydenSteps(Steps):
+    period = 2
+
     def __init__(self, z: Tensor, keep: Tensor | None, tol: float, limit: int, tail: Tail, *, memory: int):
         numbers = (torch.finfo(z.dtype).eps,)
         batch, width = z.shape
-        self.memory, self.g = memory, z.new_empty(z.shape)
+        self.memory = memory
         self.u, self.v = (z.new_empty(batch, memory, width) for _ in range(2))
         self.coef = z.new_empty(batch, COEFS.value + 3 * memory)
         super().__init__("broyden", z, keep, tol, limit, tail, numbers, parts=PARTS.value + 3 * memory)
+        self.one_launch = launch.one_launch("broyden", self.config, itemsize=z.element_size(), memory=memory)
 
     def reset(self, z: Tensor) -> None:
         super().reset(z)
@@ -247,13 +282,15 @@ class BroydenSteps(Steps):
 
     def take(self, *parts: Tensor) -> None:
         y, shape, m = contiguous(parts), self.shape, self.memory
-        measured = (self.z, y, self.vectors, self.prev, self.next, self.best, self.keep)
-        measured += (self.g, self.u, self.v, self.coef, self.numbers, self.stats, self.flags, self.part, self.count)
-        mixed = (self.z, y, self.vectors, self.next, self.u, self.v, self.coef, self.flags)
-        mixing = {name: self.config[name] for name in ("SPLITS", "BLOCK_N", "TAIL", "INTERP", "num_warps")}
+        known = {"M": m, "ONE_LAUNCH": self.one_launch}
+        measured = (self.z, y, self.vectors, self.next, self.best, self.keep)
+        measured += (self.u, self.v, self.coef, self.numbers, self.stats, self.flags, self.part, self.count)
+        mixed = (self.z, y, self.vectors, self.next, self.best, self.keep, self.u, self.v, self.coef, self.flags)
+        mixing = {name: self.config[name] for name in ("HAS_KEEP", "SPLITS", "BLOCK_N", "TAIL", "INTERP", "num_warps")}
         with launch.on(self.z.device):
-            _measure_kernel[self.grid](*measured, *shape, self.limit, M=m, enable_fp_fusion=True, **self.config)
-            _mix_kernel[self.grid](*mixed, *shape, M=m, enable_fp_fusion=True, **mixing)
+            _measure_kernel[self.grid](*measured, *shape, self.limit, enable_fp_fusion=True, **known, **self.config)
+            if not self.one_launch:
+                _mix_kernel[self.grid](*mixed, *shape, M=m, enable_fp_fusion=True, **mixing)
 
 
-broyden = register("broyden", StepsOp(BroydenSteps, refuses, "two launches a step"))
+broyden = register("broyden", StepsOp(BroydenSteps, refuses, "one or two launches a step"))

@@ -19,10 +19,10 @@ STEPS = {"keep_ptr": "*u8", "flags_ptr": "*i32", "left_ptr": "*i32", "B": "i32",
 STEPS |= {"D": "i32", "eps": "fp32", "mix": "fp32"}
 POINTERS = {
     "picard:_step_kernel": "z prev next best numbers stats part",
-    "anderson:_measure_kernel": "z prev next best g dg dh gram gamma numbers stats part",
-    "anderson:_mix_kernel": "z next dh gamma numbers",
-    "broyden:_measure_kernel": "z prev next best g u v coef numbers stats part",
-    "broyden:_mix_kernel": "z next u v coef",
+    "anderson:_measure_kernel": "z next best g dg dh gram gamma numbers stats part",
+    "anderson:_mix_kernel": "z next best dh gamma numbers",
+    "broyden:_measure_kernel": "z next best u v coef numbers stats part",
+    "broyden:_mix_kernel": "z next best u v coef",
     "tl_steps:finish_kernel": "z prev best",
 }
 
@@ -42,10 +42,10 @@ MEASURES = ("HAS_KEEP", "SPLITS", "BLOCK_S", "BLOCK_N", "FLOOR", "TAIL", "INTERP
 MIXES = ("M", "SPLITS", "BLOCK_N", "TAIL", "INTERP")
 TAKES = {
     "picard:_step_kernel": MEASURES,
-    "anderson:_measure_kernel": ("M", "HALF", *MEASURES),
+    "anderson:_measure_kernel": ("M", "HALF", "ONE_LAUNCH", *MEASURES),
     "anderson:_mix_kernel": MIXES,
-    "broyden:_measure_kernel": ("M", *MEASURES),
-    "broyden:_mix_kernel": MIXES,
+    "broyden:_measure_kernel": ("M", "ONE_LAUNCH", *MEASURES),
+    "broyden:_mix_kernel": ("HAS_KEEP", *MIXES),
     "tl_steps:finish_kernel": ("SPLITS", "BLOCK_N"),
 }
 GROUP_NORM = {"part_ptr": "*fp32", "weight_ptr": "*fp32", "bias_ptr": "*fp32", "eps": "fp32"}
@@ -113,6 +113,8 @@ def steps(
 ) -> dict[str, Any]:
     """A launch of fused solver steps, a key of POINTERS; `cell` is the size of what the cell gives, `tail` a Tail."""
     known = config | {"M": memory, "HALF": half, "HAS_KEEP": True, "FLOOR": 1e-2, "INTERP": False}
+    op = kernel.partition(":")[0]
+    known["ONE_LAUNCH"] = launch.one_launch(op, config, itemsize=itemsize, memory=memory)
     row = space.power_of_two(tail.features) if tail.features else 0
     known["TAIL"] = tail.act, tail.scaled, tail.mixed, row
     known["BLOCK_S"] = space.power_of_two(config["SPLITS"])
@@ -123,6 +125,12 @@ def steps(
     job = _job(kernel, chip, types, constants, {"num_warps": config["num_warps"]})
     sizes = {"N": width, "D": tail.features}
     return job | {"multiples": [name for name in sizes if name in types and sizes[name] and sizes[name] % 16 == 0]}
+
+
+def launched(kernel: str, config: dict, itemsize: int, memory: int) -> bool:
+    """Whether a step launches this key of POINTERS."""
+    op, _, name = kernel.partition(":")
+    return name != "_mix_kernel" or not launch.one_launch(op, config, itemsize=itemsize, memory=memory)
 
 
 def residual_rms(chip: int, config: dict, *, features: int, a: int, b: int) -> dict[str, Any]:
@@ -171,6 +179,7 @@ def of_candidate(op: str, chip: int, config: dict, dtype: str, shape: dict, form
         features = shape.get("features", 0)
         of |= {"tail": Tail("rms", parts=2, features=features)} if features else {}
         kernels = [kernel for kernel in POINTERS if kernel.startswith((f"{op}:", "tl_steps:"))]
+        kernels = [kernel for kernel in kernels if launched(kernel, config, state, memory)]
         return [steps(kernel, chip, config, **of, half=False) for kernel in kernels]
     if op == "residual_rms":
         return [residual_rms(chip, config, features=shape["features"], a=itemsize, b=itemsize)]

@@ -81,6 +81,15 @@ def steps(*, width: int, itemsize: int, features: int = 0) -> dict | None:
     return steps_of(block, width, itemsize, features)
 
 
+BESIDE = 5  # differences of Anderson whose small system fits in registers beside a program's part of the state
+
+
+def one_launch(op: str, config: dict, *, itemsize: int, memory: int) -> bool:
+    """Whether a step of Anderson or Broyden with these parameters is one launch: a program that has measured a whole
+    sample goes on and mixes, where no register is spilled, as tests/kernels/test_offline_steps.py checks."""
+    return config["SPLITS"] == 1 and itemsize == 4 and (op != "anderson" or memory <= BESIDE)
+
+
 def whole_rows(*, features: int) -> dict:
     """Of an op on whole rows: a tile of 1024 elements, or one row; 16 elements a thread."""
     block_d = power_of_two(features)

@@ -81,7 +81,7 @@ def _step_kernel(
             onward = tl.where(damping == 1.0, y, z + damping * (y - z))
             save_best(next_ptr, best_ptr, flags, B, offs, mask)
             if SPLITS == 1:
-                go, rel, best = judge(stats_ptr, flags_ptr, left_ptr, b, B, limit, rr, ss, FLOOR)
+                go, rel, best, improved, before = judge(stats_ptr, flags_ptr, left_ptr, b, B, limit, rr, ss, FLOOR)
                 tl.store(next_ptr + offs, tl.where(go, onward, z), mask=mask)
             else:
                 tl.store(next_ptr + offs, onward, mask=mask)
@@ -95,6 +95,8 @@ def _step_kernel(
 
 
 class PicardSteps(Steps):
+    period = 3
+
     def __init__(self, z: Tensor, keep: Tensor | None, tol: float, limit: int, tail: Tail, *, damping: float):
         super().__init__("picard", z, keep, tol, limit, tail, numbers=(damping,), parts=2)
 

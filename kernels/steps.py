@@ -15,7 +15,13 @@ from .tl_steps import ACTIVE, BAR, BEST, MARK, PHASE, REL, STEPS, finish_kernel
 
 
 class Samples:
-    """What is known of each of B samples, on the device: statistics, flags and how many go on."""
+    """What is known of each of B samples, on the device: statistics, flags and how many go on.
+
+    Attributes:
+        period: Evaluations after which all buffers are in the same places again.
+    """
+
+    period = 1
 
     def __init__(self, batch: int, dtype: torch.dtype, device: torch.device, tol: float):
         self.tol = tol
@@ -58,8 +64,8 @@ class Samples:
 class Steps(Samples):
     """The steps of one solve.
 
-    `take` launches what follows an evaluation and `onward` hands out the next iterate. Three buffers rotate: what
-    `onward` returned is overwritten two evaluations later.
+    `take` launches what follows an evaluation and `onward` hands out the next iterate. As many iterates rotate as the
+    `period` has evaluations, 2 or 3: what `onward` returned is overwritten by the last `take` of such a turn.
 
     Args:
         z: Start, [B, N] in float32 or float64; only read.
@@ -75,7 +81,8 @@ class Steps(Samples):
         batch, width = z.shape
         super().__init__(batch, z.dtype, z.device, tol)
         self.limit = limit
-        self.z, self.prev, self.next, self.best = (z.new_empty(z.shape) for _ in range(4))
+        self.z, self.next, self.best = (z.new_empty(z.shape) for _ in range(3))
+        self.prev = z.new_empty(z.shape) if self.period == 3 else self.best
         self.keep = self.z if keep is None else keep.to(torch.uint8)
         self.numbers = z.new_empty(len(numbers))
         for i, number in enumerate(numbers):
@@ -108,7 +115,10 @@ class Steps(Samples):
 
     def onward(self, left: int | None = None) -> Tensor:
         """The next iterate, [B, N]."""
-        self.z, self.prev, self.next = self.next, self.z, self.prev
+        if self.period == 3:
+            self.z, self.prev, self.next = self.next, self.z, self.prev
+        else:
+            self.z, self.next = self.next, self.z
         return self.z
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

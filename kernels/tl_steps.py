@@ -91,7 +91,7 @@ def evaluation(
 @triton.jit
 def judge(stats_ptr, flags_ptr, left_ptr, b, B, limit, rr, ss, FLOOR: tl.constexpr):
     """Applies the rules to the squared norms of one sample's evaluation, the last one if it is number `limit`; returns
-    (whether it goes on, rel, best)."""
+    (whether it goes on, rel, best, whether this evaluation became it, whether the one before did)."""
     stats = stats_ptr + b
     flags = flags_ptr + b
     k = tl.load(flags + STEPS * B) + 1
@@ -121,7 +121,7 @@ def judge(stats_ptr, flags_ptr, left_ptr, b, B, limit, rr, ss, FLOOR: tl.constex
     if not go:
         tl.store(flags + PHASE * B, STOPPED)
         tl.atomic_add(left_ptr, -1)
-    return go, rel, best
+    return go, rel, best, improved, before != 0
 
 
 @triton.jit
@@ -176,6 +176,23 @@ def last_to_arrive(flags, B, SPLITS: tl.constexpr):
 
 
 @triton.jit
+def leave(flags, B, SPLITS: tl.constexpr):
+    """Marks as done a sample that stopped, once all its programs have seen it."""
+    if last_to_arrive(flags, B, SPLITS):
+        tl.store(flags + PHASE * B, DONE)
+
+
+@triton.jit
+def make_way(z_ptr, next_ptr, best_ptr, go, improved, before, offs, mask):
+    """Saves z_(k-1), which is about to be overwritten, if it is the best; or z_k if it is, of a sample that stopped."""
+    if improved:
+        if not go:
+            tl.store(best_ptr + offs, tl.load(z_ptr + offs, mask=mask), mask=mask)
+    elif before:
+        tl.store(best_ptr + offs, tl.load(next_ptr + offs, mask=mask), mask=mask)
+
+
+@triton.jit
 def save_best(next_ptr, best_ptr, flags, B, offs, mask):
     """Saves z_(k-2), which is about to be overwritten, if it is the best: z_(k-1) was no better."""
     if (tl.load(flags + BEFORE * B) != 0) & (tl.load(flags + IMPROVED * B) == 0):
@@ -198,8 +215,7 @@ def settle(z_ptr, prev_ptr, next_ptr, best_ptr, flags, B, offs, mask, SPLITS: tl
     at = tl.load(prev_ptr + offs, mask=mask)
     tl.store(z_ptr + offs, at, mask=mask)
     tl.store(next_ptr + offs, at, mask=mask)
-    if last_to_arrive(flags, B, SPLITS):
-        tl.store(flags + PHASE * B, DONE)
+    leave(flags, B, SPLITS)
 
 
 @triton.jit
@@ -208,6 +224,27 @@ def part_sum(part_ptr, b, i, SPLITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_S:
     offs = tl.arange(0, BLOCK_S)
     row = part_ptr + (b.to(tl.int64) * WIDTH + i) * SPLITS
     return tl.sum(tl.load(row + offs, mask=offs < SPLITS, other=0.0), 0)
+
+
+@triton.jit
+def leave_parts(sums, part_ptr, b, split, SPLITS: tl.constexpr):
+    """Hands over the sums of one program of a sample, where there are several; parts are [B, len(sums), SPLITS]."""
+    if SPLITS > 1:
+        part_ptr += b.to(tl.int64) * len(sums) * SPLITS + split
+        for i in tl.static_range(len(sums)):
+            tl.store(part_ptr + i * SPLITS, sums[i])
+
+
+@triton.jit
+def totals(sums, part_ptr, b, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr):
+    """The sums of a sample, once all its programs have handed over theirs."""
+    if SPLITS == 1:
+        return sums
+    else:
+        found = ()
+        for i in tl.static_range(len(sums)):
+            found = found + (part_sum(part_ptr, b, i, SPLITS, len(sums), BLOCK_S),)
+        return found
 
 
 @triton.jit
@@ -222,7 +259,7 @@ def dot2(a, b, c, d, INTERP: tl.constexpr):
 @triton.jit
 def finish_kernel(
     z_ptr,  # [B, N]: z_k, the last iterate that was evaluated
-    prev_ptr,  # [B, N]: z_(k-1)
+    prev_ptr,  # [B, N]: z_(k-1); or `best`, where that has been saved
     best_ptr,  # [B, N]
     flags_ptr,  # [5, B]
     B,

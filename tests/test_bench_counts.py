@@ -7,7 +7,7 @@ import torch
 
 import tritondeq as tdeq
 from tritondeq.bench import choices, launches, measure, memory, rivals, shapes, steps, targets
-from tritondeq.kernels import rules
+from tritondeq.kernels import launch, rules
 
 CPU = torch.device("cpu")
 MOST = [("Picard", tdeq.Picard()), ("Anderson(5)", tdeq.Anderson(memory=5))]
@@ -161,7 +161,9 @@ def test_launches_of_a_step_are_the_difference_of_two_solves(monkeypatch):
 
     monkeypatch.setattr(launches, "profile", profile)
     records = list(launches.run(torch.device("cuda")))
-    assert [r["contestant"] for r in records] == list(targets.LAUNCHES)
+    assert [r["contestant"] for r in records] == list(targets.LAUNCHES) * 2
+    programs = [launch.parameters("anderson", width=r["width"], itemsize=4)["SPLITS"] for r in records]
+    assert programs == [1, 1, 2, 2], "samples of one program and of several"
     assert all((r["launches"], r["syncs"], r["looks"], r["copies"]) == (2, 0, 0.25, 0) for r in records)
     assert list(launches.run(CPU)) == []
 

@@ -87,7 +87,7 @@ def test_solves_are_what_the_dispatcher_answers(gpu):
     assert "a step of the loop, any cell: Picard in torch, Anderson in torch, Broyden in torch" in text
     _, _, on_gpu = text.partition("cuda:0\n")
     on_gpu, _, steps = on_gpu.partition("    a step of the loop, any cell: ")
-    assert steps == "Picard one launch a step, Anderson two launches a step, Broyden two launches a step"
+    assert steps == "Picard one launch a step, Anderson {0}, Broyden {0}".format("one or two launches a step")
     answers, answer = {}, None
     for line in on_gpu.splitlines():
         if line.startswith(" " * 6):

@@ -6,6 +6,7 @@ from problems import tanh_problem
 
 import tritondeq as tdeq
 from tritondeq import DEQ, Anderson, Broyden, Implicit, Picard
+from tritondeq.loop import Estimate, Settings, iterate
 
 
 def gradients(reuse, gain=1.2, name="torch", solver=Broyden(memory=40), tol=1e-9, again=False, rows=3, width=24):  # noqa: B008
@@ -50,6 +51,35 @@ def test_backends_agree():
     options = {"tol": 1e-3, "solver": Broyden(memory=6)}
     (_, eager), (_, fused) = (gradients(True, gain=0.9, name=name, **options) for name in ("torch", "triton"))
     assert (eager - fused).abs().max() <= 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("memory", [1, 3])
+@pytest.mark.parametrize("width, dtype", [(9, torch.float64), (2049, torch.float64), (40, torch.float32)], ids=str)
+def test_kernels_leave_the_same_estimate_but_for_its_oldest_update(width, dtype, memory):
+    """Of samples that stop at different steps, beginning with an estimate and without; in float64 by two launches a
+    step, of samples that three programs share if they are wide, in float32 by one."""
+    a = torch.linspace(-0.9, 0.8, width, dtype=dtype)
+    c = torch.randn(3, width, dtype=dtype)
+    c[1] = 0.0
+    begin, tight = Estimate(), 1e-6 if dtype == torch.float64 else 1e-2
+    begin.rings = [0.1 * torch.randn(3, memory, width, dtype=dtype) / width**0.5 for _ in range(2)]
+    for estimate in (None, begin):
+        found = []
+        for name in ("torch", "triton"):
+            leaves = Estimate()
+            settings = Settings(Broyden(memory=memory), 1e-3, 9, None, None, estimate=estimate, leaves=leaves)
+            with tdeq.backend(name):
+                _, solution = iterate(lambda z: a * torch.sin(z) + c, torch.zeros_like(c), settings)
+            found.append((solution.steps, leaves.rings))
+        (steps, eager), (fused_steps, fused) = found
+        assert torch.equal(fused_steps, steps) and steps[1] == 1 and steps[0] > memory + 2
+        for kept, exact in zip(fused, eager, strict=True):
+            if estimate is None:
+                assert not kept[1].any()
+            assert torch.equal(kept[1], exact[1]), "it stopped before it had any update"
+            torch.testing.assert_close(kept[::2, 1:], exact[::2, 1:], rtol=tight, atol=1e-3 * tight)
+            assert not kept[::2, 0].any()
 
 
 def test_retained_graphs_begin_with_the_same_estimate():

@@ -1,11 +1,11 @@
 """Solves captured as CUDA graphs, `DEQ(..., graph=True)`: the host replays chunks of steps and launches nothing else.
 
-For each shape of everything that goes in, a solve is captured once, on memory of its own: `begin` (from the start,
-CHUNK evaluations), `more` (CHUNK evaluations) and `end` (best iterate, outcome); for gradients the cell at z* under
+For each shape of everything that goes in, a solve is captured once, on memory of its own: `begin` (from the start, a
+chunk of evaluations), `more` (another chunk) and `end` (best iterate, outcome); for gradients the cell at z* under
 autograd, the same three of the adjoint solve on it, and the pull to the inputs. From torch 2.14 on, the three are one
 graph with a conditional WHILE node around `more`, so that a whole solve is one replay and the host waits for nothing. A
-call copies its start, injection and
-dropout masks there and replays. Parameters are read where they lie, so an optimizer may update them in place.
+call copies its start, injection and dropout masks there and replays. Parameters are read where they lie, so an
+optimizer may update them in place.
 
 The captures share memory, so a forward replay may overwrite what the cell at z* has saved: whoever differentiates it
 replays it first, unless nothing came between (`Captured.holder`).
@@ -28,7 +28,7 @@ from .loop import Look, Settings, flat_tail, keep_autocast, plan_steps, split_ta
 from .recorder import Recorder, Work, can_record
 from .solution import Solution
 
-CHUNK = 3  # evaluations; as many as buffers that rotate in kernels/steps.py, so that each chunk finds them in place
+CHUNK = 3  # evaluations at least; a chunk has whole periods of kernels/steps.py, so that it finds buffers in place
 CACHE = 8  # solves a layer keeps
 
 
@@ -246,16 +246,17 @@ class _Solve:
                 raise Refused(f"graph=True needs a solver whose steps are fused: {why}")
             f, tail = split_tail(f, settings, start)
             steps = op.start(start, settings.keep, settings.tol, settings.max_steps, tail, **asdict(settings.solver))
-        self.steps, self.most = steps, -(-settings.max_steps // CHUNK)
+        chunk = -(-CHUNK // steps.period) * steps.period
+        self.steps, self.most = steps, -(-settings.max_steps // chunk)
 
         def begin() -> None:
             if renew is not None:
                 renew()
             steps.reset(start)
             steps.take(*(f(steps.z) if f else ()))
-            evaluate(CHUNK - 1)
+            evaluate(chunk - 1)
 
-        def evaluate(times: int = CHUNK) -> None:
+        def evaluate(times: int = chunk) -> None:
             for _ in range(times):
                 z = steps.onward()
                 steps.take(*(f(z) if f else ()))
@@ -278,7 +279,7 @@ class _Solve:
             self.replay, self.says = record(whole), "one graph"
         else:
             self.begin, self.more, self.end = record(begin), record(evaluate), record(end)
-            self.replay, self.says = self._by_chunks, f"graphs of {CHUNK} steps"
+            self.replay, self.says = self._by_chunks, f"graphs of {chunk} steps"
 
     def _by_chunks(self) -> None:
         self.begin()

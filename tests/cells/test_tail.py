@@ -42,7 +42,7 @@ def test_wide_cells_and_their_gradients():
         with tdeq.backend(name):
             z = layer(x)
             results.append([z, *torch.autograd.grad(z.sin().sum(), list(layer.parameters()))])
-    assert "two launches a step" in layer.last.path and "the GEMM in them are Picard's" in layer.last.path
+    assert "one or two launches a step" in layer.last.path and "the GEMM in them are Picard's" in layer.last.path
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 

@@ -5,38 +5,35 @@ import pytest
 from tritondeq.kernels import jobs as launches
 from tritondeq.kernels import launch, offline
 
-SPILLS = {"sm90 broyden:_measure_kernel N1048576 fp32 cell fp32 memory5": 2}  # with Triton 3.4 and 3.5, none since
-
 
 def step_jobs():
-    cases = [
-        (90, *case) for case in [(64, 4, 4, 5), (8192, 4, 2, 8), (1 << 20, 4, 4, 5), (4096, 8, 8, 8), (999, 8, 8, 1)]
-    ]
-    cases += [(chip, 8192, 4, 4, 5) for chip in (80, 100)]
+    """By name; of each kernel what is launched, at memories from 1 to the most, and Broyden's default."""
+    cases = [(64, 4, 4, 5), (8192, 4, 2, 8), (1 << 20, 4, 4, 5), (4096, 8, 8, 8), (999, 8, 8, 1), (2048, 4, 2, 8)]
+    cases = [(90, *case) for case in [*cases, (2048, 4, 4, 1), (64, 4, 4, 10), (1000, 8, 8, 10)]]
+    cases += [(chip, width, 4, 4, memory) for chip in (80, 100) for width, memory in ((8192, 5), (2048, 5), (2048, 10))]
     jobs = {}
     for kernel in launches.POINTERS:
         for chip, width, itemsize, cell, memory in cases:
-            config = launch.parameters("picard", width=width, itemsize=itemsize)
             tail = launches.Tail("tanh") if cell == itemsize == 4 else launches.PLAIN
-            of = {
-                "width": width,
-                "itemsize": itemsize,
-                "cell": cell,
-                "memory": memory,
-                "half": memory == 8,
-                "tail": tail,
-            }
-            floats = launches.FLOATS[itemsize], launches.FLOATS[cell]
-            name = f"sm{chip} {kernel} N{width} {floats[0]} cell {floats[1]} memory{memory}"
-            jobs[name] = launches.steps(kernel, chip, config, **of)
+            add(jobs, kernel, chip, f"N{width}", width, itemsize, cell, memory, memory == 8, tail)
         for chip, itemsize, cell, tail in tails() if "finish" not in kernel else ():
-            width = 1024 * max(tail.features, 512)
-            config = launch.parameters("picard", width=width, itemsize=itemsize, features=tail.features)
-            of = {"width": width, "itemsize": itemsize, "cell": cell, "memory": 8, "half": False, "tail": tail}
-            floats = launches.FLOATS[itemsize], launches.FLOATS[cell]
-            name = f"sm{chip} {kernel} {floats[0]} {tail.act} of {tail.parts} {floats[1]} rows of {tail.features}"
-            jobs[name] = launches.steps(kernel, chip, config, **of)
+            shape = f"rows of {tail.features}"
+            add(jobs, kernel, chip, shape, 1024 * max(tail.features, 512), itemsize, cell, 8, False, tail)
+            for memory in (5, 8):  # whole samples
+                width = max(1, 2048 // max(tail.features, 512)) * max(tail.features, 512)
+                add(jobs, kernel, chip, f"N{width} {shape}", width, itemsize, cell, memory, memory == 5, tail)
     return jobs
+
+
+def add(jobs, kernel, chip, shape, width, itemsize, cell, memory, half, tail):
+    op = kernel.partition(":")[0]
+    config = launch.parameters("picard", width=width, itemsize=itemsize, features=tail.features)
+    if (op == "anderson" and memory > 8) or not launches.launched(kernel, config, itemsize, memory):
+        return
+    of = {"width": width, "itemsize": itemsize, "cell": cell, "memory": memory, "half": half, "tail": tail}
+    floats = launches.FLOATS[itemsize], launches.FLOATS[cell]
+    name = f"sm{chip} {kernel} {shape} {floats[0]} cell {floats[1]} {tail.act} of {tail.parts} memory{memory}"
+    jobs[name] = launches.steps(kernel, chip, config, **of)
 
 
 def tails():
@@ -64,7 +61,7 @@ def test_machine_code(found, name):
     """No spills, and room for a second program or for 16 warps, to hide the latency of memory behind."""
     seen, job = found[name], JOBS[name]
     assert "error" not in seen, seen["error"]
-    assert seen["total"].get("LDL", 0) + seen["total"].get("STL", 0) <= SPILLS.get(name, 0)
+    assert seen["total"].get("LDL", 0) + seen["total"].get("STL", 0) == 0
     if job["types"]["z_ptr"] == "*fp32":
         programs = 1 if job["num_warps"] == 16 else 2
         assert seen["registers"] * job["num_warps"] * 32 <= 65536 // programs

@@ -26,8 +26,8 @@ class Anderson(Solver):
     """z+ = h - sum_j gamma_j dh_j,  gamma = argmin |g - sum_j gamma_j dg_j|^2,  h = z + damping g,  g = f(z) - z.
 
     dh_j and dg_j are the last `memory` differences between successive h and g of the same sample (type II; Walker and
-    Ni 2011, eq. 2.4; Anderson 1965). Worth its 2 memory + 5 states of memory where plain iteration needs more than
-    about 15 steps (spectral radius above 0.9), or where the cell is dear.
+    Ni 2011, eq. 2.4; Anderson 1965). Worth its 2 memory + 3 states of memory, 2 memory + 5 in torch, where plain
+    iteration needs more than about 15 steps (spectral radius above 0.9), or where the cell is dear.
 
     The ridge is relative to each diagonal element of the normal equations, so that the path does not change when the
     problem is scaled, and dear little differences count as much as old large ones. A sample whose small system has
@@ -38,7 +38,7 @@ class Anderson(Solver):
         damping: In (0, 2).
         ridge: Relative to the squared norm of each difference; at least a few ulps, its rounding error.
         half: Keep the differences of residuals, from which only the weights are made, in bfloat16. On a GPU that saves
-            memory / 2 states of memory and their traffic; elsewhere it only rounds.
+            memory / 2 - 1 states of memory, and memory / 2 of traffic; elsewhere it only rounds.
 
     Raises:
         TypeError, ValueError: an option is of the wrong kind or out of range.

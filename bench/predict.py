@@ -25,6 +25,7 @@ LOAD = 43e9  # and with which it fetches weights at first
 SLOWEST = 1.3  # evaluations of the slowest row over the mean, which ours pays
 NEEDED = {1e-4: 12, 1e-2: 5}  # evaluations of the slowest row of an affine cell as it begins
 TORCHDEQ = {"ops": 35, "passes": 21}  # of its Picard beside the cell: operations, and states read or written
+READS = 0.27  # of the evaluations, those after which a tile reads what of W is streamed (streamed.py)
 REFILL, IDLE = 1.5, 0.75  # steps that taking rows costs, and the share of lanes at work
 DEEPEST, MEAN = 116, 16  # of uneven.py: average over tiles of 16 rows of the deepest, and of all
 
@@ -43,7 +44,7 @@ def tile(rows: int, d: int, terms: int, adjoint: bool = False) -> tuple[float, f
         return _cycles()[str(few)][0], _cycles()[str(many)][1]
     latency = _cycles()[str(cycles.Kernel("affine", width, 1, act, adjoint))][0]
     tiles = min(launch.PROCESSORS, -(-rows // 16))
-    streamed = 2 * width * width * (terms - 1) / min(PORT, CACHE / tiles)  # what does not fit is read again each step
+    streamed = READS * 2 * width * width * (terms - 1) / min(PORT, CACHE / tiles)  # what does not fit is read again
     return latency + streamed, launch.PROCESSORS * 16 / (latency + streamed)
 
 
@@ -234,10 +235,10 @@ OTHERS = {
 }
 # What could reach a target that is predicted to be missed, or nearly so.
 DESIGNS = {
-    "G1 torchdeq": "of float32 weights at D 256 one bf16 term stays and the other is read from L2 each step; with "
-    "operands='bf16' none is. The low term is W's by 2^-9, so it could act on the sum of a few increments at once, "
-    "if a row stops only right after; or two multiprocessors that share a tile (clusters) hold both",
-    "G1 compiled": "as the line above; for few rows also W spread over the chip, with a barrier a step",
+    "G1 torchdeq": "of float32 weights at D 256 one bf16 term stays and the other is read from L2 after a quarter of "
+    "the evaluations; two multiprocessors that share a tile (clusters) would hold both",
+    "G1 compiled": "of few rows a tile by mma takes 0.6 us for its products and 0.3 us for sums and barriers, so that "
+    "3x leaves nothing for the rest: only multiprocessors that share a tile and its products (clusters) are faster",
     "G2 torchdeq": "as G1: forward and adjoint are the same kernel",
     "G2 explicit": "as G1",
     "G3 compiled": "at D 256 the products and the instructions of a lone program take turns; two that share a "

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tritondeq.bench import pictures, predict, report, solves, steps, targets
+from tritondeq.bench import cycles, pictures, predict, report, solves, steps, targets
 from tritondeq.kernels import launch
 
 NOTES = Path(__file__).parent.parent / "bench" / "NOTES.md"
@@ -140,9 +140,19 @@ def test_predictions_follow_the_work():
 
 def test_a_model_of_one_tile_against_its_arithmetic():
     """64 rows of width 128, one bf16 term: a launch, 32 KiB of weights, 12 steps of a tile alone."""
-    assert predict.whole(64, 128, 12, 1) == pytest.approx(2e-6 + 2 * 128 * 128 / 43e9 + 12 * 0.67e-6)
+    few, many = (cycles.read()[f"affine 128, 1 term, fast_tanh, {rows}"] for rows in ("few rows", "many"))
+    assert predict.whole(64, 128, 12, 1) == pytest.approx(2e-6 + 2 * 128 * 128 / 43e9 + 12 * few[0])
     full = predict.whole(1 << 20, 128, 13, 1)
-    assert full == pytest.approx(2e-6 + 2 * 128 * 128 / 43e9 + 10 * (1 << 20) / 10293e6)
+    assert full == pytest.approx(2e-6 + 2 * 128 * 128 / 43e9 + 10 * (1 << 20) / many[1])
+
+
+def test_a_model_of_a_tile_that_reads_what_does_not_fit():
+    """Width 256 in two terms: 128 KiB after 27 % of the evaluations, from a port of its own or from a shared cache."""
+    alone, _ = cycles.read()["affine 256, 1 term, tanh, few rows"]
+    latency, rate = predict.tile(16, 256, 2)
+    assert latency == pytest.approx(alone + 0.27 * 131072 / 112e9)
+    assert rate == pytest.approx(132 * 16 / latency)
+    assert predict.tile(1 << 20, 256, 2)[0] == pytest.approx(alone + 0.27 * 131072 * 132 / 5.5e12)
 
 
 def test_the_report_sets_predictions_beside_what_was_measured():

@@ -136,7 +136,7 @@ def _measure_kernel(
                 gamma = _weigh(found, gram_ptr, numbers_ptr, b, slot, rel, best, M)
                 if ONE_LAUNCH:
                     make_way(z_ptr, next_ptr, best_ptr, go, improved, before, offs, mask)
-                    if go:
+                    if go:  # a barrier lies between the store of dH and its loads, which other threads may do
                         onward = _mixed(onward, gamma, dhs, mask, N, M)
                     else:
                         onward = tl.load(z_ptr + offs, mask=mask, other=0.0)

@@ -370,6 +370,22 @@ def test_steps_after_the_last_change_nothing_and_memory_is_used_again(solver, de
         assert torch.equal(a, b) and torch.equal(a, c)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("solver", [*FUSED, Anderson(memory=6), Broyden(memory=1)], ids=str)
+def test_a_caller_may_stop_before_the_samples_do(solver, device):
+    """After any evaluation the best so far is handed out; no sample has stopped."""
+    residuals, z0 = [3e-2, 1e-2, 2e-2, 4e-2, 5e-3, 6e-3], torch.ones(2, 16, device=device)
+    for evaluations in range(1, len(residuals) + 1):
+        steps, shown = dispatch.load(solver.fused_steps).start(z0, None, 1e-9, 99, PLAIN, **asdict(solver)), []
+        for residual in residuals[:evaluations]:
+            z = steps.onward() if shown else steps.z
+            shown.append(z.clone())
+            steps.take(z + residual / 4)
+        best, _, count, _ = steps.finish()
+        assert torch.equal(best, shown[min(range(evaluations), key=residuals.__getitem__)]), evaluations
+        assert count.tolist() == [evaluations] * 2 and int(steps.left()) == 2
+
+
 @pytest.mark.parametrize(
     "solver, states",
     [

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ..kernels import launch
+from ..kernels import costs, launch
 from . import cycles, solves, targets
 from .common import markdown_table
 
@@ -19,7 +19,7 @@ MATRICES = {"affine": 1, "mlp": 4, "gated": 3}  # of D x D that a cell multiplie
 KERNELS = {"affine": 1, "mlp": 3, "gated": 3}  # that torch.compile makes of an evaluation
 LAUNCH, SHORT = 2e-6, 1.5e-6  # of a kernel in a graph: what its launch costs, and the least that it runs
 HOST, READ = 4.5e-6, 10e-6  # of an eager operation, and of a value that the host reads
-COPY, MATMUL = launch.BANDWIDTH, launch.RATES
+COPY, MATMUL = costs.BANDWIDTH, costs.RATES
 CACHE, PORT = 5.5e12, 112e9  # bytes / s of L2, and of it that one multiprocessor takes (64 a clock at 1.75 GHz)
 LOAD = 43e9  # and with which it fetches weights at first
 SLOWEST = 1.3  # evaluations of the slowest row over the mean, which ours pays
@@ -62,9 +62,9 @@ def whole(rows: int, d: int, evaluations: float, terms: int, adjoint: bool = Fal
 
 
 def loop(rows: int, d: int, evaluations: float, low: bool) -> float:
-    """Seconds of a solve of a wide affine cell, one or two launches a step: the faster, by launch.affine_seconds."""
+    """Seconds of a solve of a wide affine cell, one or two launches a step: the faster, by costs.affine_seconds."""
     kind = "bf16" if low else "fp32"
-    return evaluations * min(launch.affine_seconds(rows=rows, features=d, terms=1 if low else 2, cell=kind))
+    return evaluations * min(costs.affine_seconds(rows=rows, features=d, terms=1 if low else 2, cell=kind))
 
 
 def injected(rows: int, d: int, low: bool) -> float:
@@ -244,7 +244,7 @@ DESIGNS = {
     "G3 compiled": "at D 256 the products and the instructions of a lone program take turns; two that share a "
     "multiprocessor, each with half of W's columns, would overlap them",
     "G3 rate": "as the line above",
-    "G4 torchdeq": "cuBLAS and a fused step, which launch.affine_seconds chooses where it is faster",
+    "G4 torchdeq": "cuBLAS and a fused step, which costs.affine_seconds chooses where it is faster",
     "G4 compiled": "it is bf16 that misses it: our state is float32, 22 bytes an element a step against 6. Increments "
     "could stay in bf16 between steps. In float32 the target is reached",
     "G5 D 256": "as G1; with operands='bf16' it is about half",

@@ -39,7 +39,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch
+from . import costs, launch
 from .affine import affine_adjoint_ref, affine_solve_ref
 from .dispatch import Op, interpreting, register
 from .formulas import ACTIVATIONS
@@ -302,7 +302,7 @@ def affine_grid_adjoint(w, pre, g, **options):
 
 
 def refuses(*, rows, features, dtype, terms, cell, activation="tanh", solver_memory=0, device=None) -> str | None:
-    """Why it must be solved in another way, or None; `cell` is what torch would multiply in, a key of launch.RATES."""
+    """Why it must be solved in another way, or None; `cell` is what torch would multiply in, a key of costs.RATES."""
     if rows == 0:
         return "an empty batch"
     if not launch.FEATURES < features <= launch.GRID_FEATURES or rows > launch.GRID_ROWS:
@@ -318,7 +318,7 @@ def refuses(*, rows, features, dtype, terms, cell, activation="tanh", solver_mem
     shape = {"batch": rows, "features": features, "terms": terms, "shared": shared, "processors": processors}
     if launch.parameters("affine_grid", **shape) is None:
         return f"{features} features of {rows} rows do not fit on {processors} multiprocessors of {shared} bytes"
-    here, apart = launch.grid_seconds(cell=cell, **shape)
+    here, apart = costs.grid_seconds(cell=cell, **shape)
     return f"{rows} x {features}: the steps are predicted to be faster alone" if here > apart else None
 
 

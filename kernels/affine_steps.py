@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import costs, launch
 from .dispatch import CellOp, interpreting, register
 from .formulas import ACTIVATIONS
 from .rows import bf16_terms
@@ -305,7 +305,7 @@ def affine_steps_adjoint(w, pre, g, *, activation, tol, max_steps, damping=1.0, 
 
 
 def refuses(*, rows, features, dtype, terms, cell, activation="tanh", solver_memory=0) -> str | None:
-    """Why the loop must call the cell, or None; `cell` is what torch would multiply in, a key of launch.RATES."""
+    """Why the loop must call the cell, or None; `cell` is what torch would multiply in, a key of costs.RATES."""
     if rows == 0:
         return "an empty batch"
     if not launch.FEATURES < features <= MOST:
@@ -316,7 +316,7 @@ def refuses(*, rows, features, dtype, terms, cell, activation="tanh", solver_mem
         return f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}"
     if solver_memory:
         return f"Anderson memory {solver_memory}, and the steps with the GEMM in them are Picard's"
-    here, apart = launch.affine_seconds(rows=rows, features=features, terms=terms, cell=cell)
+    here, apart = costs.affine_seconds(rows=rows, features=features, terms=terms, cell=cell)
     if here > apart:
         return f"{rows} x {features} in {cell}: cuBLAS and a step after it are predicted to be faster"
     return None

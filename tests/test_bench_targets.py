@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tritondeq.bench import cycles, pictures, predict, report, solves, steps, targets
-from tritondeq.kernels import launch
+from tritondeq.kernels import costs
 
 NOTES = Path(__file__).parent.parent / "bench" / "NOTES.md"
 ROOFS = {"copy": 4e12, "fp32": 5e13, "bf16": 8e14}
@@ -133,7 +133,7 @@ def test_predictions_follow_the_work():
         assert predict.seconds(**shape | {"train": True}) > 2 * predict.seconds(**shape)
         assert predict.seconds(**shape | {"low": True}) <= predict.seconds(**shape)
     wide = predict.loop(4096, 1024, 10, low=False)
-    assert wide == 10 * min(launch.affine_seconds(rows=4096, features=1024, terms=2, cell="fp32"))
+    assert wide == 10 * min(costs.affine_seconds(rows=4096, features=1024, terms=2, cell="fp32"))
     assert predict.seconds("conv", 8, 128, 12, False, False) is None
     assert predict.seconds("gated", 4096, 64, 5, True, False) is None
 

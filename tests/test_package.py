@@ -153,18 +153,8 @@ def test_arrows_run_one_way(path):
         return
     assert not {name for name in names if name.split(".")[0] == "triton"}
     ops = {name.split(".")[2] for name in names if name.startswith("tritondeq.kernels.")}
-    assert ops <= {
-        "dispatch",
-        "rules",
-        "launch",
-        "formulas",
-        "tails",
-        "space",
-        "tables",
-        "trials",
-        "offline",
-        "jobs",
-    }, "an op is reached through kernels.dispatch"
+    plain = "costs dispatch formulas jobs launch offline rules space tables tails trials"
+    assert ops <= {*plain.split()}, "an op is reached through kernels.dispatch"
     own = path.relative_to(ROOT / "tritondeq").with_suffix("").parts[0]
     if own not in ORDER:
         return

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import cells
-from .kernels import dispatch, jobs, launch, offline
+from .kernels import costs, dispatch, jobs, launch, offline
 from .loop import Settings, drive
 from .solvers import Anderson, Picard
 from .solvers.splitting import affine_problem, bf16_terms
@@ -88,7 +88,7 @@ def _grid(cell: str, of: dict[str, Any], limits: dict[str, int] | None, tol: flo
         shape |= {"processors": processors}
         if features > launch.GRID_FEATURES or not rows or not launch.candidates("affine_grid", **shape):
             continue
-        here, apart = launch.grid_seconds(cell=told["cell"], **shape)
+        here, apart = costs.grid_seconds(cell=told["cell"], **shape)
         if here <= apart:
             yield WholeSolve("affine_grid", **of | {"rows": rows}, shape=shape, cell=cell, tol=tol)
 

@@ -8,7 +8,7 @@ import tritondeq as tdeq
 from tritondeq import DEQ, Anderson, Implicit
 from tritondeq.cells import Affine, Monotone
 from tritondeq.kernels import affine_grid as op
-from tritondeq.kernels import dispatch, launch
+from tritondeq.kernels import costs, dispatch, launch
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_refuses(monkeypatch):
     assert "'elu'" in why(activation="elu")
     assert "do not fit on 132 multiprocessors" in why(rows=64, features=2048)
     assert "on 1 multiprocessors" in why(device=torch.device("cpu"))
-    monkeypatch.setattr(launch, "grid_seconds", lambda **_: (2.0, 1.0))
+    monkeypatch.setattr(costs, "grid_seconds", lambda **_: (2.0, 1.0))
     assert "16 x 1024: " in why()
 
 

@@ -12,7 +12,7 @@ import tritondeq as tdeq
 from tritondeq import DEQ, Anderson
 from tritondeq.cells import Affine
 from tritondeq.kernels import affine_steps as op
-from tritondeq.kernels import dispatch, launch
+from tritondeq.kernels import costs, dispatch
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the count is read every few steps only")
@@ -142,7 +142,7 @@ def test_the_rule():
     assert (1 << 20, 4096) in by_tf32 and (1 << 20, 4096) in by_bf16
     assert not {(rows, features) for rows, features in by_tf32 | by_bf16 if rows * features <= 64 * 2048}
     assert "tf32" in op.refuses(**PROBLEM | {"features": 4096, "cell": "tf32"})
-    here, apart = launch.affine_seconds(rows=1 << 20, features=1024, terms=2, cell="tf32")
+    here, apart = costs.affine_seconds(rows=1 << 20, features=1024, terms=2, cell="tf32")
     element = (1 << 20) * 1024
     assert here == pytest.approx(2e-6 + element * (2 * 1024 * 2 / (0.7 * 790e12) + 22 / 4.3e12), rel=1e-2)
     assert apart == pytest.approx(4e-6 + element * (2 * 1024 / 395e12 + 24 / 4.3e12), rel=1e-2)

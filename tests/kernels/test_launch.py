@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from tritondeq.kernels import launch
+from tritondeq.kernels import costs, launch
 
 
 @pytest.mark.parametrize("shared", [launch.SHARED, 101376, 232448])
@@ -92,12 +92,12 @@ def test_affine_grid_runs_all_programs_at_once(shared, processors):
 def test_affine_grid_seconds():
     """Three rounds, what is read from L2, and once in twenty steps the launch and W; beside a launch a step."""
     shape = {"batch": 16, "features": 1024, "terms": 2, "cell": "fp32"}
-    here, apart = launch.grid_seconds(**shape)
+    here, apart = costs.grid_seconds(**shape)
     told = 64 * 16 * (2 * 1024 + 8 * 64)
     assert here == pytest.approx(3 * 0.6e-6 + 0.5e-6 + told / 5.5e12 + (2e-6 + 4 * 1024**2 / 4.3e12) / 20)
-    assert apart == launch.HOST
-    assert launch.grid_seconds(**shape, host=0)[1] == pytest.approx(2e-6 + 2 * 1024 * (16 + 2 * 32) / 1.1e11)
-    most = launch.grid_seconds(batch=64, features=1024, terms=2, cell="fp32")[0]
+    assert apart == costs.HOST
+    assert costs.grid_seconds(**shape, host=0)[1] == pytest.approx(2e-6 + 2 * 1024 * (16 + 2 * 32) / 1.1e11)
+    most = costs.grid_seconds(batch=64, features=1024, terms=2, cell="fp32")[0]
     assert here < most and 20 * most < 150e-6  # the target for 64 rows, in this reckoning
 
 

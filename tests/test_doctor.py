@@ -183,7 +183,7 @@ def test_tables_in_force_are_said(monkeypatch, tmp_path, gpu):
         (128, "2026-01-31", {}),
         (256, "2026-03-01", {"triton": "1.0"}),
     ):
-        shape, chosen = {"width": width, "itemsize": 4}, {"BLOCK_N": 128, "num_warps": 1}
+        shape, chosen = {"width": width, "itemsize": 4, "features": 0}, {"BLOCK_N": 128, "num_warps": 1}
         path = tables.write(who, tables.Entry("picard", shape, chosen, date=date, **made | changed), launch.spaces())
     stale = "1 stale: made with another Triton or other kernels"
     says = f"  cuda:0  {path}: 2 choices in force, the last of 2026-02-01, {stale}"

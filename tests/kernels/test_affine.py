@@ -7,6 +7,7 @@ from close import FLOOR, assert_as_eager, assert_residual, error
 
 from tritondeq.kernels import affine as op
 from tritondeq.kernels import launch
+from tritondeq.kernels.formulas import FAST
 from tritondeq.kernels.rows import bf16_terms
 from tritondeq.kernels.rules import CONVERGED, GROWING, MAX_STEPS, NONFINITE, PLATEAU, WINDOW
 
@@ -86,7 +87,8 @@ def test_every_activation_both_ways(device, activation):
     w, u = problem(9, 20, device)
     settings = options(activation=activation)
     z = op.affine_solve(w, u, **settings)[0]
-    assert error(z, exact(w, u, **settings)) <= FLOOR[2]
+    fast = 1e-3 if activation in FAST.values() else 0.0  # the hardware's tanh, in a contraction
+    assert error(z, exact(w, u, **settings)) <= FLOOR[2] + fast
     pre, g = torch.addmm(u, z, w.T), torch.randn_like(u)
     assert error(op.affine_adjoint(w, pre, g, **settings)[0], dense_adjoint(w, pre, g, activation)) <= FLOOR[2]
 

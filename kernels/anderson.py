@@ -4,8 +4,8 @@
 dH = z_k - z_(k-1) + damping dG; one new row of the Gram matrix, <dG_i, dG>, and <dG_i, g>; the rules, as in picard.py;
 and each sample's small system, in registers. Then z_(k+1) = z_k + damping g - sum_i gamma_i dH_i. Samples wider than
 BLOCK_N are split over several programs; the last of them sums the parts, in one order always, and does what is done
-once a sample, and `_mix_kernel` makes z_(k+1). So it does in float64 and of more differences than `launch.one_launch`
-allows: else registers spill.
+once a sample, and `_mix_kernel` makes z_(k+1). So it does in float64, and of more differences than `launch.one_launch`
+allows, where registers would spill.
 
 Kept are 2 m + 3 states: z_k, z_(k-1), the best iterate and the rings. g_k waits in dG where the next difference goes;
 with `half` it has a state of its own, and dG takes m / 2.
@@ -41,9 +41,8 @@ from .tl_steps import (
     judge,
     last_to_arrive,
     leave,
-    leave_parts,
     make_way,
-    totals,
+    part_sums,
 )
 
 MEMORY = 8  # most differences: their small system lies in registers
@@ -85,6 +84,7 @@ def _measure_kernel(
     TAIL: tl.constexpr,
     INTERP: tl.constexpr,
 ):
+    WIDTH: tl.constexpr = 2 + 2 * M
     pid = tl.program_id(0)
     b = pid // SPLITS
     flags = flags_ptr + b
@@ -121,16 +121,27 @@ def _measure_kernel(
                     tl.store(dgs + slot * N, dg, mask=mask)
             if HALF:
                 tl.store(g_ptr + offs, g, mask=mask)
+            part = part_ptr + b.to(tl.int64) * WIDTH * SPLITS + pid % SPLITS
             sums = dot2(g, g, seen, seen, INTERP)
+            if not ONE_LAUNCH:
+                tl.store(part, sums[0])
+                tl.store(part + SPLITS, sums[1])
             for i in tl.static_range(M):
                 old = tl.load(dgs + i * N, mask=mask & (cols < tl.where(i == slot, 0, N)), other=0.0)
                 old = tl.where(i == slot, dg, old.to(g.dtype))
-                sums = sums + dot2(old, g, old, dg, INTERP)
+                more = dot2(old, g, old, dg, INTERP)
+                if ONE_LAUNCH:
+                    sums = sums + more
+                else:
+                    tl.store(part + (2 + 2 * i) * SPLITS, more[0])
+                    tl.store(part + (3 + 2 * i) * SPLITS, more[1])
             if not HALF:  # where the oldest difference has been read for the last time
                 tl.store(dgs + (k - 1) % M * N, g, mask=mask)
-            leave_parts(sums, part_ptr, b, pid % SPLITS, SPLITS)
             if last_to_arrive(flags, B, SPLITS):
-                found = totals(sums, part_ptr, b, SPLITS, BLOCK_S)
+                if ONE_LAUNCH:
+                    found = sums
+                else:
+                    found = part_sums(part_ptr, b, SPLITS, WIDTH, BLOCK_S)
                 rr, ss = found[0], found[1]
                 go, rel, best, improved, before = judge(stats_ptr, flags_ptr, left_ptr, b, B, limit, rr, ss, FLOOR)
                 gamma = _weigh(found, gram_ptr, numbers_ptr, b, slot, rel, best, M)

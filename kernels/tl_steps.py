@@ -227,24 +227,12 @@ def part_sum(part_ptr, b, i, SPLITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_S:
 
 
 @triton.jit
-def leave_parts(sums, part_ptr, b, split, SPLITS: tl.constexpr):
-    """Hands over the sums of one program of a sample, where there are several; parts are [B, len(sums), SPLITS]."""
-    if SPLITS > 1:
-        part_ptr += b.to(tl.int64) * len(sums) * SPLITS + split
-        for i in tl.static_range(len(sums)):
-            tl.store(part_ptr + i * SPLITS, sums[i])
-
-
-@triton.jit
-def totals(sums, part_ptr, b, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr):
-    """The sums of a sample, once all its programs have handed over theirs."""
-    if SPLITS == 1:
-        return sums
-    else:
-        found = ()
-        for i in tl.static_range(len(sums)):
-            found = found + (part_sum(part_ptr, b, i, SPLITS, len(sums), BLOCK_S),)
-        return found
+def part_sums(part_ptr, b, SPLITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr):
+    """All sums of a sample, a tuple."""
+    sums = ()
+    for i in tl.static_range(WIDTH):
+        sums = sums + (part_sum(part_ptr, b, i, SPLITS, WIDTH, BLOCK_S),)
+    return sums
 
 
 @triton.jit

@@ -43,7 +43,8 @@ def image(y_ptrs, v_ptrs, offs, mask, d, z, D, eps, mix, TAIL: tl.constexpr, INT
         weight = tl.load(v_ptrs[len(v_ptrs) - 1] + d, mask=d < D, other=0.0).to(z.dtype)
         y = tl.where(mask, rms(y, D, eps, TAIL[ROW]) * weight, 0.0)  # of a row that is not there, eps may be 0
     elif TAIL[ACT] != "identity":
-        y = act(y, TAIL[ACT], INTERP)
+        NAME: tl.constexpr = TAIL[ACT]  # Triton 3.4 takes no part of a tuple for a constant
+        y = act(y, NAME, INTERP)
     if TAIL[MIXED]:
         y = z + mix * (y - z)
     return y

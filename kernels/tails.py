@@ -42,7 +42,6 @@ class Tail:
             raise ValueError(f"a tail of {PARTS} parts has at most {PARTS - 1} gains, got {len(self.gains)}")
         if (self.act == "rms") != (self.weight is not None):
             raise ValueError(f"weight is for act='rms', which needs one, got act={self.act!r}, weight={self.weight}")
-
         lengths = sorted({len(v) for v in self.vectors})
         if len(lengths) > 1:
             raise ValueError(f"gains and weight must have one length, got {' and '.join(map(str, lengths))}")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .kernels import dispatch
 from .kernels.rules import Rules
-from .kernels.tails import PLAIN, Tail
+from .kernels.tails import PARTS, PLAIN, Tail
 from .solution import Solution
 from .solvers import Solver
 
@@ -88,7 +88,11 @@ def flat_tail(f: Callable, layout: Any, args: tuple) -> tuple[Callable[[Tensor],
         before, tail = (lambda *a: (f(*a),)), PLAIN
 
     def parts(flat: Tensor) -> tuple[Tensor, ...]:
-        return tuple(layout.pack(part, cast=False) for part in before(layout.unpack(flat), *args))
+        found = before(layout.unpack(flat), *args)
+        if not isinstance(found, tuple) or not len(tail.gains) < len(found) <= PARTS:
+            got = len(found) if isinstance(found, tuple) else type(found).__name__
+            raise ValueError(f"a tail takes a tuple of {len(tail.gains) + 1} to {PARTS} parts, got {got}")
+        return tuple(layout.pack(part, cast=False) for part in found)
 
     return parts, tail
 

@@ -223,6 +223,20 @@ def test_what_does_not_fit(device):
     assert fits(PLAIN, 7) and fits(PLAIN, 7, torch.float64)
 
 
+@pytest.mark.parametrize("parts, got", [(0, "0"), (4, "4"), (1, "1"), (None, "Tensor")], ids=str)
+def test_bad_parts(parts, got, device):
+    """Too few for the gains, too many for a tail, or no tuple."""
+    z0 = torch.zeros(2, 3, device=device)
+    made = z0 if parts is None else (z0,) * parts
+
+    def image(z):
+        return z
+
+    image.tail = (lambda z: made), Tail(gains=(None, None) if parts == 1 else ())
+    with tdeq.backend("triton"), pytest.raises(ValueError, match=f"a tail takes a tuple of .* parts, got {got}"):
+        tdeq.fixed_point(image, z0)
+
+
 def test_bad_tails():
     with pytest.raises(ValueError, match="weight is for act='rms'"):
         Tail("rms")

@@ -46,6 +46,7 @@ class Kernel:
     adjoint: bool = False
     rows: int = FEW
     form: str | None = None
+    tile: tuple[int, int] | None = None  # rows and warps, in place of the pure function's
 
     def __str__(self) -> str:
         kind = "adjoint" if self.adjoint else self.act
@@ -58,7 +59,10 @@ class Kernel:
     @property
     def config(self) -> dict[str, Any]:
         shape = {"batch": self.rows, "shapes": SHAPES[self.cell](self.features), "terms": self.terms, "memory": 0}
-        return launch.parameters(self.cell, **shape, **offline.limits(CHIP))
+        config = launch.parameters(self.cell, **shape, **offline.limits(CHIP))
+        if self.tile is None:
+            return config
+        return config | {"BLOCK_B": self.tile[0], "REFILL": self.tile[0] // 2, "num_warps": self.tile[1]}
 
     def job(self) -> dict[str, Any]:
         of = {"shapes": SHAPES[self.cell](self.features), "terms": self.terms, "memory": 0, "form": self.form}
@@ -77,6 +81,13 @@ def kernels() -> list[Kernel]:
                 made.append(Kernel("affine", features, 2, "tanh", rows=rows))
                 made.append(Kernel("affine", features, 2, "tanh", adjoint=True, rows=rows))
     return [*made, Kernel("gated", 128, 1, "fast_tanh"), Kernel("mlp", 128, 1, "fast_gelu", form="post")]
+
+
+def tiles() -> list[Kernel]:
+    """Those between which the pure function chooses for many rows in one term."""
+    cases = [(128, 64, 8, "tanh"), (128, 64, 8, "fast_tanh"), (128, 32, 4, "fast_tanh"), (128, 64, 4, "fast_tanh")]
+    cases += [(256, 32, 8, "tanh"), (256, 32, 8, "fast_tanh"), (256, 64, 8, "fast_tanh")]
+    return [Kernel("affine", d, 1, act, rows=MANY, tile=(rows, warps)) for d, rows, warps, act in cases]
 
 
 @dataclass(frozen=True)
@@ -150,9 +161,11 @@ def main(argv: list[str] | None = None) -> None:
     """Prints the table, or with --write replaces that of a file."""
     parser = argparse.ArgumentParser("python -m tritondeq.bench.cycles", description=__doc__.splitlines()[0])
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace the table of this file, CYCLES.md")
-    path = parser.parse_args(argv).write
-    table = "\n".join(markdown_table([HEAD, *(one.row() for one in count(kernels()))]))
-    if path is None:
+    parser.add_argument("--tiles", action="store_true", help="print the tiles that NOTES.md compares instead")
+    arguments = parser.parse_args(argv)
+    wanted, path = tiles() if arguments.tiles else kernels(), arguments.write
+    table = "\n".join(markdown_table([HEAD, *(one.row() for one in count(wanted))]))
+    if path is None or arguments.tiles:
         print(table)
         return
     text = path.read_text()

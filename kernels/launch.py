@@ -37,7 +37,7 @@ def rows(
     Few rows in a tile (BLOCK_B) give latency, many give throughput until registers spill: these are the largest tiles
     that don't, as tests/kernels/test_offline.py checks. 64 rows want the wgmma of sm_90 (`chip`), which does twice the
     work of mma in the same time: with one or two terms they are taken from 128 features on, too, where the rules'
-    numbers spill (45 to 80 of 800 to 1500 instructions a step). Where the terms of a
+    numbers spill (43 to 80 of 800 to 1500 instructions a step). Where the terms of a
     lone W don't fit together all but the first are streamed (STREAM), BLOCK_K rows at a time. Half a tile idles before
     its lanes take new rows (REFILL): taking them costs about one and a half steps, and at 15 steps a row a tile of 16
     loses least if 7 wait.

@@ -52,6 +52,9 @@ def test_what_is_written_can_be_read(tmp_path, monkeypatch, capsys):
     assert list(table) == [str(kernel) for kernel in cycles.kernels()]
     cycles.main([])
     assert "| affine 64, 1 term, fast_tanh, few rows |" in capsys.readouterr().out
+    cycles.main(["--tiles"])
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 2 + len(cycles.tiles()) and "| 32 rows, 4 warps |" in out[4]
     one = cycles.count([AFFINE])[0]
     assert table[str(AFFINE)] == pytest.approx((one.latency, one.rate), rel=0.01)
 

@@ -5,7 +5,7 @@ import pytest
 from tritondeq.kernels import jobs as launches
 from tritondeq.kernels import launch, offline
 
-SPILLS = {"sm80 picard:_step_kernel N8192 fp32 cell fp32 tanh of 1 memory5": 2}  # one register, with Triton 3.6 only
+SPILLS = {"sm80 picard:_step_kernel N8192 fp32 cell fp32 tanh of 1 memory5": 2}  # ptxas of Triton 3.6
 
 
 def step_jobs():

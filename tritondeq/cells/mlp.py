@@ -44,7 +44,7 @@ class MLP(Cell):
         activation: "relu", "gelu" (exact), "silu" or "swiglu".
         operands: What weights are rounded to inside the iteration: "fp32", or "bf16" for speed (the state stays
             float32). With "bf16", and under autocast, kernels make gelu and silu of the hardware's tanh (errors up to
-            5e-4) to a `tol` of 5e-3 and above.
+            5e-4 (1 + |x|)) to a `tol` of 5e-3 and above.
         bias: Whether there are biases.
 
     Raises:

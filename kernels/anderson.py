@@ -25,7 +25,7 @@ from .rules import SAFEGUARD
 from .steps import Steps, contiguous
 from .tails import Tail
 from .tl_anderson import anderson_weights
-from .tl_common import bf16_pair
+from .tl_common import bf16_pair, constant
 from .tl_steps import (
     ACTIVE,
     BEFORE,
@@ -46,7 +46,7 @@ from .tl_steps import (
 )
 
 MEMORY = 8  # most differences: their small system lies in registers
-SAFE = tl.constexpr(SAFEGUARD)
+SAFE = constant(SAFEGUARD)
 
 
 @triton.jit(do_not_specialize=["limit"])

@@ -27,6 +27,7 @@ from .dispatch import StepsOp, register
 from .rules import SAFEGUARD
 from .steps import Steps, contiguous, refuses
 from .tails import Tail
+from .tl_common import constant
 from .tl_steps import (
     ACTIVE,
     BEFORE,
@@ -45,9 +46,9 @@ from .tl_steps import (
     part_sum,
 )
 
-SAFE = tl.constexpr(SAFEGUARD)
-PARTS = tl.constexpr(6)  # sums that are not made for each update
-COEFS = tl.constexpr(2)  # coefficients that are not: 1 / den and <left, g>
+SAFE = constant(SAFEGUARD)
+PARTS = constant(6)  # sums that are not made for each update
+COEFS = constant(2)  # coefficients that are not: 1 / den and <left, g>
 
 
 @triton.jit(do_not_specialize=["limit"])
@@ -263,8 +264,8 @@ class BroydenSteps(Steps):
         batch, width = z.shape
         self.memory = memory
         self.u, self.v = (z.new_empty(batch, memory, width) for _ in range(2))
-        self.coef = z.new_empty(batch, COEFS.value + 3 * memory)
-        super().__init__("broyden", z, keep, tol, limit, tail, numbers, parts=PARTS.value + 3 * memory)
+        self.coef = z.new_empty(batch, int(COEFS) + 3 * memory)
+        super().__init__("broyden", z, keep, tol, limit, tail, numbers, parts=int(PARTS) + 3 * memory)
         self.one_launch = launch.one_launch("broyden", self.config, itemsize=z.element_size(), memory=memory)
 
     def reset(self, z: Tensor) -> None:

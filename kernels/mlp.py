@@ -22,10 +22,10 @@ from .dispatch import Op, register
 from .formulas import RMS_EPS, mlp, rms_pull
 from .reference import iterate
 from .rows import MEMORY, Rows
-from .tl_common import act
+from .tl_common import act, constant
 from .tl_rows import dot, feed
 
-EPS = tl.constexpr(RMS_EPS)
+EPS = constant(RMS_EPS)
 ACTS = ("relu", "gelu", "silu", "fast_gelu", "fast_silu")
 
 

@@ -41,11 +41,11 @@ from . import launch
 from .dispatch import interpreting
 from .reference import RIDGE
 from .tl_anderson import anderson_step
-from .tl_common import FLOOR, WINDOW, bf16_pair, row_sums, rules_start, rules_status, rules_update
+from .tl_common import FLOOR, WINDOW, bf16_pair, constant, row_sums, rules_start, rules_status, rules_update
 from .tl_rows import choose, copies, dot_streamed, load_inputs, load_terms, load_vector
 
 MEMORY = 4  # most differences that Anderson can store in registers
-LAG = tl.constexpr(16.0)
+LAG = constant(16.0)
 
 
 @triton.jit(do_not_specialize=["B", "max_steps"])

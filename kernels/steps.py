@@ -32,16 +32,16 @@ class Samples:
         names = ("best", "bar", "first", "peak", "mark", "r", "s", "rel")  # as tl_steps.py numbers them
         for name, row in zip(names, self.stats, strict=True):
             setattr(self.rules, name, row)
-        self.rel = self.stats[REL.value]
+        self.rel = self.stats[int(REL)]
 
     def forget(self) -> None:
         """Nothing is known, and all are active."""
         self.stats.zero_()
-        self.stats[BEST.value].fill_(math.inf)
-        self.stats[MARK.value].fill_(math.inf)
-        self.stats[BAR.value].fill_(self.tol)
+        self.stats[int(BEST)].fill_(math.inf)
+        self.stats[int(MARK)].fill_(math.inf)
+        self.stats[int(BAR)].fill_(self.tol)
         self.flags.zero_()
-        self.flags[PHASE.value].fill_(ACTIVE.value)
+        self.flags[int(PHASE)].fill_(int(ACTIVE))
         self.count.fill_(self.flags.shape[1])
 
     def left(self) -> Tensor:
@@ -50,7 +50,7 @@ class Samples:
 
     def outcome(self) -> tuple[Tensor, Tensor, Tensor]:
         """(status, steps, residual), each [B]."""
-        return self.rules.status(), self.flags[STEPS.value], self.stats[BEST.value]
+        return self.rules.status(), self.flags[int(STEPS)], self.stats[int(BEST)]
 
     def estimate(self) -> tuple[Tensor, Tensor] | None:
         """As the solver's."""

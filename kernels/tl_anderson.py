@@ -4,9 +4,10 @@ import triton
 import triton.language as tl
 
 from . import rules
+from .tl_common import constant
 
-SAFEGUARD = tl.constexpr(rules.SAFEGUARD)
-GAMMA_MAX = tl.constexpr(1e10)  # a mixing weight beyond it, or NaN, is no weight
+SAFEGUARD = constant(rules.SAFEGUARD)
+GAMMA_MAX = constant(1e10)  # a mixing weight beyond it, or NaN, is no weight
 
 
 @triton.jit

@@ -8,20 +8,30 @@ import triton
 import triton.language as tl
 
 from . import rules
+from .dispatch import interpreting
 
-EPS = tl.constexpr(rules.EPS)
-WINDOW = tl.constexpr(rules.WINDOW)
-PROGRESS = tl.constexpr(rules.PROGRESS)
-FLOOR = tl.constexpr(rules.FLOOR)
-GROWTH = tl.constexpr(rules.GROWTH)
-STEADY = tl.constexpr(rules.STEADY)
-CONVERGED = tl.constexpr(rules.CONVERGED)
-PLATEAU = tl.constexpr(rules.PLATEAU)
-MAX_STEPS = tl.constexpr(rules.MAX_STEPS)
-GROWING = tl.constexpr(rules.GROWING)
-NONFINITE = tl.constexpr(rules.NONFINITE)
 
-INF = tl.constexpr(float("inf"))
+def constant(value):
+    """A module-level number for kernels to read.
+
+    The interpreter gets the plain number: from Triton 3.8 on, it makes no tensor of `constexpr * tensor`.
+    """
+    return value if interpreting() else tl.constexpr(value)
+
+
+EPS = constant(rules.EPS)
+WINDOW = constant(rules.WINDOW)
+PROGRESS = constant(rules.PROGRESS)
+FLOOR = constant(rules.FLOOR)
+GROWTH = constant(rules.GROWTH)
+STEADY = constant(rules.STEADY)
+CONVERGED = constant(rules.CONVERGED)
+PLATEAU = constant(rules.PLATEAU)
+MAX_STEPS = constant(rules.MAX_STEPS)
+GROWING = constant(rules.GROWING)
+NONFINITE = constant(rules.NONFINITE)
+
+INF = constant(float("inf"))
 
 
 @triton.jit

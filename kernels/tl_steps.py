@@ -4,17 +4,17 @@ import triton
 import triton.language as tl
 
 from .tl_common import FLOOR as FLOOR_FP32
-from .tl_common import act, add2, rules_update
+from .tl_common import act, add2, constant, rules_update
 
 # Rows of `stats` [8, B], in the dtype of the state.
-BEST, BAR, FIRST, PEAK, MARK, R, S, REL = (tl.constexpr(i) for i in range(8))
+BEST, BAR, FIRST, PEAK, MARK, R, S, REL = (constant(i) for i in range(8))
 # Rows of `flags` [5, B], int32. IMPROVED, BEFORE: whether the last evaluation, and the one before, became the best.
-PHASE, STEPS, IMPROVED, BEFORE, ARRIVED = (tl.constexpr(i) for i in range(5))
-DONE, ACTIVE, STOPPED = (tl.constexpr(i) for i in range(3))  # PHASE; STOPPED: by the last evaluation
+PHASE, STEPS, IMPROVED, BEFORE, ARRIVED = (constant(i) for i in range(5))
+DONE, ACTIVE, STOPPED = (constant(i) for i in range(3))  # PHASE; STOPPED: by the last evaluation
 
 
 # Of TAIL: act, which parts have a gain, whether there is a mix, and the block of a row, 0 where rows don't matter.
-ACT, SCALED, MIXED, ROW = (tl.constexpr(i) for i in range(4))
+ACT, SCALED, MIXED, ROW = (constant(i) for i in range(4))
 
 
 @triton.jit

@@ -31,12 +31,12 @@ def problem(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
 @contextlib.contextmanager
 def lockstep() -> Iterator[None]:
     """A tile takes new rows only when all of its rows are done."""
-    rows = launch.SHAPES["affine"]
-    launch.SHAPES["affine"] = lambda **shape: rows(**shape) | {"REFILL": 0}
+    rows = launch.SHAPES["rows.affine"]
+    launch.SHAPES["rows.affine"] = lambda **shape: rows(**shape) | {"REFILL": 0}
     try:
         yield
     finally:
-        launch.SHAPES["affine"] = rows
+        launch.SHAPES["rows.affine"] = rows
 
 
 def run(device: torch.device, suite: str, seconds: float) -> Iterator[Record]:
@@ -45,7 +45,7 @@ def run(device: torch.device, suite: str, seconds: float) -> Iterator[Record]:
         return
     rows = 1 << (14 if suite != "full" else 17)
     w, u = problem(rows, device)
-    op = dispatch.load("affine")
+    op = dispatch.load("rows.affine")
 
     def solve():
         return op.solve(w, u, activation="identity", tol=TOL, max_steps=MOST)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 BACKENDS = ("auto", "triton", "torch")
 LEAST = (3, 4)  # Triton's version; older ones lack what the kernels, or their tests, need
-_default = ("auto", False)
-_scoped: ContextVar[tuple[str, bool] | None] = ContextVar("tritondeq_backend", default=None)
+_default = "auto"
+_scoped: ContextVar[str | None] = ContextVar("tritondeq_backend", default=None)
 
 
 @dataclass(frozen=True)
@@ -74,44 +74,38 @@ def register(name: str, op: AnyOp) -> AnyOp:
 
 
 def load(name: str) -> AnyOp:
-    """The op of kernels/<name>.py; imports Triton."""
+    """Returns the op of that name: "rows.affine" is kernels/rows/affine.py. Imports Triton."""
     if name not in _ops:
         importlib.import_module(f"{__package__}.{name}")
     return _ops[name]
 
 
-def _checked(name: str, barriers: bool) -> tuple[str, bool]:
-    if not isinstance(barriers, bool):
-        raise TypeError(f"barriers must be a bool, got {barriers!r}")
+def _checked(name: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
     if name == "triton" and not has_triton():
         raise ValueError("backend 'triton' needs the triton package, which is not installed: use 'auto' or 'torch'")
-    return name, barriers
+    return name
 
 
-def set_backend(name: str, *, barriers: bool = False) -> None:
+def set_backend(name: str) -> None:
     """Chooses the backend of the whole process.
 
     Args:
         name: "auto" (Triton for CUDA tensors where it is installed, else torch), "triton" (raise where it can't run;
             CPU tensors then need Triton's interpreter, TRITON_INTERPRET=1 before the import) or "torch".
-        barriers: Whether Triton may take kernels whose programs wait for one another: of an affine cell with 257 to
-            2048 features, the solve of a small batch in one launch. No GPU has run them yet. Where programs do not
-            meet in time a sample ends as NONFINITE, its value NaN; none waits for ever.
 
     Raises:
-        TypeError, ValueError: `name` is none of these, or is "triton" and Triton is not installed; `barriers` is no
-            bool.
+        ValueError: `name` is none of these, or is "triton" and Triton is not installed.
     """
     global _default
-    _default = _checked(name, barriers)
+    _default = _checked(name)
 
 
 @contextlib.contextmanager
-def backend(name: str, *, barriers: bool = False) -> Iterator[None]:
-    """As `set_backend`, for the duration of a `with` block in this thread or task."""
-    token = _scoped.set(_checked(name, barriers))
+def backend(name: str) -> Iterator[None]:
+    """Chooses the backend as `set_backend` does, for the duration of a `with` block in this thread or task."""
+    token = _scoped.set(_checked(name))
     try:
         yield
     finally:
@@ -119,13 +113,8 @@ def backend(name: str, *, barriers: bool = False) -> Iterator[None]:
 
 
 def chosen() -> str:
-    """The backend in force: "auto", "triton" or "torch"."""
-    return (_scoped.get() or _default)[0]
-
-
-def barriers() -> bool:
-    """Whether kernels whose programs wait for one another may be taken."""
-    return (_scoped.get() or _default)[1]
+    """Returns the backend in force: "auto", "triton" or "torch"."""
+    return _scoped.get() or _default
 
 
 @cache
@@ -196,8 +185,6 @@ class WholeSolve:
         operands: Its tensors before the state [B, N].
         at: The tensors that its adjoint wants before the cotangent, for the solution z [B, N].
         options: Its keyword arguments beside the solver's, for a tolerance.
-        grid: Name of an op for the same problem whose programs wait for one another, which is asked first where such
-            may be taken.
     """
 
     op: str
@@ -205,14 +192,7 @@ class WholeSolve:
     operands: tuple[Tensor, ...]
     at: Callable[[Tensor], tuple[Tensor, ...]]
     options: Callable[[float], dict[str, Any]]
-    grid: str | None = None
 
     def pick(self, device: torch.device, solver_memory: int, tol: float) -> tuple[Op | CellOp | None, str]:
         problem = self.problem | {"solver_memory": solver_memory, "terms": self.options(tol)["terms"]}
-        if self.grid is None or not barriers():
-            return pick(self.op, device, **problem)
-        op, how = pick(self.grid, device, **problem)
-        if op is not None:
-            return op, how
-        op, other = pick(self.op, device, **problem)
-        return op, other if other == how else f"{other}; without a grid barrier: {how}"
+        return pick(self.op, device, **problem)

@@ -14,7 +14,6 @@ from .space import (
     PROCESSORS,
     ROW,
     SHARED,
-    SLICES,
     TILES,
     affine_fits,
     affine_tile,
@@ -87,7 +86,7 @@ BESIDE = 5  # differences of Anderson whose small system fits in registers besid
 def one_launch(op: str, config: dict, *, itemsize: int, memory: int) -> bool:
     """Whether a step of Anderson or Broyden with these parameters is one launch: a program that has measured a whole
     sample goes on and mixes, where no register is spilled, as tests/kernels/test_offline_steps.py checks."""
-    return config["SPLITS"] == 1 and itemsize == 4 and (op != "anderson" or memory <= BESIDE)
+    return config["SPLITS"] == 1 and itemsize == 4 and (op != "steps.anderson" or memory <= BESIDE)
 
 
 def whole_rows(*, features: int) -> dict:
@@ -113,23 +112,6 @@ def affine_steps(*, batch: int, features: int, terms: int, start: bool = False, 
     return affine_tile(*tile)
 
 
-GRID_ROWS, GRID_FEATURES = 64, 2048  # most of a solve of the affine cell that is spread over the chip
-
-
-def affine_grid(
-    *, batch: int, features: int, terms: int, shared: int = SHARED, processors: int = PROCESSORS
-) -> dict | None:
-    """Of a solve of the affine cell spread over the chip, 16 rows and BLOCK_N features a program; None where that is
-    more programs than `processors`, or a slice of W doesn't fit beside 16 rows in `shared` bytes.
-
-    The depth of a product is divided among the warps (GROUPS), which add up what they have at its end: all of them have
-    work, and none has a long chain.
-    """
-    of = {"batch": batch, "features": features, "terms": terms, "shared": shared, "processors": processors}
-    configs = (space.affine_slice(block_n, 8, 64, 8, **of) for block_n in SLICES)
-    return next(filter(None, configs), None)
-
-
 def group_norm(*, pixels: int, width: int) -> dict | None:
     """Of GroupNorm, by the pixels and channels of one group; None where the channels of a pixel don't fit a program."""
     block_d = power_of_two(width)
@@ -141,16 +123,15 @@ def group_norm(*, pixels: int, width: int) -> dict | None:
 
 
 SHAPES: dict[str, Callable[..., dict | None]] = {
-    "affine": rows,
-    "mlp": rows,
-    "gated": rows,
-    "residual_rms": whole_rows,
-    "affine_steps": affine_steps,
-    "affine_grid": affine_grid,
-    "group_norm": group_norm,
-    "picard": steps,
-    "anderson": steps,
-    "broyden": steps,
+    "rows.affine": rows,
+    "rows.mlp": rows,
+    "rows.gated": rows,
+    "norms.residual_rms": whole_rows,
+    "steps.affine": affine_steps,
+    "norms.group_norm": group_norm,
+    "steps.picard": steps,
+    "steps.anderson": steps,
+    "steps.broyden": steps,
 }
 
 
@@ -159,7 +140,6 @@ SPACES = {
     steps: space.STEPS,
     whole_rows: space.WHOLE_ROWS,
     affine_steps: space.AFFINE_STEPS,
-    affine_grid: space.AFFINE_GRID,
     group_norm: space.GROUP_NORM,
 }
 

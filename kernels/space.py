@@ -25,7 +25,6 @@ TILES = {
 }
 MORE_TILES = ((64, 128, 32, 4), (32, 64, 64, 4), (16, 64, 64, 4))  # that only a measurement picks
 PROCESSORS = 132  # multiprocessors of an H200
-SLICES = (16, 32)  # features of W that a program of a solve with a grid barrier holds; 64 would spill registers
 
 
 def power_of_two(n: int) -> int:
@@ -73,35 +72,6 @@ def affine_tile(
 def affine_fits(block_m: int, block_n: int, block_k: int, stages: int, terms: int, start: bool, shared: int) -> bool:
     stage = block_k * ((4 if start else 2) * block_m + 2 * terms * block_n)
     return stages * stage + block_m * block_n <= shared  # the latter for a part on its way between layouts
-
-
-def affine_slice(
-    block_n: int,
-    groups: int,
-    block_k: int,
-    warps: int,
-    *,
-    batch: int,
-    features: int,
-    terms: int,
-    shared: int = SHARED,
-    processors: int = PROCESSORS,
-) -> dict | None:
-    """Launch parameters of a solve spread over the chip, for slices of so many features; None where they are more than
-    `processors`, which could not run at once, or where one doesn't fit beside 16 rows in `shared` bytes."""
-    chunks = -(-features // (groups * block_k))
-    programs = -(-batch // 16) * -(-features // block_n)
-    if programs > processors or 2 * chunks * groups * block_k * (terms * block_n + 16) > shared:
-        return None
-    return {
-        "BLOCK_M": 16,
-        "BLOCK_N": block_n,
-        "BLOCK_K": block_k,
-        "GROUPS": groups,
-        "CHUNKS": chunks,
-        "num_warps": warps,
-        "num_stages": 1,
-    }
 
 
 @dataclass(frozen=True)
@@ -186,13 +156,6 @@ def _affine_steps(base: dict, *, batch, features, terms, start=False, shared=SHA
         yield affine_tile(*own, group=group)
 
 
-def _affine_grid(base: dict, **shape) -> Iterator[dict]:
-    for block_n, (groups, warps), block_k in product(SLICES, ((4, 8), (8, 8), (8, 16)), (32, 64, 128)):
-        config = affine_slice(block_n, groups, block_k, warps, **shape)
-        if config and (warps, block_k) != (16, 128):  # which spills
-            yield config
-
-
 def _group_norm(base: dict, *, pixels: int, width: int) -> Iterator[dict]:
     for scale in (0.25, 0.5, 1, 2):
         block_p = int(base["BLOCK_P"] * scale)
@@ -214,15 +177,6 @@ def _affine_key(*, batch, features, terms, start=False, **shared) -> dict:
     return {"batch": batch, "features": features, "terms": terms, "start": start}
 
 
-def _grid_key(*, batch, features, terms, processors=PROCESSORS, **shared) -> dict:
-    """Batches for which the pure function takes slices of one width have one key: the most rows of them."""
-    for block_n in SLICES:
-        tiles = processors // -(-features // block_n)
-        if batch <= 16 * tiles:
-            return {"batch": 16 * tiles, "features": features, "terms": terms}
-    return {"batch": batch, "features": features, "terms": terms}
-
-
 ROWS = Space(
     names=("BLOCK_B", "STREAM", "REFILL", "num_warps", "programs"),
     keys=("batch", "shapes", "terms", "memory"),
@@ -238,12 +192,5 @@ AFFINE_STEPS = Space(
     key=_affine_key,
     near=("batch", "features"),
     around=_affine_steps,
-)
-AFFINE_GRID = Space(
-    names=("BLOCK_N", "BLOCK_K", "GROUPS", "num_warps"),
-    keys=("batch", "features", "terms"),
-    key=_grid_key,
-    near=("batch", "features"),
-    around=_affine_grid,
 )
 GROUP_NORM = Space(("BLOCK_P", "num_warps"), ("pixels", "width"), _itself, ("pixels", "width"), _group_norm)

@@ -162,7 +162,7 @@ def test_launches_of_a_step_are_the_difference_of_two_solves(monkeypatch):
     monkeypatch.setattr(launches, "profile", profile)
     records = list(launches.run(torch.device("cuda")))
     assert [r["contestant"] for r in records] == list(targets.LAUNCHES) * 2
-    programs = [launch.parameters("anderson", width=r["width"], itemsize=4)["SPLITS"] for r in records]
+    programs = [launch.parameters("steps.anderson", width=r["width"], itemsize=4)["SPLITS"] for r in records]
     assert programs == [1, 1, 2, 2], "samples of one program and of several"
     assert all((r["launches"], r["syncs"], r["looks"], r["copies"]) == (2, 0, 0.25, 0) for r in records)
     assert list(launches.run(CPU)) == []

@@ -164,7 +164,7 @@ def test_a_triton_that_is_too_old_is_said(monkeypatch, device):
     monkeypatch.setattr(triton, "__version__", "3.2.0")
     dispatch.too_old.cache_clear()
     try:
-        assert dispatch.pick("picard", torch.device("cuda"), width=3, dtype=torch.float32) == (
+        assert dispatch.pick("steps.picard", torch.device("cuda"), width=3, dtype=torch.float32) == (
             None,
             "triton 3.2.0 is installed, and the kernels need 3.4 or later",
         )

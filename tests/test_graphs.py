@@ -28,7 +28,7 @@ from tritondeq import (
 )
 from tritondeq.cells import Affine
 from tritondeq.kernels import launch
-from tritondeq.kernels.affine_steps import AffineSteps
+from tritondeq.kernels.steps.affine import AffineSteps
 
 WIDTH = 6
 SAYS = ("graphs of 3 steps", "one graph")

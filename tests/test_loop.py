@@ -5,7 +5,7 @@ import torch
 
 import tritondeq as tdeq
 from tritondeq import Anderson, Picard, loop
-from tritondeq.kernels import anderson
+from tritondeq.kernels.steps import anderson
 
 
 class Stream:

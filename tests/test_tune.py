@@ -60,7 +60,7 @@ def trying() -> dict:
     return tables._only[0].parameters
 
 
-CONFIGS = launch.candidates("picard", width=4096, itemsize=4)
+CONFIGS = launch.candidates("steps.picard", width=4096, itemsize=4)
 NAMES = launch.spaces()["picard"].names
 CHOICES = [{name: config[name] for name in NAMES} for config in CONFIGS]
 
@@ -149,7 +149,7 @@ def test_every_problem_is_right_and_ready_to_be_timed(monkeypatch, cell, feature
     if dtype == "fp64":
         monkeypatch.setattr(works, "STEPS", {"picard": works.STEPS["picard"]})
     started, asked = [], []
-    samples = importlib.import_module("tritondeq.kernels.steps").Samples
+    samples = importlib.import_module("tritondeq.kernels.steps.base").Samples
     forget, parameters = samples.forget, launch.parameters
     monkeypatch.setattr(samples, "forget", lambda self: (started.append(self), forget(self)))
     monkeypatch.setattr(launch, "parameters", lambda op, *on, **of: asked.append((op, of)) or parameters(op, *on, **of))
@@ -339,9 +339,9 @@ def test_an_interrupted_run_keeps_what_is_finished_and_goes_on(stubs, gpu, monke
 
 def test_a_choice_is_in_force_as_soon_as_it_is_made(stubs, monkeypatch):
     monkeypatch.setattr(trials, "seconds", clock(CHOICES[3]))
-    assert launch.parameters("picard", CPU, width=4096, itemsize=4) == CONFIGS[0]
+    assert launch.parameters("steps.picard", CPU, width=4096, itemsize=4) == CONFIGS[0]
     assert command("--features", "4096") == 0
-    assert launch.parameters("picard", CPU, width=4096, itemsize=4) == CONFIGS[3]
+    assert launch.parameters("steps.picard", CPU, width=4096, itemsize=4) == CONFIGS[3]
 
 
 def test_a_line_for_each_shape(stubs, monkeypatch, capsys):
@@ -477,7 +477,7 @@ def test_a_fixed_point_is_the_same_at_every_candidate_of_its_steps(gpu):
             return fixed_point(lambda z: u + 0.5 * torch.tanh(z), torch.zeros_like(u), tol=1e-5)
 
     first = solve()
-    for config in launch.candidates("picard", width=300, itemsize=4)[1:]:
+    for config in launch.candidates("steps.picard", width=300, itemsize=4)[1:]:
         with launch.trial("picard", {"width": 300, "itemsize": 4}, config):
             again = solve()
         assert torch.equal(first.steps, again.steps)

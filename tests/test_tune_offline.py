@@ -63,7 +63,7 @@ def test_the_report(monkeypatch, capsys):
     )
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "### affine 9x64 bf16, sm_90" and lines[3].count("---:") == 3
-    configs = launch.candidates("affine", batch=9, shapes=((64, 64),), terms=1, memory=0, **offline.limits(90))
+    configs = launch.candidates("rows.affine", batch=9, shapes=((64, 64),), terms=1, memory=0, **offline.limits(90))
     assert lines[4].startswith(
         f"| BLOCK_B {configs[0]['BLOCK_B']} STREAM False REFILL {configs[0]['REFILL']} num_warps "
     )

@@ -50,7 +50,7 @@ def test_every_op_with_launch_parameters_is_measured():
 
 def test_every_value_that_a_key_may_have_is_measured():
     """In kernels that hold a cell: each of terms, memories and counts of matrices; of sizes the nearest is taken."""
-    memory = importlib.import_module("tritondeq.kernels.rows").MEMORY
+    memory = importlib.import_module("tritondeq.kernels.rows.skeleton").MEMORY
     d, h = 64, 128
     sizes = {"affine": [((d, d),)], "gated": [((d, d),) * 3], "mlp": [((h, d), (d, h)), ((h, d), (d, h), (h, d))]}
     wanted = []
@@ -239,7 +239,7 @@ class Spy:
 @pytest.mark.skipif(CUDA, reason="for the interpreter")
 def test_a_first_step_is_timed_as_the_first(wide, monkeypatch):
     """From zero, from a start that is multiplied, and of the adjoint; again and again the same, and nobody stops."""
-    op = importlib.import_module("tritondeq.kernels.affine_steps")
+    op = importlib.import_module("tritondeq.kernels.steps.affine")
     spy, made, start = Spy(op._step_kernel), [], op.AffineSteps.reset
     monkeypatch.setattr(op, "_step_kernel", spy)
     monkeypatch.setattr(op.AffineSteps, "reset", lambda self, z: (made.append(self), start(self, z)))

@@ -36,7 +36,7 @@ def report() -> str:
     sections = {
         f"tritondeq {_version('tritondeq')}": _versions(),
         "GPUs": _gpus(),
-        "Backend": [_backend(), _barriers()],
+        "Backend": [_backend()],
         "Solves": _solves(),
         "Launch parameters": _tables(),
         "Optional packages": _extras(),
@@ -94,11 +94,6 @@ def _backend() -> str:
     }
     interpreted = "; TRITON_INTERPRET is set: kernels are interpreted, slowly" if dispatch.interpreting() else ""
     return f"{dispatch.chosen()}: {says[dispatch.chosen()]}{interpreted}"
-
-
-def _barriers() -> str:
-    taken = "may be taken" if dispatch.barriers() else "are not taken: set_backend(..., barriers=True) asks for them"
-    return f"kernels whose programs wait for one another, which no GPU has run, {taken}"
 
 
 def _solves() -> Iterator[str]:

@@ -3,7 +3,7 @@
 import torch
 
 from tritondeq import Picard
-from tritondeq.kernels import affine_steps as op
+from tritondeq.kernels.steps import affine as op
 from tritondeq.loop import Settings, drive
 
 TILES = {"small": (16, 32, 32, 2), "split": (64, 64, 64, 2)}  # the latter's epilogue takes two halves

@@ -5,10 +5,10 @@ import pytest
 import torch
 from close import FLOOR, assert_as_eager, assert_residual, error
 
-from tritondeq.kernels import affine as op
 from tritondeq.kernels import launch
 from tritondeq.kernels.formulas import FAST
-from tritondeq.kernels.rows import bf16_terms
+from tritondeq.kernels.rows import affine as op
+from tritondeq.kernels.rows.skeleton import bf16_terms
 from tritondeq.kernels.rules import CONVERGED, GROWING, MAX_STEPS, NONFINITE, PLATEAU, WINDOW
 
 # B, D, activation, terms: every size, activation and count of terms, not their product

@@ -10,9 +10,9 @@ from test_affine import dense_adjoint, exact, options, problem, true_residual
 
 import tritondeq as tdeq
 from tritondeq import Picard
-from tritondeq.kernels import affine
-from tritondeq.kernels import affine_steps as op
+from tritondeq.kernels.rows import affine
 from tritondeq.kernels.rules import CONVERGED
+from tritondeq.kernels.steps import affine as op
 
 # B, D, activation, terms, tile: every activation, count of terms, edge of a tile and of a row of tiles
 CASES = [

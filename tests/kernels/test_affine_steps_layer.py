@@ -11,8 +11,8 @@ from test_steps import Ops, _count
 import tritondeq as tdeq
 from tritondeq import DEQ, Anderson
 from tritondeq.cells import Affine
-from tritondeq.kernels import affine_steps as op
 from tritondeq.kernels import costs, dispatch
+from tritondeq.kernels.steps import affine as op
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the count is read every few steps only")
@@ -166,7 +166,7 @@ def test_the_cell_says_what_torch_multiplies_in(device, monkeypatch):
 
 
 def test_the_op_is_registered():
-    assert dispatch.load("affine_steps") is op.affine_steps
+    assert dispatch.load("steps.affine") is op.affine_steps
 
 
 @torch.no_grad()

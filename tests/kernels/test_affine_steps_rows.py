@@ -9,9 +9,9 @@ from close import assert_residual
 from own_steps import TILES, adjoint, solve
 from test_affine import options, problem, restless, true_residual
 
-from tritondeq.kernels import affine
-from tritondeq.kernels import affine_steps as op
+from tritondeq.kernels.rows import affine
 from tritondeq.kernels.rules import GROWING, MAX_STEPS, NONFINITE, PLATEAU, WINDOW
+from tritondeq.kernels.steps import affine as op
 
 nonfinite = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, under the interpreter, about NaN
 

@@ -8,7 +8,7 @@ import tritondeq as tdeq
 from tritondeq import DEQ
 from tritondeq.cells import Conv, MultiScale
 from tritondeq.kernels import dispatch, launch
-from tritondeq.kernels.group_norm import group_norm, group_norm_ref, refuses
+from tritondeq.kernels.norms.group_norm import group_norm, group_norm_ref, refuses
 
 LAST = torch.channels_last
 NARROW = [(torch.bfloat16,) * 2, (torch.bfloat16, torch.float32), (torch.float16,) * 2]
@@ -149,7 +149,7 @@ def test_what_it_refuses(a, b, groups, says):
     ids=["Conv", "MultiScale"],
 )
 def test_cells_solve_alike_and_differentiate_in_torch(cell, scales, device, monkeypatch):
-    calls, op = [], dispatch.load("group_norm")
+    calls, op = [], dispatch.load("norms.group_norm")
     watched = dispatch.RowOp(lambda *given: calls.append(1) or op.run(*given), op.ref, op.refuses)
     monkeypatch.setitem(dispatch._ops, "group_norm", watched)
     layer, x = DEQ(cell().to(device), tol=1e-5, max_steps=100), torch.randn(2, 3, 4, 4, device=device)
@@ -169,5 +169,5 @@ def test_cells_solve_alike_and_differentiate_in_torch(cell, scales, device, monk
 
 def test_auto_leaves_a_cpu_to_torch():
     a = torch.zeros(2, 4, 3, 3).to(memory_format=LAST)
-    op, why = dispatch.pick("group_norm", a.device, a=a, b=None, groups=2)
+    op, why = dispatch.pick("norms.group_norm", a.device, a=a, b=None, groups=2)
     assert op is None and "CUDA" in why

@@ -9,7 +9,7 @@ from tritondeq.kernels import costs, launch
 def test_affine_is_total_and_tiles_are_powers_of_two(shared):
     for features, terms, memory, batch in itertools.product(range(1, 257), (1, 2, 3), (0, 4), (1, 1 << 20)):
         shape = dict(batch=batch, shapes=[(features, features)], terms=terms, memory=memory, shared=shared)
-        config = launch.parameters("affine", **shape)
+        config = launch.parameters("rows.affine", **shape)
         if config is None:
             assert features > 128 and shared < launch.SHARED
             continue
@@ -21,7 +21,7 @@ def test_affine_is_total_and_tiles_are_powers_of_two(shared):
 
 def test_only_what_does_not_fit_is_streamed():
     def stream(features, terms):
-        return launch.parameters("affine", batch=1, shapes=[(features, features)], terms=terms, memory=0)["STREAM"]
+        return launch.parameters("rows.affine", batch=1, shapes=[(features, features)], terms=terms, memory=0)["STREAM"]
 
     assert [stream(256, terms) for terms in (1, 2, 3)] == [False, True, True]
     assert not any(stream(128, terms) for terms in (1, 2, 3))
@@ -30,8 +30,8 @@ def test_only_what_does_not_fit_is_streamed():
 def test_small_batches_get_small_tiles():
     for features in (16, 64, 128, 256):
         shape = {"shapes": [(features, features)], "terms": 1, "memory": 0}
-        assert launch.parameters("affine", batch=64, **shape)["BLOCK_B"] == 16
-        assert launch.parameters("affine", batch=1 << 20, **shape)["BLOCK_B"] > 16
+        assert launch.parameters("rows.affine", batch=64, **shape)["BLOCK_B"] == 16
+        assert launch.parameters("rows.affine", batch=1 << 20, **shape)["BLOCK_B"] > 16
 
 
 @pytest.mark.parametrize("shared", [launch.SHARED, 101376, 232448])
@@ -51,7 +51,7 @@ def test_affine_steps_fit_and_keep_a_gpu_busy(shared):
 def test_affine_steps_of_many_rows_take_the_largest_tile_that_fits():
     def tiles(shared, start=False):
         shape = {"batch": 1 << 20, "features": 512, "start": start, "shared": shared}
-        configs = [launch.parameters("affine_steps", terms=terms, **shape) for terms in (1, 2, 3)]
+        configs = [launch.parameters("steps.affine", terms=terms, **shape) for terms in (1, 2, 3)]
         return [(config["BLOCK_M"], config["BLOCK_N"], config["SUB"]) for config in configs]
 
     assert tiles(232448) == [(128, 256, 8), (256, 128, 8), (128, 128, 4)]
@@ -62,7 +62,7 @@ def test_affine_steps_of_many_rows_take_the_largest_tile_that_fits():
 
 def test_the_widest_tiles_are_for_the_chip_with_wgmma():
     shape = {"batch": 1 << 20, "shapes": [(64, 64)], "terms": 2, "memory": 0}
-    assert [launch.parameters("affine", **shape, chip=chip)["BLOCK_B"] for chip in (80, 90, 100)] == [32, 64, 32]
+    assert [launch.parameters("rows.affine", **shape, chip=chip)["BLOCK_B"] for chip in (80, 90, 100)] == [32, 64, 32]
 
 
 @pytest.mark.parametrize("shared, processors", [(launch.SHARED, 108), (101376, 84), (232448, 132)])

@@ -50,7 +50,7 @@ def affine_jobs():
     jobs = {}
     for chip, features, terms, memory, batch, act, adj in cases:
         shape = {"batch": batch, "shapes": [(features, features)], "terms": terms, "memory": memory}
-        config = launch.parameters("affine", **shape, **offline.limits(chip))
+        config = launch.parameters("rows.affine", **shape, **offline.limits(chip))
         name = f"D{features} terms{terms} memory{memory} {act} {'adjoint' if adj else 'solve'} tile{config['BLOCK_B']}"
         of = {"shapes": shape["shapes"], "terms": terms, "memory": memory, "act": act, "adj": adj}
         jobs[f"sm{chip} {name}"] = launches.rows("affine", chip, config, **of)
@@ -75,7 +75,7 @@ def cell_jobs():
         jobs[name] = launches.rows("mlp", chip, config, **of)
     for chip, (d, terms), memory, adj in itertools.product((80, 90, 100), ((64, 2), (128, 1)), (0, 2), (False, True)):
         shapes = [(d, d)] * 3
-        config = launch.parameters("gated", batch=1, shapes=shapes, terms=terms, memory=memory)
+        config = launch.parameters("rows.gated", batch=1, shapes=shapes, terms=terms, memory=memory)
         name = f"sm{chip} gated D{d} terms{terms} memory{memory} {'adjoint' if adj else 'solve'}"
         of = {
             "shapes": shapes,

@@ -28,7 +28,7 @@ def step_jobs():
     jobs = {}
     for chip, terms, rows, act, (adj, first), features in cases:
         shape = {"batch": ROWS[rows], "features": features, "terms": terms, "shared": offline.SHARED[chip]}
-        config = launch.parameters("affine_steps", start=first, **shape)
+        config = launch.parameters("steps.affine", start=first, **shape)
         kind = ("adjoint" if adj else "solve") + (" start" if first else "")
         of = {"features": features, "terms": terms, "act": act, "adj": adj, "start": first}
         jobs[f"sm{chip} D{features} terms{terms} {act} {kind} {rows}"] = launches.affine_steps(chip, config, **of)

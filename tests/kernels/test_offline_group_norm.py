@@ -11,7 +11,7 @@ def jobs():
     cases += [(chip, 1 << 12, 32, "fp32") for chip in (80, 90, 100)] + [(90, 1, 8192, "bf16"), (90, 9, 5, "bf16")]
     found = {}
     for chip, pixels, width, kind in cases:
-        config = launch.parameters("group_norm", pixels=pixels, width=width)
+        config = launch.parameters("norms.group_norm", pixels=pixels, width=width)
         for kernel in ("_normalise_kernel", "_measure_kernel") if config["SPLITS"] > 1 else ("_normalise_kernel",):
             for relu in ("before", "after") if kernel == "_normalise_kernel" else ("before",):
                 of = {"width": width, "itemsize": 2 if kind == "bf16" else 4, "relu": relu}

@@ -4,7 +4,7 @@ import pytest
 
 from tritondeq.kernels import jobs as launches
 from tritondeq.kernels import launch, offline
-from tritondeq.kernels.residual_rms import MOST
+from tritondeq.kernels.norms.residual_rms import MOST
 
 CASES = [(90, features, 4, 4) for features in (1, 100, 512, 1024, MOST)] + [(90, 1024, 4, 2), (90, MOST, 2, 2)]
 CASES += [(chip, features, 4, 2) for chip in (80, 100) for features in (64, 1024, MOST)]
@@ -13,7 +13,7 @@ CASES += [(chip, features, 4, 2) for chip in (80, 100) for features in (64, 1024
 def row_jobs():
     jobs = {}
     for chip, features, wide, narrow in CASES:
-        config = launch.parameters("residual_rms", features=features)
+        config = launch.parameters("norms.residual_rms", features=features)
         name = f"sm{chip} D{features} {launches.FLOATS[wide]} + {launches.FLOATS[narrow]}"
         jobs[name] = launches.residual_rms(chip, config, features=features, a=wide, b=narrow)
     return jobs

@@ -29,7 +29,7 @@ def step_jobs():
 
 def add(jobs, kernel, chip, shape, width, itemsize, cell, memory, half, tail):
     op = kernel.partition(":")[0]
-    config = launch.parameters("picard", width=width, itemsize=itemsize, features=tail.features)
+    config = launch.parameters("steps.picard", width=width, itemsize=itemsize, features=tail.features)
     if (op == "anderson" and memory > 8) or not launches.launched(kernel, config, itemsize, memory):
         return
     of = {"width": width, "itemsize": itemsize, "cell": cell, "memory": memory, "half": half, "tail": tail}

@@ -10,8 +10,9 @@ from torch import nn
 import tritondeq as tdeq
 from tritondeq import DEQ
 from tritondeq.cells import Transformer
-from tritondeq.kernels import dispatch, launch, residual_rms
-from tritondeq.kernels.residual_rms import MOST, residual_rms_ref
+from tritondeq.kernels import dispatch, launch
+from tritondeq.kernels.norms import residual_rms
+from tritondeq.kernels.norms.residual_rms import MOST, residual_rms_ref
 
 FP32, BF16 = torch.float32, torch.bfloat16
 EPS = 1e-6
@@ -123,7 +124,7 @@ def test_what_is_refused(change, autocast, says, device):
     operands = problem(**({"rows": 2, "features": 8} | change), device=device)
     names = dict(zip(("a", "b", "gamma", "weight"), operands, strict=True))
     with tdeq.backend("triton"):
-        op, why = dispatch.pick("residual_rms", torch.device(device), autocast=autocast, **names)
+        op, why = dispatch.pick("norms.residual_rms", torch.device(device), autocast=autocast, **names)
     assert (op is None) == (says is not None)
     if says:
         with pytest.raises(AssertionError, match=says):
@@ -137,7 +138,7 @@ def test_shapes_that_differ():
 
 def test_launch_parameters_are_total():
     for features in range(1, MOST + 1):
-        config = launch.parameters("residual_rms", features=features)
+        config = launch.parameters("norms.residual_rms", features=features)
         assert features <= config["BLOCK_D"] < 2 * features or features == config["BLOCK_D"] == 1
         assert config["BLOCK_R"] * config["BLOCK_D"] == max(1024, config["BLOCK_D"])
         assert config["num_warps"] in (2, 4, 8, 16)
@@ -145,7 +146,7 @@ def test_launch_parameters_are_total():
 
 def launches(monkeypatch):
     """A list of the sums that the kernel has made, and was not asked to keep."""
-    seen, run = [], dispatch.load("residual_rms").run
+    seen, run = [], dispatch.load("norms.residual_rms").run
 
     def spy(*args, **kwargs):
         seen.append(kwargs["keep_sum"])

@@ -10,8 +10,8 @@ from close import FLOOR, assert_as_eager, assert_residual, error
 from torch import Tensor
 
 from tritondeq.kernels import formulas, launch
-from tritondeq.kernels import gated as gated_op
-from tritondeq.kernels import mlp as mlp_op
+from tritondeq.kernels.rows import gated as gated_op
+from tritondeq.kernels.rows import mlp as mlp_op
 from tritondeq.kernels.rules import CONVERGED, MAX_STEPS, NONFINITE, PLATEAU, WINDOW
 
 nonfinite = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, under the interpreter, about NaN

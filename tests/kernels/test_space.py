@@ -168,7 +168,7 @@ def test_rows_that_stream_have_one_key():
 
 
 def test_no_candidate_where_nothing_fits():
-    assert launch.candidates("affine", batch=1, shapes=((512, 512),), terms=1, memory=0) == []
+    assert launch.candidates("rows.affine", batch=1, shapes=((512, 512),), terms=1, memory=0) == []
 
 
 def test_an_op_without_a_space_has_its_pure_function(monkeypatch):

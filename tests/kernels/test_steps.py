@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritondeq as tdeq
 from tritondeq import Anderson, Broyden, Picard, Status
-from tritondeq.kernels import anderson, broyden, dispatch, launch, picard, tl_steps
+from tritondeq.kernels import dispatch, launch
+from tritondeq.kernels.steps import anderson, broyden, picard, tl_steps
 from tritondeq.kernels.tails import PLAIN
 
 SOLVERS = [Picard(), Picard(damping=0.7), Anderson(memory=1), Anderson(memory=3, damping=0.8), Anderson(memory=8)]
@@ -332,7 +333,7 @@ def test_what_is_refused():
 def test_a_sample_is_shared_by_its_width_alone():
     for width in (1, 127, 4097, 8192, 8193, 1 << 20):
         for itemsize in (4, 8):
-            config = launch.parameters("picard", width=width, itemsize=itemsize)
+            config = launch.parameters("steps.picard", width=width, itemsize=itemsize)
             assert config["BLOCK_N"] * (config["SPLITS"] - 1) < width <= config["BLOCK_N"] * config["SPLITS"]
     assert int(tl_steps.DONE) == 0
 

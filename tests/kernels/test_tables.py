@@ -18,8 +18,8 @@ from tritondeq.kernels.space import MORE_TILES, affine_tile
 GPU = tables.Gpu("Fake 9000 (80 GB)", (9, 0))
 CPU = torch.device("cpu")
 SHAPE = {"width": 4096, "itemsize": 4, "features": 0}
-PURE = launch.SHAPES["picard"](**SHAPE)
-OTHER = launch.candidates("picard", **SHAPE)[-1]
+PURE = launch.SHAPES["steps.picard"](**SHAPE)
+OTHER = launch.candidates("steps.picard", **SHAPE)[-1]
 ROWS = {"batch": 64, "shapes": ((64, 64),), "terms": 2, "memory": 0, "shared": launch.SHARED, "chip": 90}
 
 
@@ -80,7 +80,7 @@ def test_what_is_handed_out_is_the_callers_own():
 def test_it_is_only_for_its_op_and_its_gpu(monkeypatch):
     put(entry())
     assert told("anderson") == PURE
-    assert launch.parameters("picard", **SHAPE) == PURE
+    assert launch.parameters("steps.picard", **SHAPE) == PURE
     monkeypatch.setattr(launch, "gpu", lambda device: None)
     assert told() == PURE
     monkeypatch.setattr(launch, "gpu", lambda device: GPU._replace(name="Fake 9001"))
@@ -96,7 +96,7 @@ def test_a_pure_function_that_is_replaced_is_asked(monkeypatch):
 
 def test_the_nearest_shape_is_taken():
     """By ratio: 6000 is nearer to 8192 than to 4096, and each choice is made anew for the shape that asks."""
-    wide = launch.candidates("picard", width=8192, itemsize=4)[1]
+    wide = launch.candidates("steps.picard", width=8192, itemsize=4)[1]
     put(entry(), entry(shape={"width": 8192, "itemsize": 4, "features": 0}, config=wide))
     near = told(width=6000, itemsize=4)
     assert near["BLOCK_N"] == wide["BLOCK_N"] and near["num_warps"] == wide["num_warps"]
@@ -124,13 +124,13 @@ def test_a_shape_far_from_all_measured_ones_has_the_pure_function():
 def test_the_nearest_shape_is_not_taken_where_it_can_not_be():
     """Silently: nothing is wrong with the table."""
     put(entry(), entry(shape={"width": 64, "itemsize": 4, "features": 0}, config=launch.steps(width=64, itemsize=4)))
-    assert told(width=1000, itemsize=4) == launch.SHAPES["picard"](width=1000, itemsize=4)
-    assert told(width=4096, itemsize=8) == launch.SHAPES["picard"](width=4096, itemsize=8)
+    assert told(width=1000, itemsize=4) == launch.SHAPES["steps.picard"](width=1000, itemsize=4)
+    assert told(width=4096, itemsize=8) == launch.SHAPES["steps.picard"](width=4096, itemsize=8)
 
 
 @pytest.mark.parametrize("change", [{"terms": 1}, {"memory": 2}, {"batch": 4097}, {"shapes": ((64, 64), (64, 64))}])
 def test_rows_need_what_is_no_size_to_be_equal(change):
-    base = launch.candidates("affine", **ROWS)
+    base = launch.candidates("rows.affine", **ROWS)
     put(entry("affine", ROWS, base[3]))
     assert told("affine", **ROWS) == base[3] != base[0]
     assert told("affine", **ROWS | {"batch": 4096, "shapes": ((50, 50),)}) == base[3] | {"BLOCK_D": 64}
@@ -138,7 +138,7 @@ def test_rows_need_what_is_no_size_to_be_equal(change):
 
 
 def test_one_batch_size_is_like_another():
-    put(entry("affine", ROWS, launch.candidates("affine", **ROWS)[3]))
+    put(entry("affine", ROWS, launch.candidates("rows.affine", **ROWS)[3]))
     configs = [told("affine", **ROWS | {"batch": batch}) for batch in (1, 2, 63, 4096)]
     assert all(config == configs[0] for config in configs)
 
@@ -146,9 +146,9 @@ def test_one_batch_size_is_like_another():
 def test_the_users_table_goes_before_the_shipped_one(tmp_path, monkeypatch):
     user = put(entry())
     shipped = tmp_path / "tuned" / user.name
-    third = launch.candidates("picard", **SHAPE)[1]
+    third = launch.candidates("steps.picard", **SHAPE)[1]
     wide = {"width": 1 << 14, "itemsize": 4, "features": 0}
-    far = launch.candidates("picard", **wide)[2]
+    far = launch.candidates("steps.picard", **wide)[2]
     table = raw(user)
     user.unlink()
     put(entry(config=third), entry(shape=wide, config=far))
@@ -286,15 +286,15 @@ def test_parameters_that_are_no_candidate_are_never_used(parameters):
     table["entries"].append(entry_of(table, width=8192))
     path.write_text(json.dumps(table))
     launch.reread()
-    assert told(width=1 << 20, itemsize=4) == launch.SHAPES["picard"](width=1 << 20, itemsize=4)
+    assert told(width=1 << 20, itemsize=4) == launch.SHAPES["steps.picard"](width=1 << 20, itemsize=4)
     with pytest.warns(UserWarning, match="picard at .* can't take") as seen:
         assert told() == PURE
-        assert told(width=8192, itemsize=4) == launch.SHAPES["picard"](width=8192, itemsize=4)
+        assert told(width=8192, itemsize=4) == launch.SHAPES["steps.picard"](width=8192, itemsize=4)
     assert len(seen) == 1
 
 
 def test_a_shape_of_another_kind_is_never_near():
-    path = put(entry("affine", ROWS, launch.candidates("affine", **ROWS)[3]))
+    path = put(entry("affine", ROWS, launch.candidates("rows.affine", **ROWS)[3]))
     table = raw(path)
     for shapes in (64, [], [[64]], [[64, 64, 64]], [64, 64]):
         table["entries"][0]["shape"]["shapes"] = shapes
@@ -356,7 +356,7 @@ def test_no_home_is_no_table(monkeypatch):
 
 
 def test_what_is_written_is_what_is_read():
-    first, second = entry(gain=1.25), entry("affine", ROWS, launch.candidates("affine", **ROWS)[2])
+    first, second = entry(gain=1.25), entry("affine", ROWS, launch.candidates("rows.affine", **ROWS)[2])
     path = put(first, second, replace(first, gain=1.5))
     table = tables.read(path, GPU, launch.spaces())
     assert table.entries == [replace(first, gain=1.5), second] and table.fault is None
@@ -456,7 +456,7 @@ def test_a_source_that_changes_is_seen(tmp_path, monkeypatch):
 
 def test_a_trial_is_all_there_is_while_it_lasts():
     put(entry())
-    third = launch.candidates("picard", **SHAPE)[1]
+    third = launch.candidates("steps.picard", **SHAPE)[1]
     with launch.trial("picard", SHAPE, third):
         assert told() == third and told("anderson") == PURE
     assert told() == OTHER
@@ -468,7 +468,7 @@ def test_a_trial_is_all_there_is_while_it_lasts():
 
 def test_a_trial_of_a_step_leaves_the_first_step_alone():
     shape = {"batch": 1 << 16, "features": 512, "terms": 2, "shared": launch.SHARED}
-    config = launch.candidates("affine_steps", **shape)[1]
+    config = launch.candidates("steps.affine", **shape)[1]
     with launch.trial("affine_steps", shape, config):
         assert told("affine_steps", **shape, start=False) == config
         assert told("affine_steps", **shape, start=True) == launch.affine_steps(**shape, start=True)

@@ -44,7 +44,7 @@ def wide(tail):
 def image(tail, z, *parts):
     """y of [B, T, D] as the first step of Picard's kernel makes it."""
     flat = z.flatten(1)
-    steps = dispatch.load("picard").start(flat, None, 1e-9, 9, tail, **asdict(Picard()))
+    steps = dispatch.load("steps.picard").start(flat, None, 1e-9, 9, tail, **asdict(Picard()))
     steps.take(*(part.flatten(1) for part in parts))
     return steps.onward().view(z.shape), steps.rel
 
@@ -257,9 +257,9 @@ def test_programs_have_whole_rows(tokens, features, itemsize):
     shape = {"width": tokens * features, "itemsize": itemsize, "features": features}
     row = 1 << (features - 1).bit_length()
     if row > {4: 4096, 8: 1024}[itemsize]:
-        assert launch.parameters("picard", **shape) is None and launch.candidates("picard", **shape) == []
+        assert launch.parameters("steps.picard", **shape) is None and launch.candidates("steps.picard", **shape) == []
         return
-    for config in launch.candidates("picard", **shape):
+    for config in launch.candidates("steps.picard", **shape):
         rows = config["BLOCK_N"] // row
         assert rows * row == config["BLOCK_N"]
         assert (config["SPLITS"] - 1) * rows < tokens <= config["SPLITS"] * rows

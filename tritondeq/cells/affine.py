@@ -24,10 +24,9 @@ class Affine(Cell):
     """z = act(W z + U x + b), on each row by itself: every row stops alone.
 
     Contractive at initialisation: ||W||_2 max|act'| = 0.9. Up to 256 features, and on a GPU, a solve by Picard or
-    Anderson(memory <= 4) is one Triton launch, and so is its adjoint. Wider cells take the loop: up to
-    4096 features, and by Picard, a step is one launch, the product with W and all (where that is predicted to be faster
-    than cuBLAS and a step after it); else the steps apply the activation as they read W z + u. Where `backend(...,
-    barriers=True)` asks for it, a solve of at most 64 rows and 2048 features by Picard is one launch too.
+    Anderson(memory <= 4) is one Triton launch, and so is its adjoint. Wider cells take the loop: up to 4096 features,
+    and by Picard, a step is one launch, the product with W included (except where torch multiplies in TF32 or bf16 and
+    the state has more than 2^20 elements); else the steps apply the activation as they read W z + u.
 
     Args:
         features: Width D of the state; z is [..., D].

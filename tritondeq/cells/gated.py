@@ -104,7 +104,7 @@ class Gated(Cell):
         wide = torch.float64 if torch.float64 in (u.dtype, w.dtype) else torch.float32
         inputs, weights = u.reshape(-1, 3 * self.features).to(wide).chunk(3, 1), w.to(wide).unbind()
         return WholeSolve(
-            op="gated",
+            op="rows.gated",
             problem={"shapes": [tuple(w.shape) for w in weights], "dtype": wide},
             operands=(weights, inputs),
             at=lambda z: (weights, gru_slopes(z, *gru(weights, inputs, z))),

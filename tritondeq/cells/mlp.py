@@ -143,7 +143,7 @@ class MLP(Cell):
             return weights, scale, (normed, *hidden_slopes(self._activation, pre))
 
         return WholeSolve(
-            op="mlp",
+            op="rows.mlp",
             problem={"shapes": [tuple(w.shape) for w in weights], "dtype": wide, "activation": self._activation},
             operands=(weights, biases, scale, u),
             at=at,

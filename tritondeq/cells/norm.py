@@ -30,7 +30,7 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, a: Tensor, b: Tensor | None = None) -> Tensor:
         """GroupNorm(a), or of a + b."""
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            op, _ = dispatch.pick("group_norm", a.device, a=a, b=b, groups=self.num_groups)
+            op, _ = dispatch.pick("norms.group_norm", a.device, a=a, b=b, groups=self.num_groups)
             if op is not None:
                 return op.run(a, b, self.weight, self.bias, self.num_groups, self.eps, self.relu)
         x = a if b is None else a + b
@@ -49,7 +49,7 @@ def sum_and_norm(
     if plain_norm(norm) and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         autocast = torch.is_autocast_enabled(a.device.type)
         operands = {"a": a, "b": b, "gamma": gamma, "weight": norm.weight}
-        op, _ = dispatch.pick("residual_rms", a.device, autocast=autocast, **operands)
+        op, _ = dispatch.pick("norms.residual_rms", a.device, autocast=autocast, **operands)
         if op is not None:
             return op.run(**operands, eps=norm.eps, keep_sum=keep_sum)
     s = summed(a, b, gamma)

@@ -49,7 +49,7 @@ class Anderson(Solver):
     ridge: float = 1e-8
     half: bool = False
 
-    fused_steps = "anderson"
+    fused_steps = "steps.anderson"
 
     def __post_init__(self):
         count("memory", self.memory)

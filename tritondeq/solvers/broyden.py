@@ -38,7 +38,7 @@ class Broyden(Solver):
 
     memory: int = 10
 
-    fused_steps = "broyden"
+    fused_steps = "steps.broyden"
 
     def __post_init__(self):
         count("memory", self.memory)

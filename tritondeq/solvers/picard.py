@@ -24,7 +24,7 @@ class Picard(Solver):
 
     damping: float = 1.0
 
-    fused_steps = "picard"
+    fused_steps = "steps.picard"
 
     def __post_init__(self):
         number("damping", self.damping, 0, 2)

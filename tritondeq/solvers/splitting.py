@@ -123,14 +123,14 @@ class Reformulation:
 
 
 def affine_problem(w: Tensor, rows: int, activation: str, half: bool = False) -> dict[str, Any]:
-    """What a WholeSolve tells of act(W z + u): op, problem and grid; `half`: torch would multiply in 16 bits."""
+    """The op and the problem of a WholeSolve of act(W z + u); `half`: torch would multiply in 16 bits."""
     features = len(w)
     problem: dict[str, Any] = {"features": features, "dtype": w.dtype, "activation": activation}
     if features <= FEATURES:
-        return {"op": "affine", "problem": problem}
+        return {"op": "rows.affine", "problem": problem}
     exact = torch.get_float32_matmul_precision() == "highest"
     problem |= {"rows": rows, "cell": "bf16" if half else "fp32" if exact else "tf32"}
-    return {"op": "affine_steps", "problem": problem, "grid": "affine_grid"}
+    return {"op": "steps.affine", "problem": problem}
 
 
 def bf16_terms(tol: float, narrow: bool) -> int:

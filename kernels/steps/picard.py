@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
-from .dispatch import StepsOp, register
-from .steps import Steps, contiguous, refuses
-from .tails import Tail
+from .. import launch
+from ..dispatch import StepsOp, register
+from ..tails import Tail
+from .base import Steps, contiguous, refuses
 from .tl_steps import (
     DONE,
     PHASE,
@@ -98,7 +98,7 @@ class PicardSteps(Steps):
     period = 3
 
     def __init__(self, z: Tensor, keep: Tensor | None, tol: float, limit: int, tail: Tail, *, damping: float):
-        super().__init__("picard", z, keep, tol, limit, tail, numbers=(damping,), parts=2)
+        super().__init__("steps.picard", z, keep, tol, limit, tail, numbers=(damping,), parts=2)
 
     def take(self, *parts: Tensor) -> None:
         tensors = (self.z, contiguous(parts), self.vectors, self.prev, self.next, self.best, self.keep)
@@ -107,4 +107,4 @@ class PicardSteps(Steps):
             _step_kernel[self.grid](*tensors, *self.shape, self.limit, enable_fp_fusion=True, **self.config)
 
 
-picard = register("picard", StepsOp(PicardSteps, refuses, "one launch a step"))
+picard = register("steps.picard", StepsOp(PicardSteps, refuses, "one launch a step"))

@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
-from .dispatch import RowOp, interpreting, register
-from .tl_common import act, add2, bf16_pair
+from .. import launch
+from ..dispatch import RowOp, interpreting, register
+from ..tl_common import act, add2, bf16_pair
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -181,7 +181,7 @@ def group_norm(
     y = torch.empty(batch, *size, channels, dtype=dtype, device=a.device).movedim(-1, 1)
     if y.numel() == 0:
         return y
-    config = launch.parameters("group_norm", a.device, pixels=pixels, width=width)
+    config = launch.parameters("norms.group_norm", a.device, pixels=pixels, width=width)
     splits = config.pop("SPLITS")
     grid = (batch * groups * splits,)
     interp = interpreting()
@@ -208,9 +208,9 @@ def refuses(*, a: Tensor, b: Tensor | None, groups: int) -> str | None:
             return f"a sum of shapes {tuple(a.shape)} and {tuple(x.shape)} is torch's"
         if not x[:1].movedim(1, -1).is_contiguous():
             return "the image is not channels_last"
-    if launch.parameters("group_norm", pixels=1, width=a.shape[1] // groups) is None:
+    if launch.parameters("norms.group_norm", pixels=1, width=a.shape[1] // groups) is None:
         return f"a group has {a.shape[1] // groups} channels, above {launch.GROUP}"
     return None
 
 
-op = register("group_norm", RowOp(group_norm, group_norm_ref, refuses))
+op = register("norms.group_norm", RowOp(group_norm, group_norm_ref, refuses))

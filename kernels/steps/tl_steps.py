@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from .tl_common import FLOOR as FLOOR_FP32
-from .tl_common import act, add2, constant, rules_update
+from ..tl_common import FLOOR as FLOOR_FP32
+from ..tl_common import act, add2, constant, rules_update
 
 # Rows of `stats` [8, B], in the dtype of the state.
 BEST, BAR, FIRST, PEAK, MARK, R, S, REL = (constant(i) for i in range(8))

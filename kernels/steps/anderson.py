@@ -19,13 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, steps
-from .dispatch import StepsOp, interpreting, register
-from .rules import SAFEGUARD
-from .steps import Steps, contiguous
-from .tails import Tail
-from .tl_anderson import anderson_weights
-from .tl_common import bf16_pair, constant
+from .. import launch
+from ..dispatch import StepsOp, interpreting, register
+from ..rules import SAFEGUARD
+from ..tails import Tail
+from ..tl_anderson import anderson_weights
+from ..tl_common import bf16_pair, constant
+from . import base as steps
+from .base import Steps, contiguous
 from .tl_steps import (
     ACTIVE,
     BEFORE,
@@ -249,8 +250,8 @@ class AndersonSteps(Steps):
         self.dg = self.dh.new_empty(self.dh.shape, dtype=torch.bfloat16 if half and not interpreting() else z.dtype)
         self.g = z.new_empty(z.shape) if half else self.dg
         self.gram, self.gamma = z.new_empty(batch, memory, memory), z.new_empty(batch, memory)
-        super().__init__("anderson", z, keep, tol, limit, tail, numbers, parts=2 + 2 * memory)
-        self.one_launch = launch.one_launch("anderson", self.config, itemsize=z.element_size(), memory=memory)
+        super().__init__("steps.anderson", z, keep, tol, limit, tail, numbers, parts=2 + 2 * memory)
+        self.one_launch = launch.one_launch("steps.anderson", self.config, itemsize=z.element_size(), memory=memory)
 
     def reset(self, z: Tensor) -> None:
         super().reset(z)
@@ -278,4 +279,4 @@ def refuses(*, memory: int, **problem) -> str | None:
     return steps.refuses(memory=memory, **problem)
 
 
-anderson = register("anderson", StepsOp(AndersonSteps, refuses, "one or two launches a step"))
+anderson = register("steps.anderson", StepsOp(AndersonSteps, refuses, "one or two launches a step"))

@@ -6,11 +6,11 @@ import torch
 import triton
 from torch import Tensor
 
-from . import launch
-from .dispatch import interpreting
-from .rules import FLOOR, FLOOR_FP64, Rules
-from .space import power_of_two
-from .tails import Tail
+from .. import launch
+from ..dispatch import interpreting
+from ..rules import FLOOR, FLOOR_FP64, Rules
+from ..space import power_of_two
+from ..tails import Tail
 from .tl_steps import ACTIVE, BAR, BEST, MARK, PHASE, REL, STEPS, finish_kernel
 
 

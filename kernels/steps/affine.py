@@ -28,15 +28,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import costs, launch
-from .dispatch import CellOp, interpreting, register
-from .formulas import ACTIVATIONS
-from .rows import bf16_terms
-from .steps import Samples
-from .tl_common import act, act_slope, bf16_pair, row_sums
+from .. import launch
+from ..dispatch import CellOp, interpreting, register
+from ..formulas import ACTIVATIONS
+from ..rows.skeleton import bf16_terms
+from ..tl_common import act, act_slope, bf16_pair, row_sums
+from .base import Samples
 from .tl_steps import ACTIVE, ARRIVED, BEFORE, DONE, IMPROVED, PHASE, STEPS, judge_rows
 
 MOST = 4096  # features; wider cells are left to cuBLAS
+LARGE = 1 << 20  # elements of a state from which cuBLAS and a second launch are taken, except in float32
 
 
 @triton.jit
@@ -221,7 +222,7 @@ class AffineSteps(Samples):
         batch, features = u.shape
         super().__init__(batch, u.dtype, u.device, tol)
         shape = {"batch": batch, "features": features, "terms": terms, "shared": launch.shared_memory(u.device)}
-        configs = [launch.parameters("affine_steps", u.device, start=start, **shape) for start in (False, True)]
+        configs = [launch.parameters("steps.affine", u.device, start=start, **shape) for start in (False, True)]
         wide = max(config[block] for config in configs for block in ("BLOCK_N", "BLOCK_K"))
         width = triton.cdiv(features, wide) * wide
         known = {"D": features, "WIDTH": width, "ACT": activation, "ADJ": pre is not None, "TERMS": terms}
@@ -305,7 +306,12 @@ def affine_steps_adjoint(w, pre, g, *, activation, tol, max_steps, damping=1.0, 
 
 
 def refuses(*, rows, features, dtype, terms, cell, activation="tanh", solver_memory=0) -> str | None:
-    """Why the loop must call the cell, or None; `cell` is what torch would multiply in, a key of costs.RATES."""
+    """Why the loop must call the cell, or None; `cell` is what torch would multiply in: "fp32", "tf32" or "bf16".
+
+    Torch's float32 product runs beside the tensor cores and is the slower one at any size. Of the others, cuBLAS has
+    the better product, and one launch fewer is worth more than that up to LARGE elements of the state; no GPU has
+    measured where the two meet.
+    """
     if rows == 0:
         return "an empty batch"
     if not launch.FEATURES < features <= MOST:
@@ -316,13 +322,12 @@ def refuses(*, rows, features, dtype, terms, cell, activation="tanh", solver_mem
         return f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}"
     if solver_memory:
         return f"Anderson memory {solver_memory}, and the steps with the GEMM in them are Picard's"
-    here, apart = costs.affine_seconds(rows=rows, features=features, terms=terms, cell=cell)
-    if here > apart:
-        return f"{rows} x {features} in {cell}: cuBLAS and a step after it are predicted to be faster"
+    if cell != "fp32" and rows * features > LARGE:
+        return f"{rows} x {features} in {cell}: more than {LARGE} elements are left to cuBLAS and a step after it"
     return None
 
 
 affine_steps = register(
-    "affine_steps",
+    "steps.affine",
     CellOp(affine_steps_solve, affine_steps_adjoint, refuses, "one launch a step and its GEMM"),
 )

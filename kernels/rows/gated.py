@@ -16,12 +16,12 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch
-from .dispatch import Op, register
-from .formulas import gru
-from .reference import iterate
-from .rows import MEMORY, Rows
-from .tl_common import act, fast_sigmoid, sigmoid
+from .. import launch
+from ..dispatch import Op, register
+from ..formulas import gru
+from ..reference import iterate
+from ..tl_common import act, fast_sigmoid, sigmoid
+from .skeleton import MEMORY, Rows
 from .tl_rows import dot, feed
 
 
@@ -103,7 +103,7 @@ def gated_solve(weights, inputs, z0=None, *, activation="tanh", **options):
     Returns:
         z [B, D] with the lowest residual seen, steps [B] int32, residual [B] of that z, status [B] int32 (rules.py).
     """
-    return SOLVE.solve("gated", activation, inputs[0].shape[1], weights, (), inputs, z0, **options)
+    return SOLVE.solve("rows.gated", activation, inputs[0].shape[1], weights, (), inputs, z0, **options)
 
 
 def gated_adjoint(weights, saved, g, *, activation="tanh", **options):
@@ -116,7 +116,7 @@ def gated_adjoint(weights, saved, g, *, activation="tanh", **options):
     Returns:
         As `gated_solve`.
     """
-    return ADJOINT.solve("gated", activation, g.shape[1], weights, (), (g, *saved), **options)
+    return ADJOINT.solve("rows.gated", activation, g.shape[1], weights, (), (g, *saved), **options)
 
 
 def refuses(*, shapes, dtype, terms, solver_memory=0, device=None) -> str | None:
@@ -125,7 +125,7 @@ def refuses(*, shapes, dtype, terms, solver_memory=0, device=None) -> str | None
         return "float64 state, and the kernel's is float32"
     if solver_memory > MEMORY:
         return f"Anderson memory {solver_memory}, and the registers hold {MEMORY}"
-    return launch.too_large("gated", shapes, terms, solver_memory, device)
+    return launch.too_large("rows.gated", shapes, terms, solver_memory, device)
 
 
-gated = register("gated", Op(gated_solve, gated_adjoint, gated_solve_ref, gated_adjoint_ref, refuses))
+gated = register("rows.gated", Op(gated_solve, gated_adjoint, gated_solve_ref, gated_adjoint_ref, refuses))

@@ -11,12 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch
-from .dispatch import Op, register
-from .formulas import ACTIVATIONS, SLOPES
-from .reference import iterate
-from .rows import MEMORY, Rows
-from .tl_common import act, act_slope
+from .. import launch
+from ..dispatch import Op, register
+from ..formulas import ACTIVATIONS, SLOPES
+from ..reference import iterate
+from ..tl_common import act, act_slope
+from .skeleton import MEMORY, Rows
 from .tl_rows import dot
 
 
@@ -80,7 +80,7 @@ def affine_solve(w, u, z0=None, *, activation, **options):
     Returns:
         z [B, D] with the lowest residual seen, steps [B] int32, residual [B] of that z, status [B] int32 (rules.py).
     """
-    return SOLVE.solve("affine", activation, len(w), (w,), (), (u,), z0, **options)
+    return SOLVE.solve("rows.affine", activation, len(w), (w,), (), (u,), z0, **options)
 
 
 def affine_adjoint(w, pre, g, *, activation, **options):
@@ -93,7 +93,7 @@ def affine_adjoint(w, pre, g, *, activation, **options):
     Returns:
         u* [B, D], steps, residual and status as `affine_solve`'s.
     """
-    return ADJOINT.solve("affine", activation, len(w), (w,), (), (g, pre), **options)
+    return ADJOINT.solve("rows.affine", activation, len(w), (w,), (), (g, pre), **options)
 
 
 def refuses(*, features, dtype, activation="tanh", terms=3, solver_memory=0, device=None) -> str | None:
@@ -106,7 +106,7 @@ def refuses(*, features, dtype, activation="tanh", terms=3, solver_memory=0, dev
         return f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}"
     if solver_memory > MEMORY:
         return f"Anderson memory {solver_memory}, and the registers hold {MEMORY}"
-    return launch.too_large("affine", [(features, features)], terms, solver_memory, device)
+    return launch.too_large("rows.affine", [(features, features)], terms, solver_memory, device)
 
 
-affine = register("affine", Op(affine_solve, affine_adjoint, affine_solve_ref, affine_adjoint_ref, refuses))
+affine = register("rows.affine", Op(affine_solve, affine_adjoint, affine_solve_ref, affine_adjoint_ref, refuses))

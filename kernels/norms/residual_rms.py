@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
-from .dispatch import RowOp, interpreting, register
-from .tl_common import bf16_pair
+from .. import launch
+from ..dispatch import RowOp, interpreting, register
+from ..tl_common import bf16_pair
 
 MOST = 8192  # features whose row fits in the registers of a program
 DTYPES = (torch.float32, torch.bfloat16)
@@ -83,7 +83,7 @@ def residual_rms(
     s = torch.empty_like(n) if keep_sum else None
     rows = n.numel() // features
     if rows:
-        config = launch.parameters("residual_rms", a.device, features=features)
+        config = launch.parameters("norms.residual_rms", a.device, features=features)
         flags = {"HAS_GAMMA": gamma is not None, "HAS_WEIGHT": weight is not None, "KEEP_SUM": keep_sum}
         vectors = (a if gamma is None else gamma.contiguous(), a if weight is None else weight.contiguous())
         with launch.on(a.device):
@@ -117,4 +117,4 @@ def refuses(*, a: Tensor, b: Tensor, gamma: Tensor | None, weight: Tensor | None
     return None
 
 
-op = register("residual_rms", RowOp(residual_rms, residual_rms_ref, refuses, "one launch for a sum and its norm"))
+op = register("norms.residual_rms", RowOp(residual_rms, residual_rms_ref, refuses, "one launch for a sum and its norm"))

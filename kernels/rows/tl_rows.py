@@ -7,7 +7,7 @@ a tensor of rows (width, block, stride from row to row).
 import triton
 import triton.language as tl
 
-from .tl_common import bf16_pair
+from ..tl_common import bf16_pair
 
 
 @triton.jit

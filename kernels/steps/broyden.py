@@ -22,12 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
-from .dispatch import StepsOp, register
-from .rules import SAFEGUARD
-from .steps import Steps, contiguous, refuses
-from .tails import Tail
-from .tl_common import constant
+from .. import launch
+from ..dispatch import StepsOp, register
+from ..rules import SAFEGUARD
+from ..tails import Tail
+from ..tl_common import constant
+from .base import Steps, contiguous, refuses
 from .tl_steps import (
     ACTIVE,
     BEFORE,
@@ -265,8 +265,8 @@ class BroydenSteps(Steps):
         self.memory = memory
         self.u, self.v = (z.new_empty(batch, memory, width) for _ in range(2))
         self.coef = z.new_empty(batch, int(COEFS) + 3 * memory)
-        super().__init__("broyden", z, keep, tol, limit, tail, numbers, parts=int(PARTS) + 3 * memory)
-        self.one_launch = launch.one_launch("broyden", self.config, itemsize=z.element_size(), memory=memory)
+        super().__init__("steps.broyden", z, keep, tol, limit, tail, numbers, parts=int(PARTS) + 3 * memory)
+        self.one_launch = launch.one_launch("steps.broyden", self.config, itemsize=z.element_size(), memory=memory)
 
     def reset(self, z: Tensor) -> None:
         super().reset(z)
@@ -294,4 +294,4 @@ class BroydenSteps(Steps):
                 _mix_kernel[self.grid](*mixed, *shape, M=m, enable_fp_fusion=True, **mixing)
 
 
-broyden = register("broyden", StepsOp(BroydenSteps, refuses, "one or two launches a step"))
+broyden = register("steps.broyden", StepsOp(BroydenSteps, refuses, "one or two launches a step"))

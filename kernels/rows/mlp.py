@@ -17,12 +17,12 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch
-from .dispatch import Op, register
-from .formulas import RMS_EPS, mlp, rms_pull
-from .reference import iterate
-from .rows import MEMORY, Rows
-from .tl_common import act, constant
+from .. import launch
+from ..dispatch import Op, register
+from ..formulas import RMS_EPS, mlp, rms_pull
+from ..reference import iterate
+from ..tl_common import act, constant
+from .skeleton import MEMORY, Rows
 from .tl_rows import dot, feed
 
 EPS = constant(RMS_EPS)
@@ -176,7 +176,7 @@ def mlp_solve(weights, biases, scale, u, z0=None, *, form, activation, **options
         inputs += tuple(torch.addmm(b, u, w.mT) for w, b in into)
     else:
         vectors += tuple(b for _, b in into)
-    return SOLVE[form].solve("mlp", activation, u.shape[1], weights, vectors, inputs, z0, **options)
+    return SOLVE[form].solve("rows.mlp", activation, u.shape[1], weights, vectors, inputs, z0, **options)
 
 
 def mlp_adjoint(weights, scale, saved, g, *, form, activation, **options):
@@ -189,7 +189,7 @@ def mlp_adjoint(weights, scale, saved, g, *, form, activation, **options):
     Returns:
         As `mlp_solve`.
     """
-    return ADJOINT[form].solve("mlp", activation, g.shape[1], weights, (scale,), (g, *saved), **options)
+    return ADJOINT[form].solve("rows.mlp", activation, g.shape[1], weights, (scale,), (g, *saved), **options)
 
 
 def refuses(*, shapes, dtype, terms, activation="gelu", solver_memory=0, device=None) -> str | None:
@@ -200,7 +200,7 @@ def refuses(*, shapes, dtype, terms, activation="gelu", solver_memory=0, device=
         return f"activation {activation!r} is not one of {', '.join(ACTS)}"
     if solver_memory > MEMORY:
         return f"Anderson memory {solver_memory}, and the registers hold {MEMORY}"
-    return launch.too_large("mlp", shapes, terms, solver_memory, device)
+    return launch.too_large("rows.mlp", shapes, terms, solver_memory, device)
 
 
-op = register("mlp", Op(mlp_solve, mlp_adjoint, mlp_solve_ref, mlp_adjoint_ref, refuses))
+op = register("rows.mlp", Op(mlp_solve, mlp_adjoint, mlp_solve_ref, mlp_adjoint_ref, refuses))

@@ -37,11 +37,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
-from .dispatch import interpreting
-from .reference import RIDGE
-from .tl_anderson import anderson_step
-from .tl_common import FLOOR, WINDOW, bf16_pair, constant, row_sums, rules_start, rules_status, rules_update
+from .. import launch
+from ..dispatch import interpreting
+from ..reference import RIDGE
+from ..tl_anderson import anderson_step
+from ..tl_common import FLOOR, WINDOW, bf16_pair, constant, row_sums, rules_start, rules_status, rules_update
 from .tl_rows import choose, copies, dot_streamed, load_inputs, load_terms, load_vector
 
 MEMORY = 4  # most differences that Anderson can store in registers

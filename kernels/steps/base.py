@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import launch
 from ..dispatch import interpreting
 from ..rules import FLOOR, FLOOR_FP64, Rules
-from ..space import power_of_two
+from ..launch import power_of_two
 from ..tails import Tail
 from .tl_steps import ACTIVE, BAR, BEST, MARK, PHASE, REL, STEPS, finish_kernel
 

@@ -9,6 +9,8 @@ import copy
 import datetime
 import itertools
 import math
+import re
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -166,9 +168,14 @@ def run(
     device = device or torch.device("cuda", torch.cuda.current_device())
     gpu = gpu or torch.cuda.get_device_name(device)
     _check(gpu)
-    with dispatch.backend("triton"):
+    path = tables.path(gpu)
+    known, fault = tables.read(gpu)
+    if fault:
+        print(f"{path} {fault}: it is begun anew", flush=True)
+    done = {} if fresh else {(one.op, str(one.key)): one.measured for one in known}
+    with dispatch.backend("triton"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", re.escape(str(path)))  # launches warn of that fault, too
         jobs = _jobs(_progress(workloads), device)
-        done = {} if fresh else {(one.op, str(one.key)): one.measured for one in tables.read(gpu)[0]}
         left = [job for job in jobs if not set(map(str, job.workloads)) <= set(done.get((job.op, str(job.key)), ()))]
         print(f"{gpu}: {len(left)} choices to make, {len(jobs) - len(left)} known", flush=True)
         for job in _progress(left):
@@ -177,7 +184,7 @@ def run(
             except Exception as error:  # of the memory, the compiler or a launch
                 print(f"left out: {job}: {_line(error)}", flush=True)
                 continue
-            path = tables.write(gpu, entry)
+            tables.write(gpu, entry)
             launch.reread()
             finished.append(str(job))
             words = " ".join(f"{name} {value}" for name, value in entry.choice.items()) or "the pure function's"

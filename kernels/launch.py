@@ -8,17 +8,22 @@ from `override`, else from the table that `python -m tritondeq tune` wrote for t
 
 import contextlib
 from collections.abc import Callable, Iterator
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
 import torch
 
 from . import tables
+from .devices import SHARED as SHARED
+from .devices import gpu as gpu
+from .devices import limits as limits
+from .devices import multiprocessors as multiprocessors
+from .devices import on as on
+from .devices import shared_memory as shared_memory
 
 FEATURES = 256  # most of an affine cell that one launch holds
 PROGRAMS = {16: 8, 32: 8, 64: 8, 128: 4, 256: 1}  # on one multiprocessor, by width
-SHARED = 166912  # bytes of shared memory that a block can have on sm_80, the least of the chips we aim at
 GROUP = 8192  # values that one program of group_norm holds
 ROW = {4: 4096, 8: 1024}  # most elements of a row that a program of a fused step holds, by bytes of an element
 WIDE = 32768  # elements of a sample from which a fused step has many programs alike
@@ -65,7 +70,7 @@ def rows(
     idle (REFILL): that costs about one and a half steps, and at 15 steps a row a tile of 16 loses least near there.
 
     Args:
-        batch: Rows; a choice may depend on which side of LARGE it is, and on no more.
+        batch: Rows; what is chosen depends on which side of LARGE it is, and on no more.
         shapes: Of the weights, (out, in).
         terms: bf16 terms of each weight.
         memory: Differences of Anderson, 0 for Picard.
@@ -107,14 +112,9 @@ def rows(
 
 
 def steps(*, width, itemsize, features=0, BLOCK_N=None, num_warps=None) -> dict | None:
-    """Parameters of a fused solver step, of which SPLITS programs share a sample.
+    """Parameters of a fused solver step on samples of `width` elements of `itemsize` bytes.
 
-    Args:
-        width: Elements of a sample.
-        itemsize: Bytes of an element.
-        features: Elements of a row, where a program must hold whole rows; else 0.
-        BLOCK_N: Elements of a program.
-        num_warps: Warps of a program.
+    SPLITS programs of BLOCK_N elements share a sample. With `features` they hold whole rows of so many elements.
     """
     base = min(8192 // itemsize, max(128, power_of_two(width)))
     row = power_of_two(features) if features else 0
@@ -162,14 +162,8 @@ def affine_steps(*, batch, features, terms, start=False, shared=SHARED, TILE=Non
     L2 for each FLOP, by 1 / BLOCK_M + 1 / (terms BLOCK_N). The epilogue takes a tile in SUB parts, so that no register
     is spilled.
 
-    Args:
-        batch: Rows.
-        features: Columns of the square W.
-        terms: bf16 terms of W.
-        start: Whether this is the first step, whose rows are float32 and are split as they are read.
-        shared: Bytes of shared memory that a block can have.
-        TILE: (rows, columns, depth of a stage, stages in flight).
-        num_warps: Warps of a program.
+    `start` is the first step, whose rows are float32 and are split into bf16 terms as they are read. TILE is (rows,
+    columns, depth of a stage, stages in flight).
     """
 
     def fits(m: int, n: int, k: int, stages: int) -> bool:
@@ -245,19 +239,15 @@ def key(op: str, **shape) -> dict[str, Any]:
     It holds no more of the batch than the pure function uses, so that a sample's bits do not depend on its batch.
     """
     pure = SHAPES[op]
+    shared = shape.pop("shared", SHARED)
     if pure is rows:
-        return _rows_key(**shape)
+        sizes, terms, memory = tuple(map(tuple, shape["shapes"])), shape["terms"], shape["memory"]
+        two = len(sizes) == 1 and not memory and row_bytes(sizes, 16, terms, terms) <= shared  # tiles, by the batch
+        batch = LARGE + 1 if two and shape["batch"] > LARGE else 1
+        return {"batch": batch, "shapes": sizes, "terms": terms, "memory": memory}
     if pure is steps:
         return {"features": 0} | shape | {"width": min(shape["width"], WIDE)}
-    shape.pop("shared", None)
     return {"start": False} | shape if pure is affine_steps else shape
-
-
-def _rows_key(*, batch, shapes, terms, memory, shared=SHARED, chip=90) -> dict[str, Any]:
-    """Keeps the side of LARGE that the batch is on, where the pure function has two tiles."""
-    shapes = tuple(tuple(shape) for shape in shapes)
-    two = len(shapes) == 1 and not memory and row_bytes(shapes, 16, terms, terms) <= shared
-    return {"batch": LARGE + 1 if two and batch > LARGE else 1, "shapes": shapes, "terms": terms, "memory": memory}
 
 
 def candidates(op: str, **shape) -> list[dict[str, Any]]:
@@ -350,12 +340,6 @@ def recorded() -> Iterator[list[tuple[str, dict[str, Any]]]]:
         _recorded = None
 
 
-@cache
-def gpu(device: torch.device) -> str | None:
-    """Returns the name of the GPU, after which its table is named; None of what is none."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
-
-
 def too_large(op: str, shapes, terms: int, memory: int, device: torch.device | None) -> str | None:
     """Returns why weights of these shapes can't be held by a multiprocessor of this device, or None."""
     shared = shared_memory(device)
@@ -364,35 +348,3 @@ def too_large(op: str, shapes, terms: int, memory: int, device: torch.device | N
     size = 2 * terms * sum(n * m for n, m in shapes)
     split = "" if terms == 1 else f" in {terms} bf16 terms"
     return f"{size} bytes of weights{split} do not fit in {shared} bytes of shared memory"
-
-
-@cache
-def shared_memory(device: torch.device | None) -> int:
-    """Returns the bytes of shared memory that a block can have on this device; sm_80's of what is no GPU."""
-    if device is None or device.type != "cuda" or not torch.cuda.is_available():
-        return SHARED
-    size = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", None)
-    if size is not None:
-        return size
-    from triton.runtime import driver  # torch 2.6 lacks the property
-
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return driver.active.utils.get_device_properties(index)["max_shared_mem"]
-
-
-@cache
-def limits(device: torch.device) -> dict[str, int]:
-    """Returns the properties of a device that whole solves depend on; without a GPU sm_80's memory and sm_90's chip."""
-    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-    return {"shared": shared_memory(device), "chip": 10 * major + minor}
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """Returns how many programs run at once at least; 1 in the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def on(device: torch.device):
-    """Returns a context in which Triton launches on this device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -38,12 +38,12 @@ NEAR = {"batch", "features", "pixels", "shapes", "width"}  # sizes of a key, of 
 
 @dataclass(frozen=True)
 class Entry:
-    """The choice for one shape of one op.
+    """The choice of tunable parameters for one key of one op.
 
     Attributes:
         op: Name of the op.
-        key: The `launch.key` of the shape.
-        choice: Values of its tunable parameters; empty where none was faster than the pure function's.
+        key: The `launch.key` of its shape.
+        choice: Their values; empty where none was faster than the pure function's.
         gain: Time with the pure function's parameters over time with these.
         measured: The workloads that were timed.
         date: The day, as YYYY-MM-DD.

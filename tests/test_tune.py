@@ -185,16 +185,16 @@ def test_a_choice_that_is_wrong_or_fails_is_left_out(few, broken, fault, best):
 
 
 @pytest.mark.parametrize(
-    ("fault", "says"),
+    ("fault", "message"),
     [
         (RuntimeError("no kernel\nimage"), "left out: affine 3x16 fp32: RuntimeError: no kernel\n"),
         (0.5, "left out: rows.affine of affine 3x16 fp32: RuntimeError: the pure function's parameters give wrong"),
     ],
 )
-def test_a_workload_that_can_not_be_measured(broken, capsys, fault, says):
+def test_a_workload_that_can_not_be_measured(broken, capsys, fault, message):
     broken[0] = fault
     assert run(rows(), clock()) == (1, [])
-    assert says in capsys.readouterr().out
+    assert message in capsys.readouterr().out
 
 
 def test_sizes_that_a_cell_refuses_are_left_out(few, capsys):

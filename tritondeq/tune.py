@@ -162,7 +162,7 @@ def run(
     if device is None and not torch.cuda.is_available():
         print(
             "tune needs a GPU, and torch sees none here. It would run layers on it, time what they launch with all "
-            "parameters that fit, and write the fastest to a table; until then launches take a pure function's."
+            "parameters that fit, and write the fastest to a table. Until then launches take those of pure functions."
         )
         return 1
     device = device or torch.device("cuda", torch.cuda.current_device())

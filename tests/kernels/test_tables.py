@@ -50,7 +50,8 @@ def test_a_table_is_picked_up(cache):
     assert path == cache / "fake-9000-80gb.json" and tables.read(GPU) == ([ENTRY], None)
     assert parameters() == CHOSEN
     assert parameters("steps.anderson") == launch.steps(width=4096, itemsize=4), "another op"
-    assert parameters(itemsize=8) == launch.steps(width=4096, itemsize=8)
+    for other in ({"itemsize": 8}, {"features": 64}):
+        assert parameters(**other) == launch.steps(**{"width": 4096, "itemsize": 4} | other)
     parameters()["num_warps"] = 99
     assert parameters() == CHOSEN, "a caller may change what it gets"
 
@@ -71,13 +72,6 @@ def test_the_nearest_shape_within_a_factor_of_two():
     assert warps == {600: 2, 2047: 2, 2049: 8, 8191: 8, 8193: 2, 32768: 2}
     assert parameters(width=511) == launch.steps(width=511, itemsize=4)
     assert parameters(width=1 << 20) == parameters(width=32768) | {"SPLITS": 1024}, "wide samples are alike"
-
-
-@pytest.mark.parametrize("other", [{"features": 64}, {"itemsize": 8}])
-def test_what_is_no_size_has_to_be_equal(other):
-    tables.write(GPU, ENTRY)
-    launch.reread()
-    assert parameters(**other) == launch.steps(**{"width": 4096, "itemsize": 4} | other)
 
 
 def test_shapes_of_weights_are_near_where_all_of_them_are():
@@ -132,16 +126,16 @@ def damage(path: Path, kind: str) -> None:
         edit(path, entries=entries[kind])
 
 
-KINDS = ("empty cut deep list utf-16 folder op key choice gain date more less".split(), "no key,no entry,no list")
+KINDS = "empty,cut,deep,list,utf-16,folder,op,key,no key,choice,gain,date,more,less,no entry,no list"
 
 
-@pytest.mark.parametrize("kind", [*KINDS[0], *KINDS[1].split(",")])
+@pytest.mark.parametrize("kind", KINDS.split(","))
 def test_a_damaged_table_is_one_warning(kind):
     path = tables.write(GPU, ENTRY)
     damage(path, kind)
     launch.reread()
     with pytest.warns(UserWarning, match="fake-9000-80gb.json .*ignored.*tune") as caught:
-        assert parameters() == parameters(width=100) | parameters()
+        parameters(), parameters(width=100)
     assert len(caught) == 1 and parameters() == launch.steps(width=4096, itemsize=4)
     if kind != "folder":
         tables.write(GPU, ENTRY)
@@ -150,20 +144,20 @@ def test_a_damaged_table_is_one_warning(kind):
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    ("fields", "message"),
     [
         ({"gpu": "Another"}, "is not about Fake 9000"),
         ({"made": "triton 1.0, kernels 0"}, "was made with triton 1.0, kernels 0, and this is triton"),
         ({"schema": 1}, "is no table of schema 2"),
     ],
 )
-def test_a_foreign_or_stale_table_is_one_warning(fields, says):
+def test_a_foreign_or_stale_table_is_one_warning(fields, message):
     edit(tables.write(GPU, ENTRY), **fields)
     launch.reread()
-    with pytest.warns(UserWarning, match=says) as caught:
+    with pytest.warns(UserWarning, match=message) as caught:
         assert parameters() == launch.steps(width=4096, itemsize=4)
         parameters(width=100)
-    assert len(caught) == 1 and says in tables.summary(GPU)
+    assert len(caught) == 1 and message in tables.summary(GPU)
     tables.write(GPU, ENTRY)
     launch.reread()
     assert parameters() == CHOSEN

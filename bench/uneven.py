@@ -28,15 +28,9 @@ def problem(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return ((q * modes) @ q.T).float().to(device), (u @ q.T).float().to(device)
 
 
-@contextlib.contextmanager
-def lockstep() -> Iterator[None]:
-    """A tile takes new rows only when all of its rows are done."""
-    rows = launch.SHAPES["rows.affine"]
-    launch.SHAPES["rows.affine"] = lambda **shape: rows(**shape) | {"REFILL": 0}
-    try:
-        yield
-    finally:
-        launch.SHAPES["rows.affine"] = rows
+def lockstep() -> contextlib.AbstractContextManager[None]:
+    """Returns a context in which a tile takes new rows only when all of its rows are done."""
+    return launch.override("rows.affine", {"REFILL": 0})
 
 
 def run(device: torch.device, suite: str, seconds: float) -> Iterator[Record]:

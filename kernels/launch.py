@@ -1,125 +1,214 @@
-"""Launch parameters of every op: pure functions of the shape, so that a laptop can list and compile all there are, and
-what tables that were measured on the GPU at hand (tables.py) choose among those around them (space.py)."""
+"""Launch parameters of every op.
+
+Each op has a pure function of its shape, named in SHAPES, so that a machine without a GPU can list all there are. Its
+upper-case keywords are the tunable choices, whose values TUNABLE lists; the function derives all else from them and
+from the shape, and returns None where they do not fit. A choice can so make a launch slow, but never wrong. It comes
+from `override`, else from the table that `python -m tritondeq tune` wrote for the GPU, else from the function itself.
+"""
 
 import contextlib
-from collections.abc import Callable
-from functools import cache, lru_cache
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from itertools import product
+from typing import Any
 
 import torch
 
-from . import space, tables
-from .space import (
-    GROUP,
-    LARGE,
-    PROCESSORS,
-    ROW,
-    SHARED,
-    TILES,
-    affine_fits,
-    affine_tile,
-    block,
-    power_of_two,
-    row_bytes,
-    steps_of,
-)
+from . import tables
+from .devices import SHARED as SHARED
+from .devices import gpu as gpu
+from .devices import limits as limits
+from .devices import multiprocessors as multiprocessors
+from .devices import on as on
+from .devices import shared_memory as shared_memory
 
 FEATURES = 256  # most of an affine cell that one launch holds
 PROGRAMS = {16: 8, 32: 8, 64: 8, 128: 4, 256: 1}  # on one multiprocessor, by width
+GROUP = 8192  # values that one program of group_norm holds
+ROW = {4: 4096, 8: 1024}  # most elements of a row that a program of a fused step holds, by bytes of an element
+WIDE = 32768  # elements of a sample from which a fused step has many programs alike
+LARGE = 4096  # rows above which throughput matters more than latency
+BESIDE = 5  # differences of Anderson whose small system fits in registers beside a program's part of the state
+ENOUGH = 100  # tiles that keep a GPU busy
+
+# Tiles of the affine steps by terms of W, the largest first: rows, columns, depth of a stage, stages in flight.
+TILES = {
+    1: ((128, 256, 64, 4), (128, 128, 64, 4), (64, 64, 64, 4), (16, 32, 128, 4)),
+    2: ((256, 128, 32, 6), (128, 128, 64, 3), (64, 64, 32, 5), (16, 32, 128, 4)),
+    3: ((128, 128, 32, 4), (64, 64, 32, 4), (16, 32, 128, 3)),
+}
+MORE_TILES = ((64, 128, 32, 4), (32, 64, 64, 4), (16, 64, 64, 4))  # that only a measurement picks
+
+
+def power_of_two(n: int) -> int:
+    """Returns the least power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def block(width: int) -> int:
+    """Returns the least power of two that holds this width and that a dot can take."""
+    return max(16, power_of_two(width))
+
+
+def row_bytes(shapes, block_b: int, resident: int, terms: int) -> int:
+    """Returns the bytes of shared memory of a whole solve with `block_b` rows and `resident` terms of its weights."""
+    block_d = block(shapes[0][1])
+    tile = 4 * block_b * max(block(n) for shape in shapes for n in shape)  # on its way to the tensor cores' layout
+    if resident < terms:
+        tile = max(tile, 2 * min(64, block_d) * (block_d + block_b))
+    return 2 * resident * sum(block(n) * block(m) for n, m in shapes) + tile + 1024
 
 
 def rows(
-    *, batch: int, shapes: list[tuple[int, int]], terms: int, memory: int, shared: int = SHARED, chip: int = 90
+    *, batch, shapes, terms, memory, shared=SHARED, chip=90, BLOCK_B=None, STREAM=None, num_warps=None
 ) -> dict | None:
-    """Of a whole solve row by row, by a cell with weights [out, in] of these shapes; None where they don't fit in
-    `shared` bytes.
+    """Parameters of a whole solve, row by row.
 
-    Few rows in a tile (BLOCK_B) give latency, many give throughput until registers spill: these are the largest tiles
-    that don't, as tests/kernels/test_offline.py checks. 64 rows want the wgmma of sm_90 (`chip`), which does twice the
-    work of mma in the same time: with one or two terms they are taken from 128 features on, too, where the rules'
-    numbers spill (43 to 80 of 800 to 1500 instructions a step). Where the terms of a
-    lone W don't fit together all but the first are streamed (STREAM), BLOCK_K rows at a time. Half a tile idles before
-    its lanes take new rows (REFILL): taking them costs about one and a half steps, and at 15 steps a row a tile of 16
-    loses least if 7 wait.
+    Few rows in a tile give latency; many give throughput until registers spill. Tiles of 64 rows want the wgmma of
+    sm_90, which does twice the work of mma in the same time. Where not all bf16 terms of a lone weight fit in shared
+    memory, all but the first are streamed, BLOCK_K rows at a time. A tile takes new rows when half of its lanes are
+    idle (REFILL): that costs about one and a half steps, and at 15 steps a row a tile of 16 loses least near there.
+
+    Args:
+        batch: Rows; what is chosen depends on which side of LARGE it is, and on no more.
+        shapes: Of the weights, (out, in).
+        terms: bf16 terms of each weight.
+        memory: Differences of Anderson, 0 for Picard.
+        shared: Bytes of shared memory that a block can have.
+        chip: Ten times the capability.
+        BLOCK_B: Rows of a tile.
+        STREAM: Whether all terms but the first are streamed.
+        num_warps: Warps of a program.
     """
     block_d = block(shapes[0][1])
     wide = max(block(n) for shape in shapes for n in shape)
     lone = len(shapes) == 1
-    block_k = min(64, block_d)
-    stream = lone and row_bytes(shapes, 16, terms, terms) > shared
-    if row_bytes(shapes, 16, 1 if stream else terms, terms) > shared:
-        return None
-    block_b = 16
-    if batch > LARGE and lone and not memory and not stream:
-        large = (64, 32, 16) if chip // 10 == 9 and (terms < 3 or wide < 128) else (32, 16)
-        block_b = next(rows for rows in large if row_bytes(shapes, rows, terms, terms) <= shared)
+    if STREAM is None:
+        STREAM = lone and row_bytes(shapes, 16, terms, terms) > shared
+    resident = 1 if STREAM else terms
+    if BLOCK_B is None:
+        BLOCK_B = 16
+        if batch > LARGE and lone and not memory and not STREAM:
+            large = (64, 32) if chip // 10 == 9 and (terms < 3 or wide < 128) else (32,)
+            BLOCK_B = next((rows for rows in large if row_bytes(shapes, rows, terms, terms) <= shared), 16)
     few = 4 if memory or not lone else 1
     warps = {16: few, 32: few, 64: 4, 128: 8 if memory or not lone else 4}.get(wide, 8)
-    if block_b == 64:
+    if BLOCK_B == 64:  # wgmma is of 4 warps
         warps = max(warps, 4)
+    streams = lone and terms > 1 or not STREAM
+    holds = BLOCK_B < 64 or (lone and not memory and (num_warps or warps) >= 4)
+    if not (streams and holds and row_bytes(shapes, BLOCK_B, resident, terms) <= shared and _near(num_warps, warps)):
+        return None
     return {
-        "BLOCK_B": block_b,
+        "BLOCK_B": BLOCK_B,
         "BLOCK_D": block_d,
-        "BLOCK_K": block_k,
-        "STREAM": stream,
-        "REFILL": block_b // 2,
-        "num_warps": warps,
+        "BLOCK_K": min(64, block_d),
+        "STREAM": STREAM,
+        "REFILL": BLOCK_B // 2,
+        "num_warps": num_warps or warps,
         "num_stages": 1,
         "programs": PROGRAMS.get(wide, 1),
     }
 
 
-def steps(*, width: int, itemsize: int, features: int = 0) -> dict | None:
-    """Of a fused solver step: SPLITS programs share a sample, a function of its width alone, so that a sample's bits do
-    not depend on its batch. Where a tail wants rows of `features` a program has whole ones; None where none fits."""
-    block = min(8192 // itemsize, max(128, power_of_two(width)))
+def steps(*, width, itemsize, features=0, BLOCK_N=None, num_warps=None) -> dict | None:
+    """Parameters of a fused solver step on samples of `width` elements of `itemsize` bytes.
+
+    SPLITS programs of BLOCK_N elements share a sample. With `features` they hold whole rows of so many elements.
+    """
+    base = min(8192 // itemsize, max(128, power_of_two(width)))
+    row = power_of_two(features) if features else 0
+    if row > ROW[itemsize]:
+        return None
     if features:
-        row = power_of_two(features)
-        if row > ROW[itemsize]:
-            return None
-        block = max(row, min(block, row * power_of_two(width // features)))
-    return steps_of(block, width, itemsize, features)
-
-
-BESIDE = 5  # differences of Anderson whose small system fits in registers beside a program's part of the state
+        base = max(row, min(base, row * power_of_two(width // features)))
+    if BLOCK_N is None:
+        BLOCK_N = base
+    elif not max(row, 128, base // 4) <= BLOCK_N <= min(16384 // itemsize, 2 * base):
+        return None
+    elif BLOCK_N >= 2 * (width // features * row if features else width):
+        return None
+    warps = max(1, BLOCK_N * itemsize // 1024)
+    if not _near(num_warps, warps):
+        return None
+    splits = -(-(width // features) // (BLOCK_N // row)) if features else -(-width // BLOCK_N)
+    return {"BLOCK_N": BLOCK_N, "SPLITS": splits, "num_warps": num_warps or warps}
 
 
 def one_launch(op: str, config: dict, *, itemsize: int, memory: int) -> bool:
-    """Whether a step of Anderson or Broyden with these parameters is one launch: a program that has measured a whole
-    sample goes on and mixes, where no register is spilled, as tests/kernels/test_offline_steps.py checks."""
+    """Returns whether a step of Anderson or Broyden with these parameters is one launch.
+
+    A program that has measured a whole sample goes on and mixes, where no register is spilled.
+    """
     return config["SPLITS"] == 1 and itemsize == 4 and (op != "steps.anderson" or memory <= BESIDE)
 
 
-def whole_rows(*, features: int) -> dict:
-    """Of an op on whole rows: a tile of 1024 elements, or one row; 16 elements a thread."""
+def whole_rows(*, features, BLOCK_R=None, num_warps=None) -> dict | None:
+    """Parameters of an op on whole rows: BLOCK_R of them in a program, by default 1024 elements or one row."""
     block_d = power_of_two(features)
-    block_r = max(1, 1024 // block_d)
-    return {"BLOCK_R": block_r, "BLOCK_D": block_d, "num_warps": block_r * block_d // 512}
+    base = max(1, 1024 // block_d)
+    if BLOCK_R is None:
+        BLOCK_R = base
+    warps = max(1, BLOCK_R * block_d // 512)
+    if not (base <= 2 * BLOCK_R <= 8 * base and _near(num_warps, warps)):
+        return None
+    return {"BLOCK_R": BLOCK_R, "BLOCK_D": block_d, "num_warps": num_warps or warps}
 
 
-ENOUGH = 100  # tiles that keep a GPU busy
+def affine_steps(*, batch, features, terms, start=False, shared=SHARED, TILE=None, num_warps=None) -> dict | None:
+    """Parameters of a step of the affine cell with its GEMM.
 
+    By default the largest tile that fits and of which there are ENOUGH, else the smallest: large tiles read less from
+    L2 for each FLOP, by 1 / BLOCK_M + 1 / (terms BLOCK_N). The epilogue takes a tile in SUB parts, so that no register
+    is spilled.
 
-def affine_steps(*, batch: int, features: int, terms: int, start: bool = False, shared: int = SHARED) -> dict:
-    """Of a step of the affine cell with its GEMM: the largest tile that fits in `shared` bytes and of which there are
-    ENOUGH, else the smallest. `start` is the first step, whose rows are float32 and split as they come.
-
-    Large tiles read less from L2 for each FLOP, by 1 / BLOCK_M + 1 / (terms BLOCK_N). The epilogue takes them in SUB
-    parts, so that no register is spilled, as tests/kernels/test_offline_affine_steps.py checks.
+    `start` is the first step, whose rows are float32 and are split into bf16 terms as they are read. TILE is (rows,
+    columns, depth of a stage, stages in flight).
     """
-    for tile in TILES[terms][-2:] if start else TILES[terms]:
-        if -(-batch // tile[0]) * -(-features // tile[1]) >= ENOUGH and affine_fits(*tile, terms, start, shared):
-            break
-    return affine_tile(*tile)
+
+    def fits(m: int, n: int, k: int, stages: int) -> bool:
+        return stages * k * ((4 if start else 2) * m + 2 * terms * n) + m * n <= shared
+
+    if TILE is None:
+        for TILE in TILES[terms][-2:] if start else TILES[terms]:
+            if -(-batch // TILE[0]) * -(-features // TILE[1]) >= ENOUGH and fits(*TILE):
+                break
+    elif not fits(*TILE) or (start and TILE[0] > 64) or (terms == 3 and TILE[0] * TILE[1] > 128 * 128):
+        return None
+    m, n, k, stages = TILE
+    warps = num_warps or (8 if m * n > 64 * 64 else 4)
+    if warps not in (4, 8):
+        return None
+    return {
+        "BLOCK_M": m,
+        "BLOCK_N": n,
+        "BLOCK_K": k,
+        "GROUP": 8,
+        "SUB": max(1, m * n // (512 * warps)),  # 16 elements a thread in each
+        "num_warps": warps,
+        "num_stages": stages,
+    }
 
 
-def group_norm(*, pixels: int, width: int) -> dict | None:
-    """Of GroupNorm, by the pixels and channels of one group; None where the channels of a pixel don't fit a program."""
+def group_norm(*, pixels, width, BLOCK_P=None, num_warps=None) -> dict | None:
+    """Parameters of GroupNorm on groups of `pixels` by `width` channels, BLOCK_P pixels in a program."""
     block_d = power_of_two(width)
     if block_d > GROUP:
         return None
-    block_p = min(GROUP // block_d, power_of_two(pixels))
-    warps = min(16, max(1, block_p * block_d // 512))
-    return {"BLOCK_P": block_p, "BLOCK_D": block_d, "SPLITS": -(-pixels // block_p), "num_warps": warps}
+    base = min(GROUP // block_d, power_of_two(pixels))
+    if BLOCK_P is None:
+        BLOCK_P = base
+    elif not base <= 4 * BLOCK_P <= 8 * base or BLOCK_P >= 2 * pixels:
+        return None
+    warps = min(16, max(1, BLOCK_P * block_d // 512))
+    if not _near(num_warps, warps):
+        return None
+    return {"BLOCK_P": BLOCK_P, "BLOCK_D": block_d, "SPLITS": -(-pixels // BLOCK_P), "num_warps": num_warps or warps}
+
+
+def _near(chosen: int | None, warps: int) -> bool:
+    """Returns whether a chosen number of warps is within a factor of 2 of the usual one."""
+    return chosen is None or warps <= 2 * chosen <= 4 * warps
 
 
 SHAPES: dict[str, Callable[..., dict | None]] = {
@@ -127,141 +216,135 @@ SHAPES: dict[str, Callable[..., dict | None]] = {
     "rows.mlp": rows,
     "rows.gated": rows,
     "norms.residual_rms": whole_rows,
-    "steps.affine": affine_steps,
     "norms.group_norm": group_norm,
+    "steps.affine": affine_steps,
     "steps.picard": steps,
     "steps.anderson": steps,
     "steps.broyden": steps,
 }
 
-
-SPACES = {
-    rows: space.ROWS,
-    steps: space.STEPS,
-    whole_rows: space.WHOLE_ROWS,
-    affine_steps: space.AFFINE_STEPS,
-    group_norm: space.GROUP_NORM,
+_WARPS = (1, 2, 4, 8, 16)
+TUNABLE: dict[Callable, dict[str, tuple]] = {
+    rows: {"BLOCK_B": (16, 32, 64), "STREAM": (False, True), "num_warps": _WARPS},
+    steps: {"BLOCK_N": tuple(128 << i for i in range(6)), "num_warps": _WARPS},
+    whole_rows: {"BLOCK_R": tuple(1 << i for i in range(13)), "num_warps": _WARPS},
+    group_norm: {"BLOCK_P": tuple(1 << i for i in range(15)), "num_warps": _WARPS},
+    affine_steps: {"TILE": tuple(dict.fromkeys((*sum(TILES.values(), ()), *MORE_TILES))), "num_warps": _WARPS},
 }
 
 
-def parameters(op: str, device: torch.device | None = None, **shape) -> dict | None:
-    """Launch parameters of `op` for this shape, `programs` of them on each multiprocessor; None where none would do.
+def key(op: str, **shape) -> dict[str, Any]:
+    """Returns what a choice for this shape may depend on.
 
-    They are the pure function's, but for a device whose tables have a choice for this shape or for the nearest one.
+    It holds no more of the batch than the pure function uses, so that a sample's bits do not depend on its batch.
     """
     pure = SHAPES[op]
-    if device is None or gpu(device) is None or pure not in SPACES:
-        return pure(**shape)
-    found = _chosen(op, device, tuple(shape.items()))
-    return found and dict(found)
+    shared = shape.pop("shared", SHARED)
+    if pure is rows:
+        sizes, terms, memory = tuple(map(tuple, shape["shapes"])), shape["terms"], shape["memory"]
+        two = len(sizes) == 1 and not memory and row_bytes(sizes, 16, terms, terms) <= shared  # tiles, by the batch
+        batch = LARGE + 1 if two and shape["batch"] > LARGE else 1
+        return {"batch": batch, "shapes": sizes, "terms": terms, "memory": memory}
+    if pure is steps:
+        return {"features": 0} | shape | {"width": min(shape["width"], WIDE)}
+    return {"start": False} | shape if pure is affine_steps else shape
+
+
+def candidates(op: str, **shape) -> list[dict[str, Any]]:
+    """Returns the choices that fit this shape, the pure function's, {}, first; none where it has none."""
+    pure = SHAPES[op]
+    choices, configs = [{}], [pure(**shape)]
+    if configs[0] is None:
+        return []
+    values = TUNABLE.get(pure, {})
+    for chosen in product(*values.values()):
+        choice = dict(zip(values, chosen, strict=True))
+        config = pure(**shape, **choice)
+        if config is not None and config not in configs:
+            choices.append(choice)
+            configs.append(config)
+    return choices
+
+
+def parameters(op: str, device: torch.device | None = None, **shape) -> dict | None:
+    """Returns the launch parameters of `op` for this shape on this device, or None where none would do.
+
+    They are those of the override in force, else of the table of the device, else of the pure function; where a choice
+    does not fit this shape, of the pure function.
+    """
+    if device is not None and _recorded is not None:
+        _recorded.append((op, shape))
+    for name, choice, at in reversed(_overrides):
+        if name == op and (at is None or at == key(op, **shape)):
+            return _configured(op, choice, shape)
+    name = None if device is None else gpu(device)
+    if name is None:
+        return SHAPES[op](**shape)
+    config = _from_table(op, name, tuple(shape.items()))
+    return config and dict(config)
+
+
+def _configured(op: str, choice: dict, shape: dict) -> dict | None:
+    tunable = TUNABLE.get(SHAPES[op], {})
+    chosen = {name: value for name, value in choice.items() if name in tunable}
+    config = SHAPES[op](**shape, **chosen) or SHAPES[op](**shape)
+    return config and config | {name: value for name, value in choice.items() if name not in tunable}
 
 
 @lru_cache(1024)
-def _chosen(op: str, device: torch.device, items: tuple) -> dict | None:
-    shape, among = dict(items), SPACES[SHAPES[op]]
-    configs = candidates(op, **shape)
-    key = among.key(**shape)
-    entry = tables.nearest(op, key, among.near, gpu(device), spaces()) if configs else None
-    if entry is not None:
-        for config in configs:
-            if all(config[name] == entry.parameters[name] for name in among.names):
-                return config
-        if entry.shape == key:
-            tables.warn(entry.path, f"{op} at {key} can't take {entry.parameters}")
-    return configs[0] if configs else None
-
-
-def candidates(op: str, **shape) -> list[dict]:
-    """The launch parameters among which a measurement may choose: those of the pure function first, then others near
-    them, all within the same arithmetic of shared memory; none where the pure function has none."""
-    pure = SHAPES[op]
-    base = pure(**shape)
-    if base is None or pure not in SPACES:
-        return [base] if base else []
-    found = [base]
-    for config in SPACES[pure].around(base, **shape):
-        if config not in found:
-            found.append(config)
-    return found
-
-
-def spaces() -> dict[str, space.Space]:
-    """By op, of those that can be tuned."""
-    return {op: SPACES[pure] for op, pure in SHAPES.items() if pure in SPACES}
+def _from_table(op: str, name: str, items: tuple) -> dict | None:
+    shape, choice = dict(items), {}
+    tunable = TUNABLE.get(SHAPES[op], {})
+    entry = tables.nearest(name, op, key(op, **shape)) if tunable else None
+    if entry is not None and all(one in tunable.get(part, ()) for part, one in entry.choice.items()):
+        choice = entry.choice
+    return _configured(op, choice, shape)
 
 
 def reread() -> None:
-    """Forgets what the tables said: the next launch reads them again."""
-    _chosen.cache_clear()
+    """Makes the next launch read the tables again."""
+    _from_table.cache_clear()
     tables.forget()
 
 
+# Backward passes on CUDA run in a thread of autograd, so that these two are the process's and not a thread's.
+_overrides: list[tuple[str, dict, dict | None]] = []
+_recorded: list[tuple[str, dict]] | None = None
+
+
 @contextlib.contextmanager
-def trial(op: str, shape: dict, config: dict):
-    """Launches `op` with this candidate for `shape`, in place of all tables."""
-    chosen = {name: config[name] for name in SPACES[SHAPES[op]].names}
-    with tables.only(tables.Entry(op, SPACES[SHAPES[op]].key(**shape), chosen)):
-        _chosen.cache_clear()
-        try:
-            yield
-        finally:
-            _chosen.cache_clear()
+def override(op: str, choice: dict[str, Any], at: dict[str, Any] | None = None) -> Iterator[None]:
+    """Launches `op` with this choice in place of the table's, in all threads, until the block ends.
+
+    Args:
+        op: Name of the op.
+        choice: Values of some tunable parameters, from which the pure function derives the others; further constants,
+            such as REFILL, replace those of the result.
+        at: A `key`: other shapes are left alone. None: all shapes.
+    """
+    _overrides.append((op, choice, at))
+    try:
+        yield
+    finally:
+        _overrides.remove((op, choice, at))
 
 
-@cache
-def gpu(device: torch.device) -> tables.Gpu | None:
-    """Whose tables a launch on this device looks at; None for what is no GPU."""
-    if device.type != "cuda":
-        return None
-    return tables.Gpu(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+@contextlib.contextmanager
+def recorded() -> Iterator[list[tuple[str, dict[str, Any]]]]:
+    """Yields a list that gets (op, shape) of every launch, of all threads, until the block ends; it does not nest."""
+    global _recorded
+    _recorded = asked = []
+    try:
+        yield asked
+    finally:
+        _recorded = None
 
 
 def too_large(op: str, shapes, terms: int, memory: int, device: torch.device | None) -> str | None:
-    """Why weights of these shapes can't be held by a multiprocessor of this device, or None."""
+    """Returns why weights of these shapes can't be held by a multiprocessor of this device, or None."""
     shared = shared_memory(device)
     if SHAPES[op](batch=1, shapes=shapes, terms=terms, memory=memory, shared=shared):
         return None
     size = 2 * terms * sum(n * m for n, m in shapes)
-    of = "" if terms == 1 else f" in {terms} bf16 terms"
-    return f"{size} bytes of weights{of} do not fit in {shared} bytes of shared memory"
-
-
-@cache
-def shared_memory(device: torch.device | None) -> int:
-    """Bytes of shared memory a block can have on this device."""
-    if device is None or device.type != "cuda" or not torch.cuda.is_available():
-        return SHARED
-    told = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", None)
-    if told is not None:
-        return told
-    from triton.runtime import driver  # torch 2.6 does not tell
-
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return driver.active.utils.get_device_properties(index)["max_shared_mem"]
-
-
-@cache
-def chip(device: torch.device) -> int:
-    """Ten times its capability, 90 for an H100; of no GPU, that."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def limits(device: torch.device) -> dict[str, int]:
-    """What of a device the pure functions ask, where they do."""
-    return {"shared": shared_memory(device), "chip": chip(device)}
-
-
-@cache
-def multiprocessors(device: torch.device | None) -> int:
-    """How many programs run at once at least: 1 in the interpreter; of a GPU that is not here, an H200's."""
-    if device is None or (device.type == "cuda" and not torch.cuda.is_available()):
-        return PROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def on(device: torch.device):
-    """Makes it the device that Triton launches on."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    split = "" if terms == 1 else f" in {terms} bf16 terms"
+    return f"{size} bytes of weights{split} do not fit in {shared} bytes of shared memory"

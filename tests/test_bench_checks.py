@@ -20,10 +20,10 @@ def test_rows_of_many_depths_are_what_the_target_speaks_of():
     options = {"activation": "identity", "tol": uneven.TOL, "max_steps": uneven.MOST}
     steps = affine.affine_solve_ref(w, u, **options)[1]
     assert 10 < steps.float().mean() < 20 and steps.min() <= 6 and 150 < steps.max() < uneven.MOST
-    rows = launch.SHAPES["rows.affine"]
+    shape = {"batch": 9, "shapes": [(128, 128)], "terms": 2, "memory": 0}
     with uneven.lockstep():
-        assert launch.parameters("rows.affine", batch=9, shapes=[(128, 128)], terms=2, memory=0)["REFILL"] == 0
-    assert launch.SHAPES["rows.affine"] is rows and list(uneven.run(CPU, "tiny", 0.1)) == []
+        assert launch.parameters("rows.affine", **shape)["REFILL"] == 0
+    assert launch.parameters("rows.affine", **shape)["REFILL"] == 8 and list(uneven.run(CPU, "tiny", 0.1)) == []
 
 
 def test_a_wrong_block_is_found(monkeypatch):

@@ -172,31 +172,18 @@ def test_no_gpu_has_no_table(no_gpu):
     ]
 
 
-def test_tables_in_force_are_said(monkeypatch, tmp_path, gpu):
-    """Which file, of what date, how much of it counts, and what is wrong with it."""
+def test_the_table_of_each_gpu(monkeypatch, tmp_path, gpu):
     monkeypatch.setenv("TRITONDEQ_CACHE", str(tmp_path))
-    none = "  cuda:0  no table in force: pure functions of the shape. `python -m tritondeq tune` measures them"
+    none = "  cuda:0  no table: pure functions of the shape. `python -m tritondeq tune` measures"
     assert section("Launch parameters").splitlines()[1:] == [none]
-    who, made = tables.Gpu("Fake 9000", (9, 0)), {"triton": tables.version(), "source": tables.source("picard")}
-    for width, date, changed in (
-        (64, "2026-02-01", {}),
-        (128, "2026-01-31", {}),
-        (256, "2026-03-01", {"triton": "1.0"}),
-    ):
-        shape, chosen = {"width": width, "itemsize": 4, "features": 0}, {"BLOCK_N": 128, "num_warps": 1}
-        path = tables.write(who, tables.Entry("picard", shape, chosen, date=date, **made | changed), launch.spaces())
-    stale = "1 stale: made with another Triton or other kernels"
-    says = f"  cuda:0  {path}: 2 choices in force, the last of 2026-02-01, {stale}"
-    assert section("Launch parameters").splitlines()[1:] == [says]
-    monkeypatch.setattr(tables, "version", lambda: "1.0")
-    (line,) = section("Launch parameters").splitlines()[1:]
-    assert "1 choices in force, the last of 2026-03-01, 2 stale" in line
-    monkeypatch.setattr(tables, "version", lambda: "2.0")
-    line, last = section("Launch parameters").splitlines()[1:]
-    assert line == f"  cuda:0  {path}: nothing in force, 3 {stale[2:]}" and last == none
+    for width, date in ((64, "2026-02-01"), (128, "2026-01-31")):
+        key = {"width": width, "itemsize": 4, "features": 0}
+        path = tables.write("Fake 9000", tables.Entry("steps.picard", key, {"num_warps": 1}, 1.1, [], date))
+    line = f"  cuda:0  {path}: 2 choices, the last of 2026-02-01"
+    assert section("Launch parameters").splitlines()[1:] == [line]
     path.write_text("{")
-    line, last = section("Launch parameters").splitlines()[1:]
-    assert line.startswith(f"  cuda:0  {path}: nothing in force, damaged: JSONDecodeError: ") and last == none
+    (line,) = section("Launch parameters").splitlines()[1:]
+    assert line.startswith(f"  cuda:0  {path} is damaged (JSONDecodeError: ")
 
 
 def test_missing_extra_is_said(monkeypatch):

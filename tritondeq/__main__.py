@@ -19,7 +19,7 @@ EXTRAS = {
 TASKS, SEEDS = ("digits", "parity"), 3
 TUNED = ("affine", "monotone", "mlp", "gated", "transformer", "conv", "any")
 DTYPES = ("fp32", "bf16", "fp64")
-SIZES = {"features": ((64, 128, 256), (1024,)), "rows": ((256, 16384), ())}  # what `tune` measures, and with --all
+SIZES = {"features": (64, 128, 256), "rows": (256, 16384)}  # what `tune` measures by default
 MOST = 2**31 - 1  # seeds that every generator takes
 INTERRUPTED = 130
 
@@ -71,19 +71,10 @@ def _doctor(arguments: argparse.Namespace, finished: list[str]) -> None:
 
 
 def _tune(arguments: argparse.Namespace, finished: list[str]) -> int:
-    from .tune import Options, run
+    from .tune import run, workloads
 
-    told = {name: getattr(arguments, name) for name in ("cells", "features", "rows", "dtypes", "fresh", "all")}
-    for name, (usual, more) in SIZES.items():
-        told[name] = told[name] or [*usual, *(more if arguments.all else ())]
-    options = Options(**told)
-    if arguments.offline is None:
-        return run(options, finished)
-    from .tune_offline import report
-
-    for line in report(options, int(arguments.offline.removeprefix("sm_"))):
-        print(line, flush=True)
-    return 0
+    chosen = workloads(arguments.cell, arguments.features, arguments.rows, arguments.dtype)
+    return run(chosen, finished, fresh=arguments.fresh)
 
 
 def _bench(argv: list[str]) -> int:
@@ -127,19 +118,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--quick", action="store_true", help="seconds; shows that all works, trains nothing of use")
     add("doctor", _doctor, help="say what this machine will run, and why")
     tune = add("tune", _tune, help="measure launch parameters on this GPU, and use the best from then on")
-    for name, kind in (("cell", {"choices": TUNED}), ("dtype", {"choices": DTYPES})):
-        defaults = {"cell": TUNED, "dtype": DTYPES[:2]}[name]
-        told = f"default: {' '.join(defaults)}"
-        tune.add_argument(f"--{name}", nargs="+", dest=f"{name}s", default=list(defaults), **kind, help=told)
-    for name, (usual, more) in SIZES.items():
-        told = f"default: {' '.join(map(str, usual))}" + "".join(f", and with --all {size}" for size in more)
-        tune.add_argument(f"--{name}", nargs="+", type=_at_least(1), metavar="N", help=told)
-    told = "measure, after the rest, what few solves ask for: Anderson (memory up to 4) and tolerances below 1e-5 in "
-    told += "kernels that hold the cell, MLP with swiglu, and the affine cell's solve with grid barriers"
-    tune.add_argument("--all", action="store_true", help=told)
+    options = {"cell": ({"choices": TUNED}, TUNED), "dtype": ({"choices": DTYPES}, DTYPES[:2])}
+    options |= {name: ({"type": _at_least(1), "metavar": "N"}, sizes) for name, sizes in SIZES.items()}
+    for name, (kind, usual) in options.items():
+        words = f"default: {' '.join(map(str, usual))}"
+        tune.add_argument(f"--{name}", nargs="+", default=list(usual), help=words, **kind)
     tune.add_argument("--fresh", action="store_true", help="measure again what has been measured")
-    told = "measure nothing: compile the candidates for this chip, which needs no GPU, and list what came out"
-    tune.add_argument("--offline", choices=("sm_80", "sm_90", "sm_100"), help=told)
     add("bench", None, help="measure against eager PyTorch; `bench --help` lists its options")
     return parser
 

@@ -164,23 +164,7 @@ def _tables() -> Iterator[str]:
     if not torch.cuda.is_available():
         yield "pure functions of the shape; `python -m tritondeq tune` measures them where there is a GPU"
     for i in range(torch.cuda.device_count()):
-        gpu = launch.gpu(torch.device("cuda", i))
-        found = [known for path in tables.paths(gpu) if (known := tables.read(path, gpu, launch.spaces()))]
-        yield from (f"cuda:{i}  {_table(known)}" for known in found)
-        if not any(not entry.stale for known in found for entry in known.entries):
-            yield f"cuda:{i}  no table in force: pure functions of the shape. `python -m tritondeq tune` measures them"
-
-
-def _table(known: tables.Table) -> str:
-    fresh = [entry for entry in known.entries if not entry.stale]
-    parts = [f"{len(fresh)} choices in force" if fresh else "nothing in force"]
-    if fresh:
-        parts.append(f"the last of {max(entry.date for entry in fresh)}")
-    if len(fresh) < len(known.entries):
-        parts.append(f"{len(known.entries) - len(fresh)} stale: made with another Triton or other kernels")
-    if known.fault:
-        parts.append(f"damaged: {known.fault}")
-    return f"{known.path}: {', '.join(parts)}"
+        yield f"cuda:{i}  {tables.summary(launch.gpu(torch.device('cuda', i)))}"
 
 
 def _extras() -> Iterator[str]:

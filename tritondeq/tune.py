@@ -1,312 +1,279 @@
-"""Measures launch parameters on the GPU at hand: `python -m tritondeq tune`."""
+"""Measures launch parameters on the GPU at hand: `python -m tritondeq tune`.
 
+It runs layers as users do, forward and backward, and learns from `launch.recorded` which ops they launch at which
+shapes. For each of these it tries the candidates of launch.py, leaves out what fails or is wrong, and writes the
+fastest to the table of the GPU (kernels/tables.py).
+"""
+
+import copy
 import datetime
 import itertools
 import math
-import sys
-from collections import Counter
-from collections.abc import Callable
+import re
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import util
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .demo.common import table, writable
-from .kernels import dispatch, launch, offline, tables, trials
-from .works import Problem, Work, works
+from . import cells
+from .deq import DEQ
+from .kernels import dispatch, launch, tables
+from .solvers import Anderson, Broyden, Picard, Solver
 
 FACTOR, FLOOR = 2.0, 1e-5  # a candidate's error may be this much above that of the pure function's parameters
-SANE = 1e-2  # relative error above which these themselves are wrong
+SANE = 0.1  # relative error above which these themselves are wrong
 LEAST = 1.02  # gain from which a candidate is more than noise
-OLDEST = (8, 0)
+TOL = 1e-4  # of solves whose state is float32 or float64; narrower ones take the layer's default
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+ROWS = {"affine": cells.Affine, "monotone": cells.Monotone, "mlp": cells.MLP, "gated": cells.Gated}
+CELLS = (*ROWS, "transformer", "conv", "any")
+SOLVERS = (Picard(), Anderson(), Broyden())  # of cells outside of ROWS; the others have the cell's default
+
+
+class _Any(nn.Module):
+    """A cell without kernels, which costs next to nothing beside the steps of its solver."""
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return x + 0.5 * torch.tanh(z)
 
 
 @dataclass(frozen=True)
-class Options:
-    """What to measure: every combination of these; with `fresh` also what has been, with `all` also what is rare."""
+class Workload:
+    """A layer and its input.
 
-    cells: list[str]
-    features: list[int]
-    rows: list[int]
-    dtypes: list[str]
-    fresh: bool = False
-    all: bool = False
+    Attributes:
+        cell: One of CELLS.
+        features: Width of a row, or channels.
+        rows: Rows, tokens or pixels of all samples together, as far as whole samples allow.
+        dtype: A key of DTYPES; bf16 are the operands of a cell of ROWS, and all of another.
+        solver: The layer's; None is the cell's default.
+    """
+
+    cell: str
+    features: int
+    rows: int
+    dtype: str
+    solver: Solver | None = None
+
+    def __str__(self) -> str:
+        solver = f" {type(self.solver).__name__}" if self.solver else ""
+        return f"{self.cell} {self.rows}x{self.features} {self.dtype}{solver}"
+
+    def layer(self, **options: Any) -> tuple[DEQ, tuple[int, ...]]:
+        """Returns a layer with these options of DEQ, and the shape of its input: [B, D], [B, T, D] or [B, C, H, W]."""
+        features, shape, dtype = self.features, (self.rows, self.features), DTYPES[self.dtype]
+        if self.cell in ROWS:
+            narrow = {"operands": "bf16"} if dtype == torch.bfloat16 else {"dtype": dtype}
+            cell = ROWS[self.cell](features, **narrow)
+        elif self.cell == "transformer":
+            cell = cells.Transformer(features, heads=math.gcd(8, features), dtype=dtype)
+            tokens = max(1, min(self.rows, launch.WIDE // features))
+            shape = max(1, self.rows // tokens), tokens, features
+        elif self.cell == "conv":
+            cell = cells.Conv(features, dtype=dtype)
+            side = next((side for side in (32, 8) if side * side <= self.rows), 2)
+            shape = max(1, self.rows // side**2), features, side, side
+        else:
+            cell = _Any()
+        return DEQ(cell, solver=self.solver, **options), shape
+
+    def prepare(self, device: torch.device) -> tuple[Callable[[], list[Tensor]], list[Tensor]]:
+        """Returns a call that solves and differentiates, and what it should give, by torch in float64."""
+        narrow = self.dtype == "bf16" and self.cell not in ROWS
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            layer, shape = self.layer(tol=None if narrow else TOL, max_steps=100)
+            x, cotangent = torch.randn(2, *shape)
+        layer = layer.to(device)
+        dtype = DTYPES[self.dtype] if self.cell not in ROWS or self.dtype == "fp64" else torch.float32
+        x, cotangent = x.to(device, dtype), cotangent.to(device, dtype)
+        exact = copy.deepcopy(layer).double()
+        exact.tol, exact.max_steps = 1e-10, 1000
+        # Without threads, because the backward pass of another thread would not see the backend.
+        with dispatch.backend("torch"), torch.autograd.set_multithreading_enabled(False):
+            reference = _solved(exact, x.double(), cotangent.double())
+        return partial(_solved, layer, x, cotangent), reference
+
+
+def _solved(layer: DEQ, x: Tensor, cotangent: Tensor) -> list[Tensor]:
+    """Returns the fixed point, the gradient of x, and those of all parameters as one vector."""
+    x, parameters = x.detach().requires_grad_(), list(layer.parameters())
+    z = layer(x)
+    dx, *rest = torch.autograd.grad(z, [x, *parameters], cotangent, materialize_grads=True)
+    return [z.detach(), dx, torch.cat([one.flatten() for one in [*rest, dx.new_zeros(1)]])]
 
 
 @dataclass
 class Job:
-    """Problems that one choice is made for.
-
-    Attributes:
-        key: What the choice depends on, as the op's space has it.
-    """
+    """A choice to make: an op at a shape and its key in launch.py, and the workloads that launch it."""
 
     op: str
+    shape: dict[str, Any]
     key: dict[str, Any]
-    works: list[Work] = field(default_factory=list)
+    workloads: list[Workload] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return ", ".join(map(str, self.works))
-
-    @property
-    def candidates(self) -> list[dict]:
-        return launch.candidates(self.op, **self.works[0].shape)
+        return f"{self.op} of {', '.join(map(str, self.workloads))}"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """The best candidate, the time of the pure function's over its own for each work, and the others that were left out
-    by why."""
+def seconds(call: Callable[[], Any]) -> float:
+    """Returns the median time of a call on the GPU, by triton.testing.do_bench."""
+    from triton.testing import do_bench
 
-    config: dict
-    gains: list[float]
-    left_out: Counter
-
-    @property
-    def gain(self) -> float:
-        return math.exp(sum(map(math.log, self.gains)) / len(self.gains))
+    return 1e-3 * do_bench(call, warmup=10, rep=50, return_mode="median")
 
 
-class Unfit(Exception):
-    """A job that can't be measured; the message says why, and what to do."""
+def workloads(cells: list[str], features: list[int], rows: list[int], dtypes: list[str]) -> list[Workload]:
+    """Returns every combination of these, each once."""
+    every = dict.fromkeys(itertools.product(cells, features, rows, dtypes))
+    return [Workload(*one, solver) for one in every for solver in ((None,) if one[0] in ROWS else SOLVERS)]
 
 
 def run(
-    options: Options, finished: list[str], device: torch.device | None = None, clock: Callable | None = None
+    workloads: list[Workload],
+    finished: list[str],
+    *,
+    fresh: bool = False,
+    device: torch.device | None = None,
+    gpu: str | None = None,
+    clock: Callable[[Callable], float] = seconds,
 ) -> int:
-    """The command; exit status 0, or 1 where nothing could be measured.
+    """Makes the choices that these workloads ask for, and writes each at once.
 
     Args:
-        finished: Gets what has been, in case of an interruption.
+        workloads: The layers to run.
+        finished: Gets the jobs that are written, for the message after an interruption.
+        fresh: Whether to measure again what the table has.
         device: Default is the current GPU.
-        clock: call -> seconds of one call.
+        gpu: Name of the table's GPU; default is that of the device.
+        clock: call -> seconds.
+
+    Returns:
+        The exit status: 0, or 1 where nothing could be measured.
 
     Raises:
-        OSError: the table can't be written, or nothing can be measured here; the message is a sentence.
+        OSError: the table can't be written, or there is no Triton to measure; the message is a sentence.
     """
     if device is None and not torch.cuda.is_available():
-        print(_explain(options))
+        print(
+            "tune needs a GPU, and torch sees none here. It would run layers on it, time what they launch with all "
+            "parameters that fit, and write the fastest to a table. Until then launches take those of pure functions."
+        )
         return 1
     device = device or torch.device("cuda", torch.cuda.current_device())
-    gpu, path = _ready(device)
-    done = _done(path, gpu)
-    jobs, unfit = jobs_of(options, device)
-    left = [job for job in jobs if options.fresh or not _covers(done, job)]
-    print(f"{gpu.name}, triton {tables.version()}: {len(left)} choices to measure, {len(jobs) - len(left)} known")
-    failed = _measure_all(left, gpu, clock or trials.seconds, finished, unfit)
-    if len(left) > failed:
-        print(f"written: {path}")
-    return int(not jobs or (failed == len(left) > 0))
-
-
-def _measure_all(jobs: list[Job], gpu: tables.Gpu, clock: Callable, finished: list[str], unfit: list[str]) -> int:
-    """Writes each choice as soon as it is made; how many could not be."""
-    failed = 0
-    with _Bar(sum(len(job.candidates) * len(job.works) for job in jobs)) as bar:
-        for why in unfit:
-            bar.say(f"left out: {why}")
-        for job in jobs:
+    gpu = gpu or torch.cuda.get_device_name(device)
+    _check(gpu)
+    path = tables.path(gpu)
+    known, fault = tables.read(gpu)
+    if fault:
+        print(f"{path} {fault}: it is begun anew", flush=True)
+    done = {} if fresh else {(one.op, str(one.key)): one.measured for one in known}
+    with dispatch.backend("triton"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", re.escape(str(path)))  # launches warn of that fault, too
+        jobs = _jobs(_progress(workloads), device)
+        left = [job for job in jobs if not set(map(str, job.workloads)) <= set(done.get((job.op, str(job.key)), ()))]
+        print(f"{gpu}: {len(left)} choices to make, {len(jobs) - len(left)} known", flush=True)
+        for job in _progress(left):
             try:
-                outcome = measure(job, clock, bar.tick)
-            except Unfit as error:
-                failed += 1
-                bar.say(f"left out: {error}")
+                entry = measure(job, device, clock)
+            except Exception as error:  # of the memory, the compiler or a launch
+                print(f"left out: {job}: {_line(error)}", flush=True)
                 continue
-            tables.write(gpu, entry(job, outcome), launch.spaces())
+            tables.write(gpu, entry)
             launch.reread()
             finished.append(str(job))
-            bar.say(describe(job, outcome))
-    return failed
+            words = " ".join(f"{name} {value}" for name, value in entry.choice.items()) or "the pure function's"
+            print(f"{job}: {entry.gain:.2f}x with {words}", flush=True)
+    if finished:
+        print(f"written: {path}")
+    return int(not jobs or (bool(left) and not finished))
 
 
-def jobs_of(
-    options: Options, device: torch.device, limits: dict[str, int] | None = None
-) -> tuple[list[Job], list[str]]:
-    """(what to measure, what is rare last; why some of it can't be); `limits` of another GPU than the device."""
+def _jobs(workloads: Iterable[Workload], device: torch.device) -> list[Job]:
+    """Runs each workload once, to see what it launches."""
     jobs: dict[tuple, Job] = {}
-    unfit = []
-    for rare, cell, features, dtype, rows in itertools.product(
-        (False, True) if options.all else (False,),
-        options.cells,
-        options.features,
-        options.dtypes,
-        sorted(set(options.rows)),
-    ):
+    for workload in workloads:
         try:
-            found = list(works(cell, features, rows, dtype, device, limits, rare))
-        except ValueError as error:
-            unfit += [str(error)] if str(error) not in unfit else []
+            with launch.recorded() as asked:
+                workload.prepare(device)[0]()
+        except Exception as error:  # of the cell, the memory or the compiler
+            print(f"left out: {workload}: {_line(error)}", flush=True)
             continue
-        for work in found:
-            key = launch.spaces()[work.op].key(**work.shape)
-            job = jobs.setdefault((work.op, *key.items()), Job(work.op, key))
-            job.works += [work] if str(work) not in map(str, job.works) else []
-    return list(jobs.values()), unfit
+        for op, shape in asked:
+            if len(launch.candidates(op, **shape)) > 1:
+                key = launch.key(op, **shape)
+                job = jobs.setdefault((op, str(key)), Job(op, shape, key))
+                job.workloads += [] if workload in job.workloads else [workload]
+    return list(jobs.values())
 
 
-def measure(job: Job, clock: Callable, tick: Callable = lambda: None) -> Outcome:
-    """Times every candidate that is right and spills no more registers than the pure function's does.
+def measure(job: Job, device: torch.device, clock: Callable[[Callable], float] = seconds) -> tables.Entry:
+    """Returns the choice that is right and has the least product of times over all workloads.
 
     Raises:
-        Unfit: the shape does not fit in memory, or the pure function's parameters themselves fail.
+        RuntimeError: the pure function's parameters are wrong. Whatever they raise passes, too.
     """
-    configs = job.candidates
-    times: dict[int, list[float]] = {i: [] for i in range(len(configs))}
-    left_out: Counter = Counter()
-    for work in job.works:
+    choices = launch.candidates(job.op, **job.shape)
+    prepared = [workload.prepare(device) for workload in job.workloads]
+
+    def errors() -> list[float]:
+        pairs = [pair for call, exact in prepared for pair in zip(call(), exact, strict=True)]
+        return [((a.double() - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in pairs]
+
+    def time() -> float:
+        return math.prod(clock(call) for call, _ in prepared) ** (1 / len(prepared))
+
+    with launch.override(job.op, {}, job.key):
+        bounds = [FACTOR * error + FLOOR for error in errors()]
+        if not all(bound <= FACTOR * SANE for bound in bounds):
+            raise RuntimeError("the pure function's parameters give wrong results; please report it")
+        best, least = {}, time()
+    for choice in choices[1:]:
         try:
-            torch.manual_seed(0)
-            problem, base = work.prepare(), None
-            for i in list(times):
-                tick()
-                trial = _trial(work, problem, configs[i], clock, base)
-                if trial.why and i == 0:
-                    raise Unfit(f"{work}: what the pure function gives {trial.why}; please report it")
-                if trial.why:
-                    left_out[trial.why.partition(":")[0]] += 1
-                    del times[i]
-                else:
-                    base = base or trial
-                    times[i].append(trial.seconds)
-        except torch.OutOfMemoryError as error:
-            raise Unfit(f"{work} does not fit in the memory of this GPU: take fewer --rows or --features") from error
-    best = min(times, key=lambda i: math.prod(times[i]))
-    outcome = Outcome(configs[best], [a / b for a, b in zip(times[0], times[best], strict=True)], left_out)
-    return outcome if outcome.gain >= LEAST else Outcome(configs[0], [1.0] * len(job.works), left_out)
+            with launch.override(job.op, choice, job.key):
+                if all(error <= bound for error, bound in zip(errors(), bounds, strict=True)):
+                    best, least = min((best, least), (choice, time()), key=lambda one: one[1])
+        except Exception:  # of the compiler, or of a launch: this choice will not do
+            continue
+    gain = 1.0
+    if best:  # timed anew, because the least of many times is low by chance
+        with launch.override(job.op, {}, job.key):
+            before = time()
+        with launch.override(job.op, best, job.key):
+            gain = before / time()
+    if gain < LEAST:
+        best, gain = {}, 1.0
+    names, today = [str(workload) for workload in job.workloads], datetime.date.today().isoformat()
+    return tables.Entry(job.op, job.key, best, round(gain, 3), names, today)
 
 
-class Trial(NamedTuple):
-    """Why a candidate is left out, or None; and what was found of it."""
-
-    why: str | None
-    errors: tuple[float, ...] = ()
-    spills: int = 0
-    seconds: float = 0.0
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
-def _trial(work: Work, problem: Problem, config: dict, clock: Callable, base: Trial | None) -> Trial:
-    """Of a candidate; `base` is that of the pure function's parameters, None for these themselves."""
+def _check(gpu: str) -> None:
+    """Raises OSError where the table can't be written, or where there is no Triton to measure."""
+    from .demo.common import writable
+
+    why = dispatch.too_old() if dispatch.has_triton() else "triton is not installed: on Linux, pip install triton"
+    if why:
+        raise OSError(why)
     try:
-        with launch.trial(work.op, work.shape, config):
-            with trials.launched() as kernels:
-                made = problem.run()
-            spills = trials.spills(kernels)
-            if base and spills > base.spills:
-                return Trial("spills")
-            errors = tuple(_error(*pair) for pair in zip(made, problem.exact, strict=True))
-            bounds = [FACTOR * error + FLOOR for error in base.errors] if base else [SANE] * len(errors)
-            if not all(error <= bound for error, bound in zip(errors, bounds, strict=True)):
-                return Trial("is wrong")
-            return Trial(None, errors, spills, clock(problem.timed()))
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # of the compiler, or of a launch: that candidate won't do
-        return Trial(f"fails: {type(error).__name__}: {error}".splitlines()[0])
-
-
-def _error(made: Tensor, exact: Tensor) -> float:
-    return ((made.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
-
-
-def entry(job: Job, outcome: Outcome) -> tables.Entry:
-    parameters = {name: outcome.config[name] for name in launch.spaces()[job.op].names}
-    measured, today = tuple(map(str, job.works)), datetime.date.today().isoformat()
-    made = {"measured": measured, "gain": round(outcome.gain, 3), "date": today}
-    return tables.Entry(job.op, job.key, parameters, **made, triton=tables.version(), source=tables.source(job.op))
-
-
-def describe(job: Job, outcome: Outcome) -> str:
-    """One line: each shape with its gain over the pure function, what was chosen, and what was left out."""
-    gains = ", ".join(f"{work} {gain:.2f}x" for work, gain in zip(job.works, outcome.gains, strict=True))
-    left = "".join(f", {number} {why}" for why, number in sorted(outcome.left_out.items()))
-    return f"{gains}: {chosen(job.op, outcome.config)} of {len(job.candidates)} candidates{left}"
-
-
-def chosen(op: str, config: dict) -> str:
-    """The parameters that were chosen, in words."""
-    return " ".join(f"{name} {config[name]}" for name in launch.spaces()[op].names)
-
-
-def _done(path: Path, gpu: tables.Gpu) -> list[tables.Entry]:
-    known = tables.read(path, gpu, launch.spaces())
-    if known is not None and known.fault:
-        print(f"{path} is damaged ({known.fault}): what of it is no entry will be written over.")
-    return [one for one in known.entries if not one.stale] if known else []
-
-
-def _covers(done: list[tables.Entry], job: Job) -> bool:
-    wanted = set(map(str, job.works))
-    return any(one.op == job.op and one.shape == job.key and wanted <= set(one.measured) for one in done)
-
-
-def _ready(device: torch.device) -> tuple[tables.Gpu, Path]:
-    """Whose table to write, and where; OSError with a sentence if that can't be."""
-    gpu = launch.gpu(device)
-    if gpu.capability < OLDEST:
-        major, minor = gpu.capability
-        raise OSError(f"{gpu.name} has capability {major}.{minor}, and the kernels are tuned from 8.0 (A100) on")
-    if not dispatch.has_triton():
-        raise OSError("triton is not installed: on Linux, pip install triton")
-    if dispatch.too_old():
-        raise OSError(dispatch.too_old())
-    path = tables.folder() / tables.paths(gpu)[0].name
-    try:
-        with writable(path.parent):
-            return gpu, path
+        with writable(tables.path(gpu).parent):
+            pass
     except OSError as error:
         raise OSError(f"{error}: set TRITONDEQ_CACHE to a folder that can be written to") from error
 
 
-def _explain(options: Options) -> str:
-    """What a machine without a GPU is told."""
-    jobs, unfit = jobs_of(options, torch.device("cpu"), offline.limits(90))
-    rows = []
-    for job in jobs:
-        head = str(job.works[0]) + (f" and {len(job.works) - 1} more" if len(job.works) > 1 else "")
-        rows.append([head, str(len(job.candidates)), chosen(job.op, job.candidates[0])])
-    lines = [
-        "This machine has no GPU that torch sees, so nothing is measured. On one, this would time the candidates",
-        f"below that are right and spill no registers anew, write the fastest to {_where()}, and say what it gains.",
-        "Until then launches take what the pure functions of the shape give, here for sm_90:",
-        "",
-        table(["shape", "candidates", "the pure function's"], rows),
-    ]
-    return "\n".join([*lines, *(f"left out: {why}" for why in unfit)])
+def _progress(items: list) -> Iterable:
+    """Returns the items, with a progress bar where tqdm and a terminal are there."""
+    if not items or not util.find_spec("tqdm"):
+        return items
+    from tqdm import tqdm
 
-
-def _where() -> str:
-    try:
-        return f"{tables.folder()}/<gpu>.json"
-    except OSError:
-        return "a cache folder, which this machine lacks: set TRITONDEQ_CACHE"
-
-
-class _Bar:
-    """A progress bar where tqdm and a terminal are there, and lines on stdout either way."""
-
-    def __init__(self, total: int):
-        self.bar = None
-        if util.find_spec("tqdm") and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total, unit="launch", file=sys.stderr)
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def tick(self) -> None:
-        if self.bar is not None:
-            self.bar.update()
-
-    def say(self, line: str) -> None:
-        if self.bar is None:
-            print(line, flush=True)
-        else:
-            self.bar.write(line, file=sys.stdout)
+    return tqdm(items, leave=False, disable=None)

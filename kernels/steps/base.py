@@ -9,7 +9,6 @@ from torch import Tensor
 from .. import launch
 from ..dispatch import interpreting
 from ..rules import FLOOR, FLOOR_FP64, Rules
-from ..space import power_of_two
 from ..tails import Tail
 from .tl_steps import ACTIVE, BAR, BEST, MARK, PHASE, REL, STEPS, finish_kernel
 
@@ -92,7 +91,7 @@ class Steps(Samples):
         self.grid = (batch * config["SPLITS"],)
         self.config = config | {
             "HAS_KEEP": keep is not None,
-            "TAIL": (tail.act, tail.scaled, tail.mix != 1, power_of_two(tail.features) if tail.features else 0),
+            "TAIL": (tail.act, tail.scaled, tail.mix != 1, launch.power_of_two(tail.features) if tail.features else 0),
             "INTERP": interpreting(),
             "BLOCK_S": triton.next_power_of_2(config["SPLITS"]),
             "FLOOR": FLOOR_FP64 if z.dtype == torch.float64 else FLOOR,

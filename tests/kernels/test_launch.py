@@ -1,25 +1,96 @@
+"""Launch parameters: what fits, what a choice may depend on, and that every choice gives the right values."""
+
+import copy
 import itertools
+import threading
 
 import pytest
+import torch
+from torch.nn.functional import group_norm, rms_norm
 
-from tritondeq.kernels import costs, launch
+from tritondeq import DEQ, Anderson, Broyden, Picard, backend, cells, fixed_point
+from tritondeq.kernels import dispatch, launch
 
-
-@pytest.mark.parametrize("shared", [launch.SHARED, 101376, 232448])
-def test_affine_is_total_and_tiles_are_powers_of_two(shared):
-    for features, terms, memory, batch in itertools.product(range(1, 257), (1, 2, 3), (0, 4), (1, 1 << 20)):
-        shape = dict(batch=batch, shapes=[(features, features)], terms=terms, memory=memory, shared=shared)
-        config = launch.parameters("rows.affine", **shape)
-        if config is None:
-            assert features > 128 and shared < launch.SHARED
-            continue
-        assert features <= config["BLOCK_D"] < 2 * max(features, 8 + 1)
-        assert config["BLOCK_B"] in (16, 32, 64) and config["BLOCK_D"] % config["BLOCK_K"] == 0
-        resident = 1 if config["STREAM"] else terms
-        assert 2 * resident * config["BLOCK_D"] ** 2 < shared
+CHIPS = [(80, 166912), (86, 101376), (90, 232448), (100, 232448)]
+SIZES = [((d, d),) for d in (1, 16, 37, 64, 128, 256)] + [((64, 32), (32, 64)), ((128, 128),) * 3]
 
 
-def test_only_what_does_not_fit_is_streamed():
+def shapes():
+    """Yields (op, shape) of every kind of op, on every chip where its limits matter."""
+    for chip, shared in CHIPS:
+        for size, terms, memory, batch in itertools.product(SIZES, (1, 2, 3), (0, 4), (1, 4096, 4097)):
+            shape = {"batch": batch, "shapes": size, "terms": terms, "memory": memory}
+            yield "rows.affine", shape | {"chip": chip, "shared": shared}
+        for features, terms, batch, start in itertools.product((257, 4096), (1, 2, 3), (1, 1 << 16), (False, True)):
+            shape = {"batch": batch, "features": features, "terms": terms, "start": start}
+            yield "steps.affine", shape | {"shared": shared}
+    for width, itemsize in itertools.product((1, 127, 129, 4096, 1 << 20), (4, 8)):
+        yield "steps.picard", {"width": width, "itemsize": itemsize}
+    for tokens, features, itemsize in itertools.product((1, 37, 5000), (1, 7, 129, 2048), (4, 8)):
+        yield "steps.picard", {"width": tokens * features, "itemsize": itemsize, "features": features}
+    for features in (1, 3, 64, 1000, 8192):
+        yield "norms.residual_rms", {"features": features}
+    for pixels, width in itertools.product((1, 49, 65536), (1, 15, 8192, 8193)):
+        yield "norms.group_norm", {"pixels": pixels, "width": width}
+
+
+ALL = [(op, shape, launch.SHAPES[op](**shape), launch.candidates(op, **shape)) for op, shape in shapes()]
+CONFIGS = [(op, shape, launch.SHAPES[op](**shape, **choice)) for op, shape, _, some in ALL for choice in some]
+
+
+def test_candidates_are_distinct_and_begin_with_the_pure_function():
+    for op, shape, base, choices in ALL:
+        configs = [launch.SHAPES[op](**shape, **choice) for choice in choices]
+        assert configs[:1] == [base] if base else not configs
+        assert all(configs.count(config) == 1 and config.keys() == base.keys() for config in configs)
+        assert len(configs) <= 26
+    for op in {op for op, *_ in ALL}:
+        assert max(len(choices) for name, _, _, choices in ALL if name == op) > 8
+
+
+def test_tiles_are_powers_of_two_and_warps_are_few():
+    for _, _, config in CONFIGS:
+        sizes = [size for name, size in config.items() if name.startswith("BLOCK_") or name == "num_warps"]
+        assert all(size > 0 and size & (size - 1) == 0 for size in sizes) and config["num_warps"] <= 16
+
+
+def test_tiles_fit_in_shared_memory():
+    for op, shape, config in CONFIGS:
+        if op == "rows.affine":
+            resident = 1 if config["STREAM"] else shape["terms"]
+            weights = sum(launch.block(n) * launch.block(m) for n, m in shape["shapes"])
+            assert 2 * resident * weights + 4 * config["BLOCK_B"] * config["BLOCK_D"] <= shape["shared"]
+            assert config["BLOCK_D"] % config["BLOCK_K"] == 0 and 0 < config["REFILL"] < config["BLOCK_B"]
+            assert not config["STREAM"] or (len(shape["shapes"]) == 1 and shape["terms"] > 1)
+            assert config["BLOCK_B"] < 64 or config["num_warps"] >= 4, "wgmma is of 4 warps"
+        elif op == "steps.affine":
+            m, n, k, stages = (config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_stages"))
+            assert stages * k * ((4 if shape["start"] else 2) * m + 2 * shape["terms"] * n) + m * n <= shape["shared"]
+            assert config["SUB"] == max(1, m * n // (512 * config["num_warps"]))
+
+
+def test_programs_cover_a_sample():
+    for op, shape, config in CONFIGS:
+        if "SPLITS" in config:
+            size, part = ("width", "BLOCK_N") if op == "steps.picard" else ("pixels", "BLOCK_P")
+            size, part = shape[size], config[part]
+            if shape.get("features"):  # whole rows
+                size, part = size // shape["features"], part // launch.power_of_two(shape["features"])
+            assert (config["SPLITS"] - 1) * part < size <= config["SPLITS"] * part
+
+
+def test_what_does_not_fit_has_no_parameters():
+    for op, shape in (
+        ("rows.affine", {"batch": 1, "shapes": ((512, 512),), "terms": 1, "memory": 0}),
+        ("steps.picard", {"width": 8192, "itemsize": 4, "features": 8192}),
+        ("norms.group_norm", {"pixels": 1, "width": launch.GROUP + 1}),
+    ):
+        assert launch.parameters(op, **shape) is None and launch.candidates(op, **shape) == []
+        with launch.override(op, {"num_warps": 4}):
+            assert launch.parameters(op, **shape) is None
+
+
+def test_only_weights_that_do_not_fit_are_streamed():
     def stream(features, terms):
         return launch.parameters("rows.affine", batch=1, shapes=[(features, features)], terms=terms, memory=0)["STREAM"]
 
@@ -27,81 +98,179 @@ def test_only_what_does_not_fit_is_streamed():
     assert not any(stream(128, terms) for terms in (1, 2, 3))
 
 
-def test_small_batches_get_small_tiles():
-    for features in (16, 64, 128, 256):
-        shape = {"shapes": [(features, features)], "terms": 1, "memory": 0}
-        assert launch.parameters("rows.affine", batch=64, **shape)["BLOCK_B"] == 16
-        assert launch.parameters("rows.affine", batch=1 << 20, **shape)["BLOCK_B"] > 16
+def test_few_rows_have_small_tiles_and_many_rows_large_ones():
+    shape = {"shapes": [(64, 64)], "terms": 2, "memory": 0}
+    assert launch.parameters("rows.affine", batch=launch.LARGE, **shape)["BLOCK_B"] == 16
+    many = [launch.parameters("rows.affine", batch=1 << 20, chip=chip, **shape)["BLOCK_B"] for chip in (80, 90, 100)]
+    assert many == [32, 64, 32], "wgmma is of sm_90"
 
 
 @pytest.mark.parametrize("shared", [launch.SHARED, 101376, 232448])
-def test_affine_steps_fit_and_keep_a_gpu_busy(shared):
-    """Tiles of which there are enough and that fit; a first step, whose rows are float32, has smaller ones."""
+def test_affine_steps_keep_a_gpu_busy(shared):
     sizes = itertools.product((257, 1000, 4096), (1, 2, 3), (1, 64, 2048, 1 << 20), (False, True))
     for features, terms, batch, start in sizes:
-        config = launch.parameters(
-            "affine_steps", batch=batch, features=features, terms=terms, start=start, shared=shared
-        )
-        m, n, k, stages = (config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_stages"))
-        assert (m, n, k, stages) in launch.TILES[terms] and not (start and m > 64)
-        assert stages * k * ((4 if start else 2) * m + 2 * terms * n) + m * n <= shared
+        config = launch.affine_steps(batch=batch, features=features, terms=terms, start=start, shared=shared)
+        m, n = config["BLOCK_M"], config["BLOCK_N"]
         assert m == 16 or -(-batch // m) * -(-features // n) >= launch.ENOUGH
+        assert not (start and m > 64)
+    largest = launch.affine_steps(batch=1 << 20, features=512, terms=2, shared=shared)
+    assert largest["BLOCK_M"] == {launch.SHARED: 128, 101376: 64, 232448: 256}[shared]
 
 
-def test_affine_steps_of_many_rows_take_the_largest_tile_that_fits():
-    def tiles(shared, start=False):
-        shape = {"batch": 1 << 20, "features": 512, "start": start, "shared": shared}
-        configs = [launch.parameters("steps.affine", terms=terms, **shape) for terms in (1, 2, 3)]
-        return [(config["BLOCK_M"], config["BLOCK_N"], config["SUB"]) for config in configs]
-
-    assert tiles(232448) == [(128, 256, 8), (256, 128, 8), (128, 128, 4)]
-    assert tiles(launch.SHARED) == [(128, 128, 4)] * 3
-    assert tiles(101376) == [(64, 64, 2)] * 3
-    assert tiles(232448, start=True) == [(64, 64, 2)] * 3
+def test_a_key_is_a_shape_whose_pure_function_is_the_same():
+    for op, shape, base, _ in ALL:
+        key = launch.key(op, **shape)
+        limits = {name: shape[name] for name in ("chip", "shared") if name in shape}
+        assert launch.key(op, **key, **limits) == key
+        if "width" not in shape or shape["width"] <= launch.WIDE:
+            assert launch.SHAPES[op](**key, **limits) == base
 
 
-def test_the_widest_tiles_are_for_the_chip_with_wgmma():
-    shape = {"batch": 1 << 20, "shapes": [(64, 64)], "terms": 2, "memory": 0}
-    assert [launch.parameters("rows.affine", **shape, chip=chip)["BLOCK_B"] for chip in (80, 90, 100)] == [32, 64, 32]
+def test_a_sample_does_not_depend_on_its_batch():
+    """Batches for which the pure function is the same have one key; other ops don't know the batch."""
+    for (chip, shared), size, terms, memory in itertools.product(CHIPS, SIZES, (1, 2, 3), (0, 2)):
+        shape = {"shapes": size, "terms": terms, "memory": memory, "shared": shared, "chip": chip}
+        configs = [launch.rows(batch=batch, **shape) for batch in (1, 4096, 4097, 1 << 20)]
+        keys = [launch.key("rows.affine", batch=batch, **shape)["batch"] for batch in (1, 4096, 4097, 1 << 20)]
+        assert keys[0] == keys[1] and keys[2] == keys[3]
+        if memory or len(size) > 1 or (configs[0] and configs[0]["STREAM"]):
+            assert keys[0] == keys[2] and configs[0] == configs[2]
+    others = [(op, shape) for op, shape, *_ in ALL if op not in ("rows.affine", "steps.affine")]
+    assert not any("batch" in launch.key(op, **shape) for op, shape in others)
 
 
-@pytest.mark.parametrize("shared, processors", [(launch.SHARED, 108), (101376, 84), (232448, 132)])
-def test_affine_grid_runs_all_programs_at_once(shared, processors):
-    """The least slice of which there is one for a multiprocessor, and only where it fits."""
-    taken = set()
-    for features, terms, batch in itertools.product((257, 512, 1000, 1024, 2048), (1, 2, 3), (1, 16, 17, 64)):
-        shape = {"batch": batch, "features": features, "terms": terms, "shared": shared, "processors": processors}
-        config = launch.parameters("affine_grid", **shape)
-        wide = -(-features // 512) * 512
-
-        def programs(block_n, features=features, batch=batch):
-            return -(-batch // 16) * -(-features // block_n)
-
-        (least, *_) = [n for n in (16, 32, 64) if programs(n) <= processors] or (64,)
-        fits = least < 64 and 2 * wide * (terms * least + 16) <= shared
-        assert (config is not None) == fits
-        if config is None:
-            continue
-        taken.add((features, batch, terms))
-        assert config["BLOCK_N"] == least and config["BLOCK_M"] == 16 and config["GROUPS"] == config["num_warps"]
-        assert config["CHUNKS"] * config["GROUPS"] * config["BLOCK_K"] == wide
-    assert (512, 64, 1) in taken or shared < launch.SHARED
-    assert ((2048, 16, 2) in taken) == ((1024, 64, 3) in taken) == (shared > launch.SHARED)
+def test_a_table_leaves_the_bits_of_a_row_alone(monkeypatch):
+    """The row of a batch of 1 and of 64, with a choice that is not the pure function's."""
+    monkeypatch.setattr(launch, "gpu", lambda device: "Fake 9000")
+    choice = {"BLOCK_B": 32, "STREAM": False, "num_warps": 2}
+    entry = launch.tables.Entry("rows.affine", {}, choice, 1.1, [], "2026-01-31")
+    monkeypatch.setattr(launch.tables, "nearest", lambda gpu, op, key: entry if key["batch"] == 1 else None)
+    launch.reread()
+    shape = {"shapes": ((16, 16),), "terms": 2, "memory": 0}
+    configs = [launch.parameters("rows.affine", torch.device("cpu"), batch=batch, **shape) for batch in (1, 64, 4096)]
+    launch.reread()
+    assert configs[0]["BLOCK_B"] == 32 and configs[0] == configs[1] == configs[2]
 
 
-def test_affine_grid_seconds():
-    """Three rounds, what is read from L2, and once in twenty steps the launch and W; beside a launch a step."""
-    shape = {"batch": 16, "features": 1024, "terms": 2, "cell": "fp32"}
-    here, apart = costs.grid_seconds(**shape)
-    told = 64 * 16 * (2 * 1024 + 8 * 64)
-    assert here == pytest.approx(3 * 0.6e-6 + 0.5e-6 + told / 5.5e12 + (2e-6 + 4 * 1024**2 / 4.3e12) / 20)
-    assert apart == costs.HOST
-    assert costs.grid_seconds(**shape, host=0)[1] == pytest.approx(2e-6 + 2 * 1024 * (16 + 2 * 32) / 1.1e11)
-    most = costs.grid_seconds(batch=64, features=1024, terms=2, cell="fp32")[0]
-    assert here < most and 20 * most < 150e-6  # the target for 64 rows, in this reckoning
+class TestOverride:
+    shape = {"width": 4096, "itemsize": 4}
+    pure = launch.steps(**shape)
+
+    def parameters(self, **shape):
+        return launch.parameters("steps.picard", **self.shape | shape)
+
+    def test_the_rest_follows_from_the_choice(self):
+        with launch.override("steps.picard", {"BLOCK_N": 1024, "num_warps": 2}):
+            assert self.parameters() == {"BLOCK_N": 1024, "SPLITS": 4, "num_warps": 2}
+            assert launch.parameters("steps.anderson", **self.shape) == self.pure, "another op"
+            with launch.override("steps.picard", {"num_warps": 4}):
+                assert self.parameters() == self.pure | {"num_warps": 4}, "the inner one holds"
+            assert self.parameters()["BLOCK_N"] == 1024
+        assert self.parameters() == self.pure
+
+    def test_it_can_be_for_one_key(self):
+        with launch.override("steps.picard", {"num_warps": 4}, launch.key("steps.picard", **self.shape)):
+            assert self.parameters()["num_warps"] == 4
+            assert self.parameters(width=2048) == launch.steps(width=2048, itemsize=4)
+
+    def test_what_does_not_fit_is_the_pure_functions(self):
+        for choice in ({"BLOCK_N": 1 << 20}, {"num_warps": 1}):
+            with launch.override("steps.picard", choice):
+                assert self.parameters() == self.pure
+
+    def test_other_constants_are_taken_as_they_are(self):
+        with launch.override("steps.picard", {"REFILL": 0, "SPLITS": 9}):
+            assert self.parameters() == self.pure | {"REFILL": 0, "SPLITS": 9}
+
+    def test_it_ends_with_an_error_and_holds_in_other_threads(self):
+        seen = []
+        with pytest.raises(KeyError), launch.override("steps.picard", {"num_warps": 4}):
+            thread = threading.Thread(target=lambda: seen.append(self.parameters()))
+            thread.start()
+            thread.join()
+            raise KeyError
+        assert seen[0]["num_warps"] == 4 and self.parameters() == self.pure
+
+    def test_launches_are_recorded_with_their_devices_only(self):
+        with launch.recorded() as asked:
+            self.parameters()
+            launch.parameters("steps.picard", torch.device("cpu"), **self.shape)
+        launch.parameters("steps.picard", torch.device("cpu"), **self.shape)
+        assert asked == [("steps.picard", self.shape)]
 
 
-def test_multiprocessors_of_a_gpu_that_is_not_here():
-    device = pytest.importorskip("torch").device("cuda")
-    if not pytest.importorskip("torch").cuda.is_available():
-        assert launch.multiprocessors(device) == launch.multiprocessors(None) == launch.PROCESSORS
+def solved(cell):
+    """Returns a call that solves a layer with this cell, and what it should give."""
+    x = torch.randn(3, cell.features)
+
+    def value():
+        with torch.no_grad(), backend("triton"):
+            return DEQ(cell, tol=1e-2)(x)
+
+    with torch.no_grad(), backend("torch"):
+        return value, DEQ(copy.deepcopy(cell).double(), tol=1e-9, max_steps=500)(x.double())
+
+
+def contractive(features):
+    """Returns an affine cell that is solved in two or three steps, for large tiles take the interpreter long."""
+    cell = cells.Affine(features)
+    with torch.no_grad():
+        cell.weight.mul_(0.05)
+    return cell
+
+
+def stepped(solver):
+    c = torch.linspace(-1, 1, 600).reshape(2, 300)
+
+    def value():
+        with torch.no_grad(), backend("triton"):
+            return fixed_point(lambda z: c + 0.1 * torch.tanh(z), torch.zeros_like(c), solver=solver, tol=1e-2).value
+
+    z = torch.zeros_like(c)
+    for _ in range(20):
+        z = c + 0.1 * torch.tanh(z)
+    return value, z
+
+
+def rms():
+    a, b, weight = torch.randn(5, 60), torch.randn(5, 60), torch.rand(60)
+    run = dispatch.load("norms.residual_rms").run
+    return lambda: run(a, b, None, weight, 1e-6)[1], rms_norm(a + b, (60,), weight, 1e-6)
+
+
+def groups():
+    a = torch.randn(2, 40, 4).movedim(-1, 1)  # channels_last
+    weight, bias = torch.rand(2, 4)
+    run = dispatch.load("norms.group_norm").run
+    return lambda: run(a, None, weight, bias, 2, 1e-5, None), group_norm(a, 2, weight, bias, 1e-5)
+
+
+PROBLEMS = {
+    "rows.affine": lambda: solved(cells.Affine(16)),
+    "rows.mlp": lambda: solved(cells.MLP(16)),
+    "rows.gated": lambda: solved(cells.Gated(16)),
+    "steps.affine": lambda: solved(contractive(260)),
+    "steps.picard": lambda: stepped(Picard()),
+    "steps.anderson": lambda: stepped(Anderson(memory=1)),
+    "steps.broyden": lambda: stepped(Broyden(memory=1)),
+    "norms.residual_rms": rms,
+    "norms.group_norm": groups,
+}
+
+
+@pytest.mark.skipif(not dispatch.has_triton(), reason="needs triton")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for the interpreter; on a GPU tune checks each candidate")
+@pytest.mark.parametrize("op", launch.SHAPES)
+def test_candidates_give_the_right_values(op):
+    """The interpreter does the same for any number of warps, and takes long for each of many tiles."""
+    value, exact = PROBLEMS[op]()
+    with launch.recorded() as asked:
+        value()
+    keys = {str(launch.key(name, **shape)): shape for name, shape in asked if name == op}
+    choices = [choice for shape in keys.values() for choice in launch.candidates(op, **shape)]
+    choices = [{name: value for name, value in choice.items() if name != "num_warps"} for choice in choices]
+    choices = [choice for i, choice in enumerate(choices) if choice not in choices[:i]]
+    assert len(choices) > 2
+    for choice in choices[1 :: len(choices) // 2]:
+        with launch.override(op, choice):
+            assert (value() - exact).norm() <= 0.03 * exact.norm(), choice

@@ -1,501 +1,264 @@
-"""The life of a table of launch parameters: absent, in force, stale, damaged, hostile, written by two at once."""
+"""Tables of measured launch parameters: which entry a launch takes, what is ignored, and how tables are written."""
 
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
+import threading
 import warnings
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
 from tritondeq.kernels import launch, tables
-from tritondeq.kernels.space import MORE_TILES, affine_tile
 
-GPU = tables.Gpu("Fake 9000 (80 GB)", (9, 0))
 CPU = torch.device("cpu")
-SHAPE = {"width": 4096, "itemsize": 4, "features": 0}
-PURE = launch.SHAPES["steps.picard"](**SHAPE)
-OTHER = launch.candidates("steps.picard", **SHAPE)[-1]
-ROWS = {"batch": 64, "shapes": ((64, 64),), "terms": 2, "memory": 0, "shared": launch.SHARED, "chip": 90}
+GPU = "Fake 9000 (80GB)"
+KEY = {"width": 4096, "itemsize": 4, "features": 0}
+ENTRY = tables.Entry("steps.picard", KEY, {"BLOCK_N": 1024, "num_warps": 2}, 1.12, ["any 4x4096 fp32"], "2026-01-31")
+CHOSEN = {"BLOCK_N": 1024, "SPLITS": 4, "num_warps": 2}
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    """A GPU that only has a name, and a cache folder of its own."""
+def cache(tmp_path, monkeypatch):
+    """A cache folder, and a GPU whose table launches on the CPU take."""
     monkeypatch.setenv("TRITONDEQ_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(launch, "gpu", cache(lambda device: GPU))
+    monkeypatch.setattr(launch, "gpu", lambda device: GPU)
     launch.reread()
     yield tmp_path / "cache"
     launch.reread()
 
 
-def entry(op="picard", shape=SHAPE, config=OTHER, **changed) -> tables.Entry:
-    among = launch.spaces()[op]
-    fresh = {
-        "triton": tables.version(),
-        "source": tables.source(op),
-        "date": "2026-01-31",
-        "measured": ("picard 64x4096 fp32",),
+def parameters(op="steps.picard", **shape):
+    return launch.parameters(op, CPU, **({"width": 4096, "itemsize": 4} | shape))
+
+
+def edit(path: Path, **fields) -> None:
+    """Writes other fields into a table."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_without_a_table_the_pure_function_is_used():
+    assert parameters() == launch.steps(width=4096, itemsize=4)
+
+
+def test_a_table_is_picked_up(cache):
+    path = tables.write(GPU, ENTRY)
+    launch.reread()
+    assert path == cache / "fake-9000-80gb.json" and tables.read(GPU) == ([ENTRY], None)
+    assert parameters() == CHOSEN
+    assert parameters("steps.anderson") == launch.steps(width=4096, itemsize=4), "another op"
+    for other in ({"itemsize": 8}, {"features": 64}):
+        assert parameters(**other) == launch.steps(**{"width": 4096, "itemsize": 4} | other)
+    parameters()["num_warps"] = 99
+    assert parameters() == CHOSEN, "a caller may change what it gets"
+
+
+def test_a_tile_is_read_as_it_was_written():
+    key = {"batch": 64, "features": 512, "terms": 2, "start": False}
+    tables.write(GPU, tables.Entry("steps.affine", key, {"TILE": (32, 64, 64, 4), "num_warps": 4}, 1.1, [], ""))
+    launch.reread()
+    config = launch.parameters("steps.affine", CPU, batch=64, features=512, terms=2)
+    assert [config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_stages")] == [32, 64, 64, 4]
+
+
+def test_the_nearest_shape_within_a_factor_of_two():
+    for width, warps in ((1024, 2), (4096, 8), (16384, 2)):
+        tables.write(GPU, replace(ENTRY, key=KEY | {"width": width}, choice={"BLOCK_N": 1024, "num_warps": warps}))
+    launch.reread()
+    warps = {width: parameters(width=width)["num_warps"] for width in (600, 2047, 2049, 8191, 8193, 32768)}
+    assert warps == {600: 2, 2047: 2, 2049: 8, 8191: 8, 8193: 2, 32768: 2}
+    assert parameters(width=511) == launch.steps(width=511, itemsize=4)
+    assert parameters(width=1 << 20) == parameters(width=32768) | {"SPLITS": 1024}, "wide samples are alike"
+
+
+def test_shapes_of_weights_are_near_where_all_of_them_are():
+    key = {"batch": 1, "shapes": ((128, 64), (64, 128)), "terms": 1, "memory": 0}
+    choice = {"BLOCK_B": 32, "STREAM": False, "num_warps": 4}
+    tables.write(GPU, tables.Entry("rows.mlp", key, choice, 1.1, [], ""))
+    launch.reread()
+
+    def block_b(*shapes, **other):
+        return launch.parameters("rows.mlp", CPU, **{"batch": 1, "shapes": shapes, "terms": 1, "memory": 0} | other)[
+            "BLOCK_B"
+        ]
+
+    assert block_b((128, 64), (64, 128)) == block_b((128, 32), (32, 128)) == block_b((128, 64), (64, 128), batch=99)
+    assert block_b((128, 64), (64, 128)) == 32
+    assert block_b((128, 31), (31, 128)) == block_b((128, 64), (64, 128), (128, 64)) == 16
+    assert block_b((128, 64), (64, 128), terms=2) == block_b((128, 64), (64, 128), memory=2) == 16
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [{"BLOCK_N": 1000}, {"BLOCK_N": 1 << 14}, {"BLOCK_N": -1024}, {"BLOCK_M": 16}, {"num_warps": 32}, {"num_warps": 0}],
+)
+def test_a_choice_that_does_not_fit_is_the_pure_functions(choice):
+    tables.write(GPU, replace(ENTRY, choice=choice))
+    launch.reread()
+    assert parameters() == launch.steps(width=4096, itemsize=4)
+
+
+def damage(path: Path, kind: str) -> None:
+    """Spoils a table."""
+    entry = json.loads(path.read_text())["entries"][0]
+    entries = {
+        "op": [entry | {"op": ["steps.picard"]}],
+        "key": [entry | {"key": {"width": "4096"}}],
+        "no key": [entry | {"key": None}],
+        "choice": [entry | {"choice": {"BLOCK_N": 1e3}}],
+        "gain": [entry | {"gain": "1"}],
+        "date": [entry | {"date": 2026}],
+        "more": [entry | {"more": 1}],
+        "less": [{"op": "steps.picard"}],
+        "no entry": [1],
+        "no list": 7,
     }
-    chosen = {name: config[name] for name in among.names}
-    return tables.Entry(op, among.key(**shape), chosen, **fresh | changed)
+    texts = {"empty": "", "cut": path.read_text()[:-9], "deep": "[" * 100_000, "list": "[]", "utf-16": "\x80"}
+    if kind in texts:
+        path.write_text(texts[kind], encoding="latin-1")
+    elif kind == "folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        edit(path, entries=entries[kind])
 
 
-def put(*entries: tables.Entry) -> Path:
-    for one in entries:
-        path = tables.write(GPU, one, launch.spaces())
+KINDS = "empty,cut,deep,list,utf-16,folder,op,key,no key,choice,gain,date,more,less,no entry,no list"
+
+
+@pytest.mark.parametrize("kind", KINDS.split(","))
+def test_a_damaged_table_is_one_warning(kind):
+    path = tables.write(GPU, ENTRY)
+    damage(path, kind)
     launch.reread()
-    return path
-
-
-def told(op="picard", **shape) -> dict:
-    return launch.parameters(op, CPU, **shape or SHAPE)
-
-
-def raw(path: Path) -> dict:
-    return json.loads(path.read_text())
-
-
-def test_without_a_table_the_pure_function_speaks():
-    assert OTHER != PURE and told() == PURE
-
-
-def test_a_table_is_picked_up_at_once():
-    assert told() == PURE
-    tables.write(GPU, entry(), launch.spaces())
-    launch.reread()
-    assert told() == OTHER
-
-
-def test_what_is_handed_out_is_the_callers_own():
-    put(entry())
-    told().clear()
-    assert told() == OTHER
-
-
-def test_it_is_only_for_its_op_and_its_gpu(monkeypatch):
-    put(entry())
-    assert told("anderson") == PURE
-    assert launch.parameters("steps.picard", **SHAPE) == PURE
-    monkeypatch.setattr(launch, "gpu", lambda device: None)
-    assert told() == PURE
-    monkeypatch.setattr(launch, "gpu", lambda device: GPU._replace(name="Fake 9001"))
-    launch.reread()
-    assert told() == PURE
-
-
-def test_a_pure_function_that_is_replaced_is_asked(monkeypatch):
-    put(entry())
-    monkeypatch.setitem(launch.SHAPES, "picard", lambda **shape: {"BLOCK_N": 1})
-    assert told() == {"BLOCK_N": 1}
-
-
-def test_the_nearest_shape_is_taken():
-    """By ratio: 6000 is nearer to 8192 than to 4096, and each choice is made anew for the shape that asks."""
-    wide = launch.candidates("steps.picard", width=8192, itemsize=4)[1]
-    put(entry(), entry(shape={"width": 8192, "itemsize": 4, "features": 0}, config=wide))
-    near = told(width=6000, itemsize=4)
-    assert near["BLOCK_N"] == wide["BLOCK_N"] and near["num_warps"] == wide["num_warps"]
-    assert near["SPLITS"] == -(-6000 // near["BLOCK_N"])
-    near = told(width=5000, itemsize=4)
-    assert (near["BLOCK_N"], near["num_warps"]) == (OTHER["BLOCK_N"], OTHER["num_warps"])
-
-
-def test_a_shape_far_from_all_measured_ones_has_the_pure_function():
-    """What is best for few rows is not for many; between measured ones, the nearest will do however far it is."""
-    of = {"features": 512, "terms": 2, "shared": 232448}
-    small, large = launch.affine_steps(batch=64, **of), launch.affine_steps(batch=1 << 16, **of)
-    other, third = affine_tile(64, 64, 32, 5, warps=8), affine_tile(*MORE_TILES[0])
-    put(entry("affine_steps", {"batch": 64} | of, other))
-    batches = [told("affine_steps", batch=batch, **of, start=False) for batch in (31, 32, 128, 129, 1 << 16)]
-    assert batches == [small, other, other, launch.affine_steps(batch=129, **of), large] and large != small
-    assert told("affine_steps", batch=64, **of | {"features": 1024}, start=False) == other
-    assert told("affine_steps", batch=64, **of | {"features": 1025}, start=False) != other
-    put(entry("affine_steps", {"batch": 1 << 16} | of, third))
-    batches = [told("affine_steps", batch=batch, **of, start=False) for batch in (128, 2000, 2100, 1 << 17)]
-    assert batches == [other, other, third, third]
-    assert told("affine_steps", batch=1 << 18, **of, start=False) == launch.affine_steps(batch=1 << 18, **of)
-
-
-def test_the_nearest_shape_is_not_taken_where_it_can_not_be():
-    """Silently: nothing is wrong with the table."""
-    put(entry(), entry(shape={"width": 64, "itemsize": 4, "features": 0}, config=launch.steps(width=64, itemsize=4)))
-    assert told(width=1000, itemsize=4) == launch.SHAPES["steps.picard"](width=1000, itemsize=4)
-    assert told(width=4096, itemsize=8) == launch.SHAPES["steps.picard"](width=4096, itemsize=8)
-
-
-@pytest.mark.parametrize("change", [{"terms": 1}, {"memory": 2}, {"batch": 4097}, {"shapes": ((64, 64), (64, 64))}])
-def test_rows_need_what_is_no_size_to_be_equal(change):
-    base = launch.candidates("rows.affine", **ROWS)
-    put(entry("affine", ROWS, base[3]))
-    assert told("affine", **ROWS) == base[3] != base[0]
-    assert told("affine", **ROWS | {"batch": 4096, "shapes": ((50, 50),)}) == base[3] | {"BLOCK_D": 64}
-    assert told("affine", **ROWS | change) == launch.rows(**ROWS | change)
-
-
-def test_one_batch_size_is_like_another():
-    put(entry("affine", ROWS, launch.candidates("rows.affine", **ROWS)[3]))
-    configs = [told("affine", **ROWS | {"batch": batch}) for batch in (1, 2, 63, 4096)]
-    assert all(config == configs[0] for config in configs)
-
-
-def test_the_users_table_goes_before_the_shipped_one(tmp_path, monkeypatch):
-    user = put(entry())
-    shipped = tmp_path / "tuned" / user.name
-    third = launch.candidates("steps.picard", **SHAPE)[1]
-    wide = {"width": 1 << 14, "itemsize": 4, "features": 0}
-    far = launch.candidates("steps.picard", **wide)[2]
-    table = raw(user)
-    user.unlink()
-    put(entry(config=third), entry(shape=wide, config=far))
-    shipped.parent.mkdir()
-    user.rename(shipped)
-    user.write_text(json.dumps(table))
-    monkeypatch.setattr(tables, "paths", lambda gpu: [user, shipped])
-    launch.reread()
-    assert told() == OTHER and told(**wide) == far
-    user.unlink()
-    launch.reread()
-    assert told() == third
-
-
-def test_the_shipped_table_lies_in_the_package():
-    import tritondeq
-
-    user, shipped = tables.paths(GPU)
-    assert user.name == shipped.name == "fake-9000-80-gb.json"
-    assert shipped.parent == Path(tritondeq.__file__).parent / "tuned"
-
-
-@pytest.mark.parametrize("change", [{"triton": "3.1"}, {"triton": ""}, {"source": "0" * 16}])
-def test_a_stale_entry_is_ignored(change):
-    path = put(entry(**change))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert told() == PURE
-    table = tables.read(path, GPU, launch.spaces())
-    assert table.fault is None and [one.stale for one in table.entries] == [True]
-    put(entry())
-    assert told() == OTHER and len(raw(path)["entries"]) == 1
-
-
-HOSTILE = [
-    "",
-    "{",
-    "[]",
-    "null",
-    "\x00\xff",
-    '{"schema": 2}',
-    "[" * 100000,
-    '{"schema": 1, "gpu": "Fake 9000 (80 GB)", "capability": [9, 0]}',
-    '{"schema": 1, "gpu": "Fake 9000 (80 GB)", "capability": [9, 0], "entries": {}}',
-    '{"schema": 1, "gpu": "another", "capability": [9, 0], "entries": []}',
-    '{"schema": 1, "gpu": "Fake 9000 (80 GB)", "capability": [8, 0], "entries": []}',
-    '{"schema": 1, "gpu": "Fake 9000 (80 GB)", "capability": [9, 0], "entries": [' + "1," * 5000 + "1]}",
-    "1" * 5000,
-    " " * (1 << 20) + "{}",
-]
-
-
-@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_a_damaged_file_is_one_warning(text):
-    path = put(entry())
-    path.write_text(text, encoding="latin-1")
-    launch.reread()
-    with pytest.warns(UserWarning) as seen:
-        assert told() == PURE and told(width=8192, itemsize=4) and told("anderson") == PURE
-    (one,) = seen
-    assert str(path) in str(one.message) and "tune --fresh" in str(one.message)
-    assert len(str(one.message)) < 600
-    put(entry())
-    assert told() == OTHER, "writing mends it"
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"op": "os.system"},
-        {"op": ["picard"]},
-        {"op": "dispatch"},
-        {"shape": {"width": 4096}},
-        {"shape": {"width": 4096, "itemsize": 4, "features": 0, "more": 1}},
-        {"shape": {"width": -1, "itemsize": 4, "features": 0}},
-        {"shape": {"width": 1 << 62, "itemsize": 4, "features": 0}},
-        {"shape": {"width": 4096.0, "itemsize": 4, "features": 0}},
-        {"shape": {"width": "4096", "itemsize": 4, "features": 0}},
-        {"shape": {"width": [[[[1]]]], "itemsize": 4, "features": 0}},
-        {"shape": [4096, 4]},
-        {"parameters": {"BLOCK_N": 1024}},
-        {"parameters": {"BLOCK_N": 1024, "num_warps": 4, "START": "os:system"}},
-        {"parameters": {"BLOCK_N": "1024", "num_warps": 4}},
-        {"parameters": {"BLOCK_N": 1024, "num_warps": None}},
-        {"parameters": None},
-        {"measured": "many"},
-        {"measured": 3},
-        {"measured": [64]},
-        {"gain": float("nan")},
-        {"gain": float("inf")},
-        {"gain": 0},
-        {"gain": "1"},
-        {"triton": 3.9},
-        {"date": None},
-        {"code": "import os"},
-    ],
-    ids=str,
-)
-def test_an_entry_that_does_not_fit_is_left_out_and_said(change):
-    """What stands beside it stays in force."""
-    path = put(entry())
-    table = raw(path)
-    table["entries"] = [table["entries"][0] | change, entry_of(table, width=1 << 14)]
-    path.write_text(json.dumps(table))
-    launch.reread()
-    with pytest.warns(UserWarning, match="entry 0: ") as seen:
-        assert told() in (PURE, OTHER)
-    assert len(seen) == 1 and str(path) in str(seen[0].message)
-    config = told(width=1 << 14, itemsize=4)
-    assert {name: config[name] for name in ("BLOCK_N", "num_warps")} == table["entries"][1]["parameters"]
-
-
-def entry_of(table: dict, **shape) -> dict:
-    return table["entries"][0] | {"shape": SHAPE | shape}
-
-
-@pytest.mark.parametrize(
-    "parameters",
-    [
-        {"BLOCK_N": 1 << 30, "num_warps": 4},
-        {"BLOCK_N": 1023, "num_warps": 4},
-        {"BLOCK_N": 1024, "num_warps": 3},
-        {"BLOCK_N": 0, "num_warps": 0},
-        {"BLOCK_N": 1024, "num_warps": 64},
-        {"BLOCK_N": [[1, 2]], "num_warps": 4},
-        {"BLOCK_N": True, "num_warps": True},
-    ],
-    ids=str,
-)
-def test_parameters_that_are_no_candidate_are_never_used(parameters):
-    """For the shapes they stand at that is a warning, one a file; elsewhere they are only too far away."""
-    path = put(entry())
-    table = raw(path)
-    table["entries"][0]["parameters"] = parameters
-    table["entries"].append(entry_of(table, width=8192))
-    path.write_text(json.dumps(table))
-    launch.reread()
-    assert told(width=1 << 20, itemsize=4) == launch.SHAPES["steps.picard"](width=1 << 20, itemsize=4)
-    with pytest.warns(UserWarning, match="picard at .* can't take") as seen:
-        assert told() == PURE
-        assert told(width=8192, itemsize=4) == launch.SHAPES["steps.picard"](width=8192, itemsize=4)
-    assert len(seen) == 1
-
-
-def test_a_shape_of_another_kind_is_never_near():
-    path = put(entry("affine", ROWS, launch.candidates("rows.affine", **ROWS)[3]))
-    table = raw(path)
-    for shapes in (64, [], [[64]], [[64, 64, 64]], [64, 64]):
-        table["entries"][0]["shape"]["shapes"] = shapes
-        path.write_text(json.dumps(table))
+    with pytest.warns(UserWarning, match="fake-9000-80gb.json .*ignored.*tune") as caught:
+        parameters(), parameters(width=100)
+    assert len(caught) == 1 and parameters() == launch.steps(width=4096, itemsize=4)
+    if kind != "folder":
+        tables.write(GPU, ENTRY)
         launch.reread()
-        assert told("affine", **ROWS) == launch.rows(**ROWS)
+        assert parameters() == CHOSEN, "it is begun anew"
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a pipe")
-def test_what_is_no_file_does_not_make_a_launch_wait(home):
-    home.mkdir()
-    os.mkfifo(tables.paths(GPU)[0])
-    with pytest.warns(UserWarning, match="it is no file"):
-        assert told() == PURE
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"gpu": "Another"}, "is not about Fake 9000"),
+        ({"made": "triton 1.0, kernels 0"}, "was made with triton 1.0, kernels 0, and this is triton"),
+        ({"schema": 1}, "is no table of schema 2"),
+    ],
+)
+def test_a_foreign_or_stale_table_is_one_warning(fields, message):
+    edit(tables.write(GPU, ENTRY), **fields)
+    launch.reread()
+    with pytest.warns(UserWarning, match=message) as caught:
+        assert parameters() == launch.steps(width=4096, itemsize=4)
+        parameters(width=100)
+    assert len(caught) == 1 and message in tables.summary(GPU)
+    tables.write(GPU, ENTRY)
+    launch.reread()
+    assert parameters() == CHOSEN
 
 
-def test_a_folder_in_its_place(home):
-    tables.paths(GPU)[0].mkdir(parents=True)
-    with pytest.warns(UserWarning, match="it is no file"):
-        assert told() == PURE
+def test_a_table_depends_on_triton_and_on_every_kernel(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    before = tables.made()
+    monkeypatch.setattr("triton.__version__", "99.1.2+git")
+    tables.forget()
+    assert tables.made().startswith("triton 99.1, kernels ") and before.partition(",")[2] in tables.made()
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "tables.py").touch()
+    monkeypatch.setattr(tables, "__file__", str(tmp_path / "tables.py"))
+    stamps = set()
+    for text in ("a = 1", "a = 2"):
+        (tmp_path / "rows" / "affine.py").write_text(text)
+        tables.forget()
+        stamps.add(tables.made())
+    assert len(stamps) == 2 and before not in stamps
+    tables.forget()
 
 
-def test_a_cache_folder_that_can_not_be(home):
-    """Reading goes on without it, writing says so."""
-    home.write_text("a file")
-    assert told() == PURE
-    with pytest.raises(OSError, match="cache"):
-        tables.write(GPU, entry(), launch.spaces())
+def test_a_key_has_one_entry():
+    for gain in (1.1, 1.2):
+        tables.write(GPU, replace(ENTRY, gain=gain))
+        tables.write(GPU, replace(ENTRY, op="steps.anderson", key=dict(reversed(KEY.items()))))
+    assert [(one.op, one.gain) for one in tables.read(GPU)[0]] == [("steps.picard", 1.2), ("steps.anderson", 1.12)]
 
 
-def test_where_the_cache_folder_is(monkeypatch, tmp_path):
-    assert tables.folder() == tmp_path / "cache"
+def test_a_write_that_fails_leaves_the_old_table(cache, monkeypatch):
+    path = tables.write(GPU, ENTRY)
+    before = path.read_bytes()
+
+    def fails(*paths):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError, match="full"):
+        tables.write(GPU, replace(ENTRY, gain=2.0))
+    assert path.read_bytes() == before and sorted(one.suffix for one in cache.iterdir()) == [".json", ".lock"]
+
+
+def test_a_reader_never_sees_half_a_table():
+    stop, faults = threading.Event(), []
+
+    def read():
+        while not stop.is_set():
+            faults.append(tables.read(GPU)[1])
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for width in range(1, 40):
+        tables.write(GPU, replace(ENTRY, key=KEY | {"width": width}))
+    stop.set()
+    reader.join()
+    assert set(faults) == {None}
+
+
+def write_many(first: int) -> None:
+    for width in range(first, first + 10):
+        tables.write(GPU, replace(ENTRY, key=KEY | {"width": width}))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there the last writer wins")
+def test_two_processes_that_write_lose_nothing():
+    context = multiprocessing.get_context("fork")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a fork of a process with threads
+        writers = [context.Process(target=write_many, args=(first,)) for first in (100, 200)]
+        for writer in writers:
+            writer.start()
+    for writer in writers:
+        writer.join()
+    assert len(tables.read(GPU)[0]) == 20
+
+
+def test_the_folder_is_the_platforms(monkeypatch, tmp_path):
     monkeypatch.delenv("TRITONDEQ_CACHE")
-    for name in ("HOME", "USERPROFILE"):
-        monkeypatch.setenv(name, str(tmp_path / "home"))
-    for platform, variable, fallback in (
+    for platform, name, fallback in (
         ("linux", "XDG_CACHE_HOME", ".cache"),
         ("darwin", "XDG_CACHE_HOME", "Library/Caches"),
         ("win32", "LOCALAPPDATA", "AppData/Local"),
     ):
         monkeypatch.setattr(sys, "platform", platform)
-        monkeypatch.delenv(variable, raising=False)
-        assert tables.folder() == tmp_path / "home" / fallback / "tritondeq"
-        monkeypatch.setenv(variable, str(tmp_path / "told"))
-        assert tables.folder() == tmp_path / "told" / "tritondeq"
-        monkeypatch.setenv(variable, "relative")
-        assert tables.folder() == tmp_path / "home" / fallback / "tritondeq"
+        monkeypatch.setattr(Path, "home", lambda: tmp_path)
+        monkeypatch.setenv(name, "relative")
+        assert tables.folder() == tmp_path / fallback / "tritondeq"
+        monkeypatch.setenv(name, str(tmp_path / "other"))
+        assert tables.folder() == tmp_path / "other" / "tritondeq"
+        monkeypatch.delenv(name)
 
 
-def test_no_home_is_no_table(monkeypatch):
+def test_without_a_home_there_is_no_table(monkeypatch):
     def home():
-        raise RuntimeError("could not determine home directory")
+        raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.delenv("TRITONDEQ_CACHE")
+    for name in ("TRITONDEQ_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", home)
-    assert told() == PURE and len(tables.paths(GPU)) == 1
+    assert parameters() == launch.steps(width=4096, itemsize=4)
     with pytest.raises(OSError, match="set TRITONDEQ_CACHE"):
-        tables.write(GPU, entry(), launch.spaces())
-
-
-def test_what_is_written_is_what_is_read():
-    first, second = entry(gain=1.25), entry("affine", ROWS, launch.candidates("rows.affine", **ROWS)[2])
-    path = put(first, second, replace(first, gain=1.5))
-    table = tables.read(path, GPU, launch.spaces())
-    assert table.entries == [replace(first, gain=1.5), second] and table.fault is None
-    assert sorted(one.name for one in path.parent.iterdir()) == [path.with_suffix(".json").name, path.stem + ".lock"]
-    assert len(path.read_text().splitlines()) == 4, "a line for each entry"
-
-
-def test_a_failed_write_leaves_the_old_table(monkeypatch):
-    path = put(entry())
-    before = path.read_text()
-
-    def replace_(new, old):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", replace_)
-    with pytest.raises(KeyboardInterrupt):
-        tables.write(GPU, entry(shape={"width": 64, "itemsize": 4, "features": 0}), launch.spaces())
-    assert path.read_text() == before and len(list(path.parent.iterdir())) == 2
-
-
-def test_two_that_write_at_once_lose_nothing(home):
-    code = """
-        import sys
-        from tritondeq.kernels import launch, tables
-        gpu = tables.Gpu("Fake 9000 (80 GB)", (9, 0))
-        print("ready", flush=True)
-        sys.stdin.readline()
-        for i in range(40):
-            shape = {"width": 128 + 2 * i + int(sys.argv[1]), "itemsize": 4, "features": 0}
-            one = tables.Entry("picard", shape, {"BLOCK_N": 128, "num_warps": 1})
-            tables.write(gpu, one, launch.spaces())
-    """
-    code = "\n".join(line.strip() if "  " * 6 not in line else "    " + line.strip() for line in code.splitlines())
-    both = [
-        subprocess.Popen([sys.executable, "-c", code, str(i)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for i in range(2)
-    ]
-    for one in both:
-        assert one.stdout.readline() == "ready\n"
-    for one in both:
-        one.stdin.write("\n")
-        one.stdin.flush()
-    for one in both:
-        one.communicate()
-        assert one.returncode == 0
-    (path,) = home.glob("*.json")
-    widths = sorted(one["shape"]["width"] for one in raw(path)["entries"])
-    assert widths == list(range(128, 208))
-
-
-def test_a_lock_ends_with_its_holder(home):
-    """Whoever was killed while it wrote does not stop the next one."""
-    code = """import os, sys; from tritondeq.kernels import tables; from pathlib import Path
-with tables.locked(Path(sys.argv[1])): os._exit(9)"""
-    path = tables.paths(GPU)[0]
-    assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == 9
-    put(entry())
-    assert told() == OTHER
-
-
-def test_sources_of_an_op():
-    """A change in gated.py leaves what was measured of the affine cell; one in rows.py does not."""
-    assert len({tables.source(op) for op in ("affine", "gated", "mlp", "picard", "anderson", "group_norm")}) == 6
-    seen = []
-    real, tables.source = tables.source, tables.source.__wrapped__
-    read = Path.read_text
-    try:
-        Path.read_text = lambda self, **options: seen.append(self.stem) or read(self, **options)
-        of = {}
-        for op in ("affine", "gated", "anderson", "affine_steps", "group_norm", "residual_rms"):
-            seen.clear()
-            tables.source(op)
-            of[op] = set(seen)
-    finally:
-        Path.read_text, tables.source = read, real
-    assert {"affine", "rows", "tl_rows", "tl_common", "tl_anderson"} <= of["affine"]
-    assert "gated" not in of["affine"] and "affine" not in of["gated"] and "rows" in of["gated"]
-    assert {"anderson", "steps", "tl_steps", "tl_anderson", "tl_common"} <= of["anderson"]
-    assert {"affine_steps", "rows", "steps", "tl_steps"} <= of["affine_steps"]
-    assert {"group_norm", "tl_common"} <= of["group_norm"]
-    assert not any({"launch", "tables", "space", "dispatch"} & files for files in of.values())
-
-
-def test_a_source_that_changes_is_seen(tmp_path, monkeypatch):
-    (tmp_path / "one.py").write_text("from . import launch, two\nfrom .three import x\n")
-    for name in ("two", "three", "four", "launch"):
-        (tmp_path / f"{name}.py").write_text("from .one import y\n")
-    monkeypatch.setattr(tables, "__file__", str(tmp_path / "tables.py"))
-    made = tables.source.__wrapped__("one")
-    for name, matters in (("one", True), ("two", True), ("three", True), ("four", False), ("launch", False)):
-        path = tmp_path / f"{name}.py"
-        text = path.read_text()
-        path.write_text(text + "z = 1\n")
-        assert (tables.source.__wrapped__("one") != made) == matters
-        path.write_text(text)
-
-
-def test_a_trial_is_all_there_is_while_it_lasts():
-    put(entry())
-    third = launch.candidates("steps.picard", **SHAPE)[1]
-    with launch.trial("picard", SHAPE, third):
-        assert told() == third and told("anderson") == PURE
-    assert told() == OTHER
-    with pytest.raises(KeyError), launch.trial("picard", SHAPE, third):
-        assert told() == third
-        raise KeyError
-    assert told() == OTHER
-
-
-def test_a_trial_of_a_step_leaves_the_first_step_alone():
-    shape = {"batch": 1 << 16, "features": 512, "terms": 2, "shared": launch.SHARED}
-    config = launch.candidates("steps.affine", **shape)[1]
-    with launch.trial("affine_steps", shape, config):
-        assert told("affine_steps", **shape, start=False) == config
-        assert told("affine_steps", **shape, start=True) == launch.affine_steps(**shape, start=True)
-
-
-def faults(folder: Path) -> list[str]:
-    """What is wrong with the tables of a folder, or with their names."""
-    found = []
-    for path in folder.glob("*.json"):
-        gpu = tables.Gpu(raw(path)["gpu"], tuple(raw(path)["capability"]))
-        table = tables.read(path, gpu, launch.spaces())
-        found += [table.fault] if table.fault else []
-        found += [] if tables.paths(gpu)[-1].name == path.name else [f"{path.name} is not for {gpu.name}"]
-    return found
-
-
-def test_what_is_shipped_can_be_read():
-    path = put(entry())
-    assert faults(path.parent) == []
-    path.rename(path.with_name("another.json"))
-    assert faults(path.parent) == [f"another.json is not for {GPU.name}"]
-    table = raw(path.with_name("another.json"))
-    path.write_text(json.dumps(table | {"entries": [table["entries"][0] | {"op": "none"}]}))
-    assert len(faults(path.parent)) == 2
-    assert faults(tables.paths(GPU)[-1].parent) == []
-
-
-def test_importing_needs_no_triton():
-    code = "import sys; sys.modules['triton'] = None; from tritondeq.kernels import tables; print(tables.version())"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+        tables.write(GPU, ENTRY)
+    assert "set TRITONDEQ_CACHE" in tables.summary(GPU)

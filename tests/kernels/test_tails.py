@@ -259,7 +259,8 @@ def test_programs_have_whole_rows(tokens, features, itemsize):
     if row > {4: 4096, 8: 1024}[itemsize]:
         assert launch.parameters("steps.picard", **shape) is None and launch.candidates("steps.picard", **shape) == []
         return
-    for config in launch.candidates("steps.picard", **shape):
+    for choice in launch.candidates("steps.picard", **shape):
+        config = launch.steps(**shape, **choice)
         rows = config["BLOCK_N"] // row
         assert rows * row == config["BLOCK_N"]
         assert (config["SPLITS"] - 1) * rows < tokens <= config["SPLITS"] * rows

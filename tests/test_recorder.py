@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tritondeq import recorder
+from tritondeq import cuda_graphs
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def asked(monkeypatch):
 
 
 def test_a_loop_is_a_while_node(monkeypatch, asked):
-    record, going = recorder.Recorder(torch.device("cuda")), torch.tensor(True)
+    record, going = cuda_graphs.Recorder(torch.device("cuda")), torch.tensor(True)
     assert record.repeats
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     record.repeat(going, lambda: asked.append("body"))
@@ -44,17 +44,17 @@ def test_the_node_is_closed_where_the_body_fails(monkeypatch, asked):
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="not permitted"):
-        recorder.Recorder(torch.device("cuda")).repeat(torch.tensor(True), body)
+        cuda_graphs.Recorder(torch.device("cuda")).repeat(torch.tensor(True), body)
     assert asked[-1] == "end" and len(asked) == 2
 
 
 def test_outside_of_a_capture_the_body_warms_up_once(monkeypatch, asked):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    recorder.Recorder(torch.device("cuda")).repeat(torch.tensor(True), lambda: asked.append("body"))
+    cuda_graphs.Recorder(torch.device("cuda")).repeat(torch.tensor(True), lambda: asked.append("body"))
     assert asked == ["body"]
 
 
 def test_older_torch_repeats_by_the_host(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", type("CUDAGraph", (), {}))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
-    assert not recorder.Recorder(torch.device("cuda")).repeats
+    assert not cuda_graphs.Recorder(torch.device("cuda")).repeats

@@ -94,9 +94,6 @@ def test_a_third_derivative_raises():
         torch.autograd.grad(h.sum(), b)
 
 
-# --- closures
-
-
 class Closure:
     """z = tanh(W z + u(x)) with W captured, u computed outside, and a buffer that needs no gradient."""
 
@@ -225,12 +222,14 @@ def test_a_compiled_f_has_first_derivatives_and_a_second_raises(closure):
         torch.autograd.grad(g.sum(), closure.w)
 
 
-# --- modes of use
-
-
-def test_two_calls_before_one_backward(closure):
+def test_two_calls_before_one_backward_and_a_retained_graph(closure):
     one, two = closure.value(), closure.value(solver=Anderson())
-    close(closure.grads(one.pow(2).sum() + 2 * two.pow(2).sum()), 3 * closure.truth())
+    loss = one.pow(2).sum() + 2 * two.pow(2).sum()
+    first = closure.grads(loss, retain_graph=True)
+    close(first, 3 * closure.truth())
+    assert torch.equal(first, closure.grads(loss))
+    with pytest.raises(RuntimeError, match="second time"):
+        closure.grads(loss)
 
 
 def test_a_solution_feeds_the_next_solve(closure):
@@ -243,16 +242,6 @@ def test_a_solution_feeds_the_next_solve(closure):
         return closure.grads(second.value.pow(2).sum())
 
     close(twice(Implicit()), twice(Unrolled(400)))
-
-
-def test_a_retained_graph_gives_the_same_gradient_again(closure):
-    loss = closure.value().pow(2).sum()
-    first = closure.grads(loss, retain_graph=True)
-    assert torch.equal(first, closure.grads(loss, retain_graph=True))
-    close(first, closure.truth())
-    closure.grads(loss)
-    with pytest.raises(RuntimeError, match="second time"):
-        closure.grads(loss)
 
 
 def test_no_grad_and_inference_mode_attach_nothing(closure):
@@ -343,9 +332,6 @@ def test_masked_elements_do_not_stop_the_backward_solve():
     assert g[0].item() == pytest.approx(4, rel=1e-7) and g[1] == 0 and solution.adjoint.converged.all()
 
 
-# --- approximate adjoints
-
-
 @pytest.mark.parametrize("adjoint", APPROXIMATE, ids=repr)
 def test_approximate_gradients_are_their_formula(closure, adjoint):
     """Against the dense Jacobian, sample by sample."""
@@ -370,9 +356,8 @@ def test_approximate_gradients_are_their_formula(closure, adjoint):
 
 
 @pytest.mark.parametrize("adjoint", APPROXIMATE, ids=repr)
-@pytest.mark.parametrize("power", [1, 2])
-def test_the_derivative_of_an_approximation_raises(closure, adjoint, power):
-    (g,) = torch.autograd.grad(closure.value(adjoint).pow(power).sum(), closure.w, create_graph=True)
+def test_the_derivative_of_an_approximation_raises(closure, adjoint):
+    (g,) = torch.autograd.grad(closure.value(adjoint).sum(), closure.w, create_graph=True)
     with pytest.raises(RuntimeError, match=f"{type(adjoint).__name__}.*approximation.*Implicit"):
         torch.autograd.grad(g.sum(), closure.w)
 
@@ -402,9 +387,6 @@ def test_unrolled_is_a_plain_loop():
     close(solution.value, z, 1e-12)
     close(solution.residual, (y - before).norm(dim=1) / y.norm(dim=1), 1e-12)
     assert (solution.steps == 5).all() and solution.trace.shape == (5, 3)
-
-
-# --- memory
 
 
 def test_training_memory_does_not_grow_with_steps():

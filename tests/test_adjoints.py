@@ -127,6 +127,11 @@ def closure():
     return Closure()
 
 
+def solved(f, z0=None, args=(), adjoint=Implicit()):  # noqa: B008
+    z0 = torch.zeros(4, 5, dtype=torch.float64) if z0 is None else z0
+    return fixed_point(f, z0, args, adjoint=adjoint, tol=1e-13, max_steps=400).value
+
+
 def close(a, b, rtol=1e-9):
     torch.testing.assert_close(a, b, rtol=rtol, atol=rtol)
 
@@ -137,13 +142,7 @@ def test_captured_tensors_get_gradients(closure):
 
 def test_explicit_arguments_get_gradients(closure):
     u = closure.encoder(closure.x)
-    z = fixed_point(
-        lambda z, w, c: torch.tanh(z @ w.T + c["u"]),
-        torch.zeros(4, 5, dtype=torch.float64),
-        (closure.w, {"u": u}),
-        tol=1e-13,
-        max_steps=400,
-    ).value
+    z = solved(lambda z, w, c: torch.tanh(z @ w.T + c["u"]), args=(closure.w, {"u": u}))
     close(closure.grads(z.pow(2).sum()), closure.truth())
 
 
@@ -164,7 +163,7 @@ def test_nothing_to_differentiate_means_no_graph():
 
 
 def test_a_graph_inside_f_is_seen_through():
-    """An energy cell: f takes a gradient of its own, of a leaf that it makes itself."""
+    """An energy cell: f takes a gradient of a leaf that it makes."""
     w = (0.3 * torch.randn(4, 4, dtype=torch.float64)).requires_grad_()
     b = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
 
@@ -175,7 +174,7 @@ def test_a_graph_inside_f_is_seen_through():
             return 0.5 * torch.autograd.grad(e, q, create_graph=True)[0]
 
     def grads(adjoint):
-        z = fixed_point(energy, torch.zeros(2, 4, dtype=torch.float64), adjoint=adjoint, tol=1e-13, max_steps=300).value
+        z = solved(energy, torch.zeros(2, 4, dtype=torch.float64), adjoint=adjoint)
         return torch.autograd.grad(z.pow(2).sum(), (w, b))
 
     for got, true in zip(grads(Implicit()), grads(Unrolled(300)), strict=True):
@@ -196,30 +195,20 @@ class Opaque(torch.autograd.Function):
         return g @ w, g.T @ z
 
 
-@pytest.mark.parametrize("of_a_leaf", [True, False])
-def test_what_cannot_be_seen_through_still_has_first_derivatives_and_a_second_raises(closure, of_a_leaf):
-    u = closure.encoder(closure.x)
-
-    def f(z):
-        if of_a_leaf:
-            return torch.tanh(Opaque.apply(z, closure.w) + u)
-        return torch.tanh(z @ closure.w.T + Opaque.apply(u, torch.eye(5, dtype=u.dtype)))
-
-    z = fixed_point(f, torch.zeros(4, 5, dtype=torch.float64), tol=1e-13, max_steps=400).value
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+@pytest.mark.parametrize("hidden", ["a leaf", "an input", "all by a compiler"])
+def test_what_cannot_be_seen_through_still_has_first_derivatives_and_a_second_raises(closure, hidden):
+    u, w = closure.encoder(closure.x), closure.w
+    f, words = {
+        "a leaf": (lambda z: torch.tanh(Opaque.apply(z, w) + u), "second derivatives need"),
+        "an input": (lambda z: torch.tanh(z @ w.T + Opaque.apply(u, torch.eye(5).double())), "second derivatives need"),
+        "all by a compiler": (torch.compile(closure.f(), backend="aot_eager"), ""),
+    }[hidden]
+    z = solved(f)
     close(closure.grads(z.pow(2).sum(), retain_graph=True), closure.truth())
-    (g,) = torch.autograd.grad(z.pow(2).sum(), closure.w, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivatives need"):
-        torch.autograd.grad(g.sum(), closure.w)
-
-
-@pytest.mark.filterwarnings("ignore")  # the compiler's own
-def test_a_compiled_f_has_first_derivatives_and_a_second_raises(closure):
-    f = torch.compile(closure.f(), backend="aot_eager")
-    z = fixed_point(f, torch.zeros(4, 5, dtype=torch.float64), tol=1e-13, max_steps=400).value
-    close(closure.grads(z.pow(2).sum(), retain_graph=True), closure.truth())
-    (g,) = torch.autograd.grad(z.pow(2).sum(), closure.w, create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(g.sum(), closure.w)
+    (g,) = torch.autograd.grad(z.pow(2).sum(), w, create_graph=True)
+    with pytest.raises(RuntimeError, match=words):
+        torch.autograd.grad(g.sum(), w)
 
 
 def test_two_calls_before_one_backward_and_a_retained_graph(closure):
@@ -236,10 +225,7 @@ def test_a_solution_feeds_the_next_solve(closure):
     def twice(adjoint):
         first = closure.value(adjoint)
         f = closure.f()
-        second = fixed_point(
-            lambda z: 0.5 * f(z) + 0.3 * first, torch.zeros_like(first), adjoint=adjoint, tol=1e-13, max_steps=400
-        )
-        return closure.grads(second.value.pow(2).sum())
+        return closure.grads(solved(lambda z: 0.5 * f(z) + 0.3 * first, adjoint=adjoint).pow(2).sum())
 
     close(twice(Implicit()), twice(Unrolled(400)))
 
@@ -264,10 +250,7 @@ def test_a_parameter_changed_before_backward_raises(closure):
 def test_checkpointing_around_the_solve(closure, use_reentrant, adjoint):
     def layer(x):
         u = closure.encoder(x)
-        z0 = torch.zeros(4, 5, dtype=torch.float64)
-        return fixed_point(
-            lambda z: torch.tanh(z @ closure.w.T + u), z0, adjoint=adjoint, tol=1e-13, max_steps=400
-        ).value
+        return solved(lambda z: torch.tanh(z @ closure.w.T + u), adjoint=adjoint)
 
     x = closure.x.clone().requires_grad_()
     checkpoint(layer, x, use_reentrant=use_reentrant).pow(2).sum().backward()
@@ -369,9 +352,7 @@ def test_long_series_become_the_exact_gradient(closure):
 
 def test_one_step_is_exact_where_the_jacobian_vanishes():
     a = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    z = fixed_point(
-        lambda z: (z + a / z) / 2, torch.ones(1, 1, dtype=torch.float64), adjoint=OneStep(), tol=1e-14
-    ).value
+    z = solved(lambda z: (z + a / z) / 2, torch.ones(1, 1, dtype=torch.float64), adjoint=OneStep())
     (g,) = torch.autograd.grad(z.sum(), a)
     assert g.item() == pytest.approx(1 / (2 * 2**0.5), rel=1e-12)
 
@@ -423,7 +404,7 @@ def test_nothing_outlives_the_graph(closure):
 
 
 @pytest.mark.parametrize(
-    "make,error,says",
+    "make,error,words",
     [
         (lambda: Neumann(0), ValueError, "terms"),
         (lambda: Neumann(), TypeError, "terms"),
@@ -435,13 +416,9 @@ def test_nothing_outlives_the_graph(closure):
         (lambda: Implicit(tol=0), ValueError, "tol"),
         (lambda: Implicit(solver="picard"), TypeError, "solver"),
         (lambda: Implicit(max_steps=0), ValueError, "max_steps"),
-        (
-            lambda: fixed_point(lambda z: z, torch.zeros(1, 1), solver=Anderson(), adjoint=Unrolled(3)),
-            ValueError,
-            "Unrolled.*Picard.*Anderson",
-        ),
+        (lambda: Closure().value(Unrolled(3), solver=Anderson()), ValueError, "Unrolled.*Picard.*Anderson"),
     ],
 )
-def test_bad_options_are_named(make, error, says):
-    with pytest.raises(error, match=says):
+def test_bad_options_are_named(make, error, words):
+    with pytest.raises(error, match=words):
         make()

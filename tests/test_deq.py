@@ -53,10 +53,10 @@ def test_solve_carries_the_gradient_and_what_became_of_it(x):
 def test_differentiable_in_train_and_eval(x, mode):
     layer = getattr(DEQ(Block(), tol=1e-6), mode)()
     layer(x).sin().sum().backward()
-    twin = DEQ(copy.deepcopy(layer.cell), adjoint=Unrolled(200))
-    twin.zero_grad()
-    twin(x).sin().sum().backward()
-    for a, b in zip(layer.parameters(), twin.parameters(), strict=True):
+    other = DEQ(copy.deepcopy(layer.cell), adjoint=Unrolled(200))
+    other.zero_grad()
+    other(x).sin().sum().backward()
+    for a, b in zip(layer.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4)
 
 
@@ -80,8 +80,8 @@ def test_state_dict_round_trip(x):
 def test_copies_and_pickles_after_a_call(x):
     layer = DEQ(Block(), solver=Anderson(), adjoint=Implicit(tol=1e-3))
     z = layer(x)
-    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(twin(x), z) and twin.solver == layer.solver and twin.adjoint == layer.adjoint
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x), z) and other.solver == layer.solver and other.adjoint == layer.adjoint
 
 
 def test_to_moves_dtype(x):
@@ -122,7 +122,7 @@ def test_gradients_in_bfloat16_and_under_autocast(x, solver):
         assert (a.grad - b.grad).norm() <= 5e-2 * b.grad.norm() + 1e-3
 
 
-@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.filterwarnings("ignore")  # of the compiler
 def test_a_compiled_layer_is_the_layer(x):
     layer = DEQ(Block())
     z = layer(x)
@@ -155,11 +155,11 @@ def test_a_gradient_penalty_trains(x):
     inputs = x.clone().requires_grad_()
     (g,) = torch.autograd.grad(layer(inputs).sin().sum(), inputs, create_graph=True)
     g.pow(2).sum().backward()
-    twin = DEQ(copy.deepcopy(layer.cell), adjoint=Unrolled(200))
-    twin.zero_grad()
-    (h,) = torch.autograd.grad(twin(inputs).sin().sum(), inputs, create_graph=True)
+    other = DEQ(copy.deepcopy(layer.cell), adjoint=Unrolled(200))
+    other.zero_grad()
+    (h,) = torch.autograd.grad(other(inputs).sin().sum(), inputs, create_graph=True)
     h.pow(2).sum().backward()
-    for a, b in zip(layer.parameters(), twin.parameters(), strict=True):
+    for a, b in zip(layer.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=5e-3, atol=5e-3)
 
 
@@ -181,12 +181,12 @@ def test_unrolled_and_back(x, solver):
     layer = DEQ(Block(), solver=solver, tol=1e-5)
     solved = layer(x)
     plain = solver if isinstance(solver, Picard) else Picard()
-    twin = DEQ(layer.cell, solver=plain, adjoint=Unrolled(4))
-    want = torch.autograd.grad(twin(x).sin().sum(), layer.cell.parameters())
+    other = DEQ(layer.cell, solver=plain, adjoint=Unrolled(4))
+    want = torch.autograd.grad(other(x).sin().sum(), layer.cell.parameters())
     assert layer.unrolled(4) is layer and "unrolled=4" in repr(layer)
     for copied in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer.eval(), layer.train()):
         z = copied(x)
-        assert torch.equal(z, twin(x)) and (copied.last.steps == 4).all()
+        assert torch.equal(z, other(x)) and (copied.last.steps == 4).all()
         grads = torch.autograd.grad(z.sin().sum(), copied.cell.parameters())
         assert all(torch.equal(a, b) for a, b in zip(grads, want, strict=True))
     assert list(layer.state_dict()) == [f"cell.{name}" for name in layer.cell.state_dict()]
@@ -202,7 +202,7 @@ def test_unrolled_and_back(x, solver):
 
 
 @pytest.mark.parametrize(
-    "call,error,says",
+    "call,error,words",
     [
         (lambda: DEQ(lambda z, x: z), TypeError, "cell must be an nn.Module.*fixed_point"),
         (lambda: DEQ(Block(), solver="anderson"), TypeError, "solver.*'anderson'"),
@@ -218,8 +218,8 @@ def test_unrolled_and_back(x, solver):
         (lambda: DEQ(tdeq.cells.Cell())(torch.ones(2, 2)), NotImplementedError, "forward"),
     ],
 )
-def test_bad_input_is_named(call, error, says):
-    with pytest.raises(error, match=says):
+def test_bad_input_is_named(call, error, words):
+    with pytest.raises(error, match=words):
         call()
 
 

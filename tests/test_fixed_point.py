@@ -335,7 +335,7 @@ def test_an_error_in_f_comes_through_and_leaves_no_mode_behind():
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_cell_is_a_function_too(backend):
-    """f(z, injection); what its methods would tell of an injection is for layers."""
+    """f(z, injection); its methods of an injection are for layers."""
     cell, x = tdeq.cells.Affine(5), torch.randn(3, 5)
     with tdeq.backend(backend):
         solution = tdeq.fixed_point(cell, torch.zeros(3, 5), (cell.inject(x),), tol=1e-6)

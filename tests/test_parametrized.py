@@ -168,7 +168,7 @@ def test_compiled_once_and_right():
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("solver", [Picard(), Anderson(memory=2)], ids=repr)
 def test_a_captured_solve_sees_weights_change(monkeypatch, solver, grad):
-    """As in test_graphs.py: the work itself in place of a replay, on the same memory."""
+    """As in test_cuda_graphs.py: the work itself in place of a replay, on the same memory."""
     monkeypatch.setattr(cuda_graphs, "Recorder", Recorder)
     monkeypatch.setattr(cuda_graphs, "can_record", lambda device: True)
     cell, calls = counted(Cell())

@@ -34,7 +34,7 @@ class Adjoint:
     """A way to take the gradient of a fixed point. A bad option raises TypeError or ValueError at construction.
 
     Attributes:
-        exact: Whether u is the exact one, so that its own derivative may be taken.
+        exact: Whether u is the exact one, so that its derivative may be taken.
     """
 
     exact = False
@@ -241,7 +241,7 @@ class _InputVjp(torch.autograd.Function):
 
 
 _APPROXIMATE = (
-    "the gradient of {} is an approximation whose own derivative would be wrong: "
+    "the gradient of {} is an approximation whose derivative would be wrong: "
     "for second derivatives use Implicit(), or Unrolled(steps)"
 )
 _THIRD = "Implicit() is twice differentiable, and this is a third derivative: use Unrolled(steps)"

@@ -62,7 +62,7 @@ class Linearised:
             state = layout.unpack(self.z)
             mode = _StandIns(pytree.tree_leaves(state))
             args = pytree.tree_map_only(Tensor, mode.swap, args)
-            # a compiler traces the mode away, or stumbles over it: what it compiled is not seen through anyway
+            # a compiler drops the mode or fails at it, and what it compiled is not seen through anyway
             with contextlib.nullcontext() if getattr(f, "opaque", False) else mode:
                 out = layout.pack(f(state, *args))
                 self.out = out.view(out.shape)  # seen by the mode even where f returns a tensor that it captured

@@ -40,7 +40,7 @@ class DEQ(nn.Module):
         compile: Whether the loop calls the cell through torch.compile; a dict gives its options, such as
             {"dynamic": True}. Second derivatives then raise. Whole-solve kernels are taken all the same.
         graph: Whether solves on CUDA are captured as CUDA graphs and replayed, once for each shape of what goes in (the
-            last 8 are kept). The cell may use only its parameters, its buffers and x, and nothing may depend on values
+            last 8 are held). The cell may use only its parameters, its buffers and x, and nothing may depend on values
             that the host reads. Second derivatives then raise. Not yet run on a GPU: see README.
 
     Attributes:

@@ -123,7 +123,7 @@ class Parametrized:
 
     `values` are computed at construction, in the grad mode of then; while they are `held` the module uses them and
     computes none. A caller passes them to f as an argument, so that they are differentiated and captured as any other.
-    (parametrize.cached() would keep what the solve computed under no_grad, without a gradient.)
+    (parametrize.cached() would store what the solve computed under no_grad, without a gradient.)
     """
 
     def __init__(self, module: nn.Module):

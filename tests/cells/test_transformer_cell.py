@@ -348,7 +348,7 @@ def test_compiled(wiring):
 
 @pytest.mark.parametrize("wiring", WIRINGS)
 def test_captured(monkeypatch, wiring):
-    """As in test_graphs.py, the work itself in place of a replay: other inputs and lengths, nothing captured anew."""
+    """As in test_cuda_graphs, the work itself in place of a replay: other inputs and lengths, nothing captured anew."""
     monkeypatch.setattr(cuda_graphs, "Recorder", Recorder)
     monkeypatch.setattr(cuda_graphs, "can_record", lambda device: True)
     cell = Transformer(D, heads=6, kv_heads=2, wiring=wiring, causal=True, rotary=1e4, decay=True, dropout=0.2)

@@ -6,9 +6,8 @@ Each adjoint is a way to compute u. All but Unrolled take it from one evaluation
 so training needs the storage of one cell whatever the number of steps.
 """
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,16 +17,12 @@ from .checks import boolean, integer, number
 from .solvers import Solver
 
 
-class BackwardSolves(ABC):
-    """The two linear fixed-point solves that an exact adjoint needs."""
+class BackwardSolves(Protocol):
+    """The two linear fixed-point solves that an exact adjoint needs: u = J' u + g, and v = J v + w."""
 
-    @abstractmethod
-    def adjoint(self, at: Linearised, g: Tensor) -> Tensor:
-        """Solves u = J' u + g."""
+    def adjoint(self, at: Linearised, g: Tensor) -> Tensor: ...  # noqa: D102
 
-    @abstractmethod
-    def tangent(self, at: Linearised, w: Tensor) -> Tensor:
-        """Solves v = J v + w."""
+    def tangent(self, at: Linearised, w: Tensor) -> Tensor: ...  # noqa: D102
 
 
 class Adjoint:

@@ -19,8 +19,7 @@ from .layout import Layout, pytree
 class _StandIns(TorchFunctionMode):
     """Replaces every tensor that requires grad and comes from outside: a leaf, or the output of a node that is older.
 
-    Args:
-        state: The state that f is given; made by the first nodes that count as inside.
+    `state` is what f is given; the first nodes that count as inside made it.
     """
 
     def __init__(self, state: list[Tensor]):

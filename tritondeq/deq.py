@@ -128,9 +128,8 @@ class DEQ(nn.Module):
         """Returns (fixed point of these tokens, cache of all so far), as if all were solved together; only these are.
 
         A causal cell's tokens do not depend on later ones, so earlier solutions stand, and the cache holds what the
-        cell needs of them (keys and values at the equilibrium, for `cells.Transformer`). Any number of tokens is a
-        step: a prompt, then one after another. Each step stops by the residual of its tokens, so the result is that of
-        `forward` on all tokens to within the tolerance.
+        cell needs of them (keys and values at the equilibrium, for `cells.Transformer`). A step is any number of
+        tokens and stops by their residual, so the result is that of `forward` on all tokens to within the tolerance.
 
         There are no gradients, neither of z nor of the cache: train with `forward`. A cache belongs to the weights it
         was made with. It may be stepped from any number of times, as beams do that share a prompt. Dropout, in train(),
@@ -186,11 +185,7 @@ class DEQ(nn.Module):
 class _Map:
     """cell(z, injection), with the same dropout masks at every call, and parametrized tensors of given values.
 
-    Args:
-        evaluate: The cell, or what it was compiled to.
-        cell: The cell.
-        inject: Computes the injection.
-        graphs: The layer's captured solves, if it has any.
+    `evaluate` is the cell or what it was compiled to, `inject` computes the injection, `graphs` are the layer's.
     """
 
     def __init__(self, evaluate: Callable, cell: nn.Module, inject: Callable[[], Any], graphs: Graphs | None):
@@ -204,7 +199,8 @@ class _Map:
     def copy(self, injection: Any) -> "_Map":
         """Returns the same map of another injection, with copies of the masks."""
         other = copy(self)
-        other.injection, other.graphs, other.masks = injection, None, self.masks.clone()
+        other.injection, other.graphs, other.masks = injection, None, copy(self.masks)
+        other.masks.masks = {k: None if mask is None else mask.clone() for k, mask in self.masks.masks.items()}
         return other
 
     @contextlib.contextmanager

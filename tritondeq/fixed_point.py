@@ -8,7 +8,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-from .adjoints import Adjoint, BackwardSolves, Implicit, Unrolled, attach
+from .adjoints import Adjoint, Implicit, Unrolled, attach
 from .capture import Linearised
 from .checks import integer, number
 from .cuda_graphs import Call, CapturedPoint
@@ -163,7 +163,7 @@ _Outcome = tuple[Tensor, Solution, Op | CellOp | None, str]
 
 
 @dataclass
-class _Backward(BackwardSolves):
+class _Backward:
     """Solves the linear systems of the exact adjoint at z, and leaves the last Solution in `record`."""
 
     settings: Settings

@@ -15,17 +15,11 @@ class Token:
 
 @dataclass(frozen=True)
 class Cache:
-    """What `DEQ.step` stores of the tokens so far.
-
-    Attributes:
-        layer: The layer's token.
-        like: Batch size, dtype and device of x.
-        past: What the cell's `remember` returned.
-    """
+    """What `DEQ.step` stores of the tokens so far."""
 
     layer: Token
-    like: dict[str, Any]
-    past: Any = field(repr=False)
+    like: dict[str, Any]  # batch size, dtype and device of x
+    past: Any = field(repr=False)  # what the cell's `remember` returned
 
 
 def past_of(cell: nn.Module, x: Any, cache: Any, layer: Token) -> tuple[Any, dict[str, Any]]:

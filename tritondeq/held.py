@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from copy import copy
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -61,17 +60,10 @@ class FixedDropout(nn.Module):
 
 
 class Masks:
-    """The dropout masks of one solve.
-
-    Attributes:
-        masks: The mask of each `FixedDropout` that draws one; None until its first evaluation.
-
-    Raises:
-        RuntimeError: The cell would draw a new mask at every step.
-    """
+    """The dropout masks of one solve; RuntimeError where the cell would draw a new one at every step."""
 
     def __init__(self, cell: nn.Module):
-        self.masks: dict[FixedDropout, Tensor | None] = {}
+        self.masks: dict[FixedDropout, Tensor | None] = {}  # None until the first evaluation
         for name, module in cell.named_modules() if cell.training else ():
             if isinstance(module, FixedDropout):
                 if module.training and module.p > 0:
@@ -86,12 +78,6 @@ class Masks:
     def drawn(self) -> bool:
         """Whether there is a mask for every place."""
         return all(mask is not None for mask in self.masks.values())
-
-    def clone(self) -> "Masks":
-        """Returns the same masks, copied."""
-        other = copy(self)
-        other.masks = {module: None if mask is None else mask.clone() for module, mask in self.masks.items()}
-        return other
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

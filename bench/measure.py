@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from tritondeq.layout import pytree
 
 BURST = 4
 AGAIN = 5.0  # seconds after which a deadline is called out again, should somebody have swallowed it

@@ -4,7 +4,7 @@ import os
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts: deterministic GEMMs
-os.environ["TRITONDEQ_CACHE"] = os.devnull  # no folder: whoever tuned this machine tests what everybody does
+os.environ["TRITONDEQ_CACHE"] = os.devnull  # no folder: tests don't depend on this machine's tables
 
 import hypothesis
 import pytest
@@ -15,7 +15,7 @@ CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Fills torch.empty and its kin with NaN (integers: their largest): an element that nobody wrote fails a test.
+# Fills torch.empty and its kin with NaN (integers: their largest): an element that was not written fails a test.
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 

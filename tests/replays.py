@@ -1,10 +1,10 @@
 """What stands in for CUDA graphs where there is no CUDA: a replay is the work itself, done again on the same memory."""
 
-from tritondeq import recorder
+from tritondeq import cuda_graphs
 
 
 class Recorder:
-    """As tritondeq.recorder's; `made` counts."""
+    """As tritondeq.cuda_graphs's; `made` counts."""
 
     made = 0
     repeats = False
@@ -18,6 +18,6 @@ class Recorder:
 
     def __call__(self, work):
         Recorder.made += 1
-        for _ in range(recorder.WARM_UP + 2):
+        for _ in range(cuda_graphs.WARM_UP + 1):  # and the first replay; a capture runs nothing
             work()
         return work

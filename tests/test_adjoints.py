@@ -94,9 +94,6 @@ def test_a_third_derivative_raises():
         torch.autograd.grad(h.sum(), b)
 
 
-# --- closures
-
-
 class Closure:
     """z = tanh(W z + u(x)) with W captured, u computed outside, and a buffer that needs no gradient."""
 
@@ -130,6 +127,11 @@ def closure():
     return Closure()
 
 
+def solved(f, z0=None, args=(), adjoint=Implicit()):  # noqa: B008
+    z0 = torch.zeros(4, 5, dtype=torch.float64) if z0 is None else z0
+    return fixed_point(f, z0, args, adjoint=adjoint, tol=1e-13, max_steps=400).value
+
+
 def close(a, b, rtol=1e-9):
     torch.testing.assert_close(a, b, rtol=rtol, atol=rtol)
 
@@ -140,13 +142,7 @@ def test_captured_tensors_get_gradients(closure):
 
 def test_explicit_arguments_get_gradients(closure):
     u = closure.encoder(closure.x)
-    z = fixed_point(
-        lambda z, w, c: torch.tanh(z @ w.T + c["u"]),
-        torch.zeros(4, 5, dtype=torch.float64),
-        (closure.w, {"u": u}),
-        tol=1e-13,
-        max_steps=400,
-    ).value
+    z = solved(lambda z, w, c: torch.tanh(z @ w.T + c["u"]), args=(closure.w, {"u": u}))
     close(closure.grads(z.pow(2).sum()), closure.truth())
 
 
@@ -167,7 +163,7 @@ def test_nothing_to_differentiate_means_no_graph():
 
 
 def test_a_graph_inside_f_is_seen_through():
-    """An energy cell: f takes a gradient of its own, of a leaf that it makes itself."""
+    """An energy cell: f takes a gradient of a leaf that it makes."""
     w = (0.3 * torch.randn(4, 4, dtype=torch.float64)).requires_grad_()
     b = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
 
@@ -178,7 +174,7 @@ def test_a_graph_inside_f_is_seen_through():
             return 0.5 * torch.autograd.grad(e, q, create_graph=True)[0]
 
     def grads(adjoint):
-        z = fixed_point(energy, torch.zeros(2, 4, dtype=torch.float64), adjoint=adjoint, tol=1e-13, max_steps=300).value
+        z = solved(energy, torch.zeros(2, 4, dtype=torch.float64), adjoint=adjoint)
         return torch.autograd.grad(z.pow(2).sum(), (w, b))
 
     for got, true in zip(grads(Implicit()), grads(Unrolled(300)), strict=True):
@@ -199,60 +195,39 @@ class Opaque(torch.autograd.Function):
         return g @ w, g.T @ z
 
 
-@pytest.mark.parametrize("of_a_leaf", [True, False])
-def test_what_cannot_be_seen_through_still_has_first_derivatives_and_a_second_raises(closure, of_a_leaf):
-    u = closure.encoder(closure.x)
-
-    def f(z):
-        if of_a_leaf:
-            return torch.tanh(Opaque.apply(z, closure.w) + u)
-        return torch.tanh(z @ closure.w.T + Opaque.apply(u, torch.eye(5, dtype=u.dtype)))
-
-    z = fixed_point(f, torch.zeros(4, 5, dtype=torch.float64), tol=1e-13, max_steps=400).value
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+@pytest.mark.parametrize("hidden", ["a leaf", "an input", "all by a compiler"])
+def test_what_cannot_be_seen_through_still_has_first_derivatives_and_a_second_raises(closure, hidden):
+    u, w = closure.encoder(closure.x), closure.w
+    f, words = {
+        "a leaf": (lambda z: torch.tanh(Opaque.apply(z, w) + u), "second derivatives need"),
+        "an input": (lambda z: torch.tanh(z @ w.T + Opaque.apply(u, torch.eye(5).double())), "second derivatives need"),
+        "all by a compiler": (torch.compile(closure.f(), backend="aot_eager"), ""),
+    }[hidden]
+    z = solved(f)
     close(closure.grads(z.pow(2).sum(), retain_graph=True), closure.truth())
-    (g,) = torch.autograd.grad(z.pow(2).sum(), closure.w, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivatives need"):
-        torch.autograd.grad(g.sum(), closure.w)
+    (g,) = torch.autograd.grad(z.pow(2).sum(), w, create_graph=True)
+    with pytest.raises(RuntimeError, match=words):
+        torch.autograd.grad(g.sum(), w)
 
 
-@pytest.mark.filterwarnings("ignore")  # the compiler's own
-def test_a_compiled_f_has_first_derivatives_and_a_second_raises(closure):
-    f = torch.compile(closure.f(), backend="aot_eager")
-    z = fixed_point(f, torch.zeros(4, 5, dtype=torch.float64), tol=1e-13, max_steps=400).value
-    close(closure.grads(z.pow(2).sum(), retain_graph=True), closure.truth())
-    (g,) = torch.autograd.grad(z.pow(2).sum(), closure.w, create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(g.sum(), closure.w)
-
-
-# --- modes of use
-
-
-def test_two_calls_before_one_backward(closure):
+def test_two_calls_before_one_backward_and_a_retained_graph(closure):
     one, two = closure.value(), closure.value(solver=Anderson())
-    close(closure.grads(one.pow(2).sum() + 2 * two.pow(2).sum()), 3 * closure.truth())
+    loss = one.pow(2).sum() + 2 * two.pow(2).sum()
+    first = closure.grads(loss, retain_graph=True)
+    close(first, 3 * closure.truth())
+    assert torch.equal(first, closure.grads(loss))
+    with pytest.raises(RuntimeError, match="second time"):
+        closure.grads(loss)
 
 
 def test_a_solution_feeds_the_next_solve(closure):
     def twice(adjoint):
         first = closure.value(adjoint)
         f = closure.f()
-        second = fixed_point(
-            lambda z: 0.5 * f(z) + 0.3 * first, torch.zeros_like(first), adjoint=adjoint, tol=1e-13, max_steps=400
-        )
-        return closure.grads(second.value.pow(2).sum())
+        return closure.grads(solved(lambda z: 0.5 * f(z) + 0.3 * first, adjoint=adjoint).pow(2).sum())
 
     close(twice(Implicit()), twice(Unrolled(400)))
-
-
-def test_a_retained_graph_gives_the_same_gradient_again(closure):
-    loss = closure.value().pow(2).sum()
-    first = closure.grads(loss, retain_graph=True)
-    assert torch.equal(first, closure.grads(loss, retain_graph=True))
-    close(first, closure.truth())
-    closure.grads(loss)
-    with pytest.raises(RuntimeError, match="second time"):
-        closure.grads(loss)
 
 
 def test_no_grad_and_inference_mode_attach_nothing(closure):
@@ -275,10 +250,7 @@ def test_a_parameter_changed_before_backward_raises(closure):
 def test_checkpointing_around_the_solve(closure, use_reentrant, adjoint):
     def layer(x):
         u = closure.encoder(x)
-        z0 = torch.zeros(4, 5, dtype=torch.float64)
-        return fixed_point(
-            lambda z: torch.tanh(z @ closure.w.T + u), z0, adjoint=adjoint, tol=1e-13, max_steps=400
-        ).value
+        return solved(lambda z: torch.tanh(z @ closure.w.T + u), adjoint=adjoint)
 
     x = closure.x.clone().requires_grad_()
     checkpoint(layer, x, use_reentrant=use_reentrant).pow(2).sum().backward()
@@ -343,9 +315,6 @@ def test_masked_elements_do_not_stop_the_backward_solve():
     assert g[0].item() == pytest.approx(4, rel=1e-7) and g[1] == 0 and solution.adjoint.converged.all()
 
 
-# --- approximate adjoints
-
-
 @pytest.mark.parametrize("adjoint", APPROXIMATE, ids=repr)
 def test_approximate_gradients_are_their_formula(closure, adjoint):
     """Against the dense Jacobian, sample by sample."""
@@ -370,9 +339,8 @@ def test_approximate_gradients_are_their_formula(closure, adjoint):
 
 
 @pytest.mark.parametrize("adjoint", APPROXIMATE, ids=repr)
-@pytest.mark.parametrize("power", [1, 2])
-def test_the_derivative_of_an_approximation_raises(closure, adjoint, power):
-    (g,) = torch.autograd.grad(closure.value(adjoint).pow(power).sum(), closure.w, create_graph=True)
+def test_the_derivative_of_an_approximation_raises(closure, adjoint):
+    (g,) = torch.autograd.grad(closure.value(adjoint).sum(), closure.w, create_graph=True)
     with pytest.raises(RuntimeError, match=f"{type(adjoint).__name__}.*approximation.*Implicit"):
         torch.autograd.grad(g.sum(), closure.w)
 
@@ -384,9 +352,7 @@ def test_long_series_become_the_exact_gradient(closure):
 
 def test_one_step_is_exact_where_the_jacobian_vanishes():
     a = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    z = fixed_point(
-        lambda z: (z + a / z) / 2, torch.ones(1, 1, dtype=torch.float64), adjoint=OneStep(), tol=1e-14
-    ).value
+    z = solved(lambda z: (z + a / z) / 2, torch.ones(1, 1, dtype=torch.float64), adjoint=OneStep())
     (g,) = torch.autograd.grad(z.sum(), a)
     assert g.item() == pytest.approx(1 / (2 * 2**0.5), rel=1e-12)
 
@@ -402,9 +368,6 @@ def test_unrolled_is_a_plain_loop():
     close(solution.value, z, 1e-12)
     close(solution.residual, (y - before).norm(dim=1) / y.norm(dim=1), 1e-12)
     assert (solution.steps == 5).all() and solution.trace.shape == (5, 3)
-
-
-# --- memory
 
 
 def test_training_memory_does_not_grow_with_steps():
@@ -441,7 +404,7 @@ def test_nothing_outlives_the_graph(closure):
 
 
 @pytest.mark.parametrize(
-    "make,error,says",
+    "make,error,words",
     [
         (lambda: Neumann(0), ValueError, "terms"),
         (lambda: Neumann(), TypeError, "terms"),
@@ -453,13 +416,9 @@ def test_nothing_outlives_the_graph(closure):
         (lambda: Implicit(tol=0), ValueError, "tol"),
         (lambda: Implicit(solver="picard"), TypeError, "solver"),
         (lambda: Implicit(max_steps=0), ValueError, "max_steps"),
-        (
-            lambda: fixed_point(lambda z: z, torch.zeros(1, 1), solver=Anderson(), adjoint=Unrolled(3)),
-            ValueError,
-            "Unrolled.*Picard.*Anderson",
-        ),
+        (lambda: Closure().value(Unrolled(3), solver=Anderson()), ValueError, "Unrolled.*Picard.*Anderson"),
     ],
 )
-def test_bad_options_are_named(make, error, says):
-    with pytest.raises(error, match=says):
+def test_bad_options_are_named(make, error, words):
+    with pytest.raises(error, match=words):
         make()

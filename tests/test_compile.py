@@ -10,7 +10,7 @@ from torch import nn
 import tritondeq as tdeq
 from tritondeq import DEQ, Anderson, FixedDropout, Implicit, Phantom, Unrolled
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler's own
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the compiler
 TRACED = {"backend": "aot_eager"}  # the whole path of torch.compile but the code generator
 
 

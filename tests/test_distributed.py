@@ -12,7 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tritondeq import DEQ, Implicit, OneStep, fixed_point
 from tritondeq.cells import Affine
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+pytestmark = [
+    pytest.mark.slow,  # two processes that import torch
+    pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed"),
+]
 
 
 def _data():

@@ -151,5 +151,5 @@ def test_one_place_each():
         def forward(self, z, x):
             return torch.tanh(self.dropout(self.linear(z)) + x) + 0 * self.dropout(z[:1])
 
-    with pytest.raises(ValueError, match="FixedDropout of its own"):
+    with pytest.raises(ValueError, match="another FixedDropout at each place"):
         DEQ(Twice(FixedDropout(0.5)))(torch.zeros(3, 8))

@@ -67,9 +67,9 @@ def test_nesting_with_formats_and_dtypes_of_its_own():
 
 
 def test_a_mask_lies_where_its_elements_do():
-    z, keep = image(), torch.rand(2, 3, 4, 5) > 0.5
+    z, mask = image(), torch.rand(2, 3, 4, 5) > 0.5
     layout = Layout(z)
-    assert torch.equal(layout.mask(keep), layout.pack(keep.float()).bool())
+    assert torch.equal(layout.mask(mask), layout.pack(mask.float()).bool())
     rows = torch.rand(2, 3) > 0.5
     assert torch.equal(layout.mask(rows), layout.pack(rows[..., None, None].expand(2, 3, 4, 5).float()).bool())
 

@@ -1,4 +1,4 @@
-"""What the loop does around the steps: how it asks for the end, and what it says where there is no room."""
+"""What the loop does around the steps: how it asks for the end, and the error where there is no room."""
 
 import pytest
 import torch
@@ -43,33 +43,33 @@ class Stream:
 
 
 def test_on_a_gpu_the_host_waits_for_what_is_long_done(monkeypatch):
-    """It asks every READ_EVERY steps, for the count of READ_EVERY steps ago."""
+    """It asks every READ_EVERY steps, for the number of READ_EVERY steps ago."""
     stream = Stream()
     stream.install(monkeypatch)
     look, asked, ended = loop.Look(torch.device("cuda"), None), [], None
     for k in range(1, 40):
 
-        def count(k=k):
+        def active(k=k):
             asked.append(k)
-            return torch.tensor(max(0, 10 - k))  # nobody is left from the tenth on
+            return torch.tensor(max(0, 10 - k))  # none is left from the tenth on
 
-        if look(count) == 0:
+        if look(active) == 0:
             ended = k
             break
     every = loop.READ_EVERY
     assert asked == list(range(every, ended + 1, every))
-    first = -(-10 // every) * every  # the first count that says so
+    first = -(-10 // every) * every  # the first number that is 0
     assert ended == first + every and stream.waits == len(asked) - 1
 
 
-def test_under_capture_nobody_asks(monkeypatch):
+def test_under_capture_it_does_not_ask(monkeypatch):
     Stream().install(monkeypatch, capturing=True)
     look = loop.Look(torch.device("cuda"), None)
-    assert [look(lambda: pytest.fail("a count was asked for")) for _ in range(20)] == [None] * 20
+    assert [look(lambda: pytest.fail("a number was asked for")) for _ in range(20)] == [None] * 20
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
-def test_no_room_is_said_with_what_to_do(name, monkeypatch):
+def test_the_error_for_no_room_names_what_to_do(name, monkeypatch):
     def full(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 

@@ -25,8 +25,8 @@ PUBLIC = {
     *("jacobian_penalty", "spectral_radius", "diagnose", "plot", "Watch"),
 }
 # A module imports what stands before it or in its own folder; one not named here stands last and imports any.
-ORDER = ["kernels", "layout", "solution", "capture", "solvers", "adjoints", "dropout", "cells"]
-ORDER += ["loop", "recorder", "graphs", "fixed_point", "parametrized", "deq"]
+ORDER = ["kernels", "checks", "layout", "solution", "capture", "solvers", "adjoints", "held", "cells"]
+ORDER += ["loop", "cuda_graphs", "fixed_point", "generation", "deq"]
 ORDER += ["stacks", "convert", "jacobian", "diagnose", "watch"]
 HIDE_TRITON = "import sys; sys.modules['triton'] = None\n"
 

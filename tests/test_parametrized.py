@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import tritondeq as tdeq
-from tritondeq import DEQ, Anderson, Implicit, Neumann, Picard, Unrolled, graphs
+from tritondeq import DEQ, Anderson, Implicit, Neumann, Picard, Unrolled, cuda_graphs
 from tritondeq.kernels.tails import Tail
 
 WIDTH = 5
@@ -168,9 +168,9 @@ def test_compiled_once_and_right():
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("solver", [Picard(), Anderson(memory=2)], ids=repr)
 def test_a_captured_solve_sees_weights_change(monkeypatch, solver, grad):
-    """As in test_graphs.py: the work itself in place of a replay, on the same memory."""
-    monkeypatch.setattr(graphs, "Recorder", Recorder)
-    monkeypatch.setattr(graphs, "can_record", lambda device: True)
+    """As in test_cuda_graphs.py: the work itself in place of a replay, on the same memory."""
+    monkeypatch.setattr(cuda_graphs, "Recorder", Recorder)
+    monkeypatch.setattr(cuda_graphs, "can_record", lambda device: True)
     cell, calls = counted(Cell())
     layer, plain = DEQ(cell, solver=solver, tol=1e-5, graph=True), DEQ(cell, solver=solver, tol=1e-5)
     x = torch.randn(3, WIDTH)

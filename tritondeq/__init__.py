@@ -10,8 +10,8 @@ from .adjoints import Unrolled as Unrolled
 from .convert import to_equilibrium as to_equilibrium
 from .deq import DEQ as DEQ
 from .diagnose import diagnose as diagnose
-from .dropout import FixedDropout as FixedDropout
 from .fixed_point import fixed_point as fixed_point
+from .held import FixedDropout as FixedDropout
 from .jacobian import jacobian_penalty as jacobian_penalty
 from .jacobian import spectral_radius as spectral_radius
 from .kernels.dispatch import backend as backend

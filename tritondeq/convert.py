@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .cells import Cell
+from .checks import integer, number
 from .deq import DEQ
-from .dropout import FixedDropout
+from .held import FixedDropout
 from .layout import describe
 from .solvers import Picard, Solver
-from .solvers.base import count, number
 from .stacks import BATCH_NORM, convolves, leading_dims, one_block, refuse_batch_norm
 
 _NORMS = ("outer", "tokens", "sample")
@@ -89,7 +89,7 @@ def to_equilibrium(
     if not isinstance(stack, nn.Sequential | nn.ModuleList):
         raise TypeError(f"stack must be an nn.Sequential or nn.ModuleList of blocks, got {describe(stack)}")
     for name, value in (("prelude", prelude), ("coda", coda)):
-        count(name, value, least=0)
+        integer(name, value, least=0)
     blocks = list(stack)
     if prelude + coda >= len(blocks):
         raise ValueError(

@@ -2,20 +2,21 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from .adjoints import Adjoint, Implicit, Unrolled
 from .cells import Cell
-from .dropout import Masks
+from .checks import boolean
+from .cuda_graphs import Graphs
 from .fixed_point import check, fixed_point
-from .graphs import Graphs
+from .generation import Cache, Token, past_of
+from .held import Masks, Parametrized
 from .layout import describe
-from .parametrized import Parametrized
 from .solution import Solution
 from .solvers import Picard, Solver
 
@@ -29,24 +30,24 @@ class DEQ(nn.Module):
 
     Args:
         cell: Any nn.Module with `forward(z, x)` that returns a state like z, or a `cells.Cell`.
-        solver: How the fixed point is found: `Picard`, `Anderson`, `Broyden`, or for a monotone cell `PeacemanRachford`
-            or `ForwardBackward`. None asks the cell, and is Picard() for most.
+        solver: How the equation is solved: `Picard`, `Anderson`, `Broyden`, or for a monotone cell `PeacemanRachford`
+            or `ForwardBackward`. None is the cell's default, Picard() for most.
         adjoint: How gradients are taken: `Implicit`, `Neumann`, `Phantom`, `OneStep` or `Unrolled`.
         tol: Relative residual at which a sample is done. None is 1e-3, or 1e-2 where operands are bfloat16 or float16.
         max_steps: Evaluations of the cell at most.
-        trace: Keep the residual of every evaluation, in `last.trace`.
+        trace: Store the residual of every evaluation in `last.trace`.
         group: A torch.distributed group whose ranks stop together, for a cell that communicates.
         compile: Whether the loop calls the cell through torch.compile; a dict gives its options, such as
             {"dynamic": True}. Second derivatives then raise. Whole-solve kernels are taken all the same.
         graph: Whether solves on CUDA are captured as CUDA graphs and replayed, once for each shape of what goes in (the
-            last 8 are kept). The cell may use only its parameters, its buffers and x, and nothing may depend on values
+            last 8 are held). The cell may use only its parameters, its buffers and x, and nothing may depend on values
             that the host reads. Second derivatives then raise. Not yet run on a GPU: see README.
 
     Attributes:
         last: The `Solution` of the last call without its value (None before it): status, steps, residual per sample.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong kind or out of range; the message names it.
+        TypeError, ValueError: An argument is of the wrong kind or out of range; the message names it.
     """
 
     def __init__(
@@ -66,28 +67,26 @@ class DEQ(nn.Module):
         if not isinstance(cell, nn.Module):
             raise TypeError(f"cell must be an nn.Module, got {describe(cell)}; for a function there is fixed_point")
         if solver is None:
-            own = cell.default_solver() if isinstance(cell, Cell) else Picard()
-            solver = _picard(own) if isinstance(adjoint, Unrolled) else own
+            solver = cell.default_solver() if isinstance(cell, Cell) else Picard()
+            solver = _picard(solver) if isinstance(adjoint, Unrolled) else solver
         check(solver, adjoint, tol, max_steps)
-        self.cell, self.solver, self.adjoint = cell, solver, adjoint
         if not isinstance(compile, bool | dict):
             raise TypeError(f"compile must be a bool or a dict of torch.compile's options, got {compile!r}")
-        self.tol, self.max_steps, self.trace, self.group = tol, max_steps, trace, group
-        self.compile_cell = compile
-        if not isinstance(graph, bool):
-            raise TypeError(f"graph must be a bool, got {graph!r}")
+        boolean("graph", graph)
         why = _not_captured(adjoint, trace, group) if graph else None
         if why:
             raise ValueError(f"graph=True can't be combined with {why}")
-        self.graph = graph
+        self.cell, self.solver, self.adjoint = cell, solver, adjoint
+        self.tol, self.max_steps, self.trace, self.group = tol, max_steps, trace, group
+        self.compile_cell, self.graph = compile, graph
         self._graphs = Graphs() if graph else None
         self._compiled: Any = None  # as a tuple, or its parameters would be registered twice
+        self._unrolled: Unrolled | None = None
+        self._token = Token()
         self.last: Solution | None = None
-        self._twin: Unrolled | None = None
-        self._token = _Token()
 
     def forward(self, x: Any, z0: Any = None, mask: Any = None) -> Any:
-        """The fixed point: `solve(x, z0, mask).value`."""
+        """Returns the fixed point: `solve(x, z0, mask).value`."""
         return self.solve(x, z0, mask).value
 
     def unrolled(self, steps: int | None, checkpoint: bool = False) -> "DEQ":
@@ -95,52 +94,42 @@ class DEQ(nn.Module):
 
         The net is `Unrolled(steps, checkpoint)` from where a solve would start, by steps of the layer's solver if it is
         a `Picard`, else of the cell's default, else by plain ones: for warm-up, and to compare with. It holds in
-        train() and eval(), and in copies; state_dict does not know of it.
+        train() and eval(), and in copies; state_dict does not contain it.
 
         Raises:
-            TypeError, ValueError: an option is of the wrong kind or out of range.
+            TypeError, ValueError: An option is of the wrong kind or out of range.
         """
-        self._twin = None if steps is None else Unrolled(steps, checkpoint)
+        self._unrolled = None if steps is None else Unrolled(steps, checkpoint)
         return self
 
-    def _evaluate(self) -> Callable:
-        """The cell as the loop calls it."""
-        if self.compile_cell is False:
-            return self.cell
-        if self._compiled is None:
-            options = {} if self.compile_cell is True else self.compile_cell
-            self._compiled = (torch.compile(self.cell, **options),)
-        return self._compiled[0]
-
     def solve(self, x: Any, z0: Any = None, mask: Any = None) -> Solution:
-        """The fixed point and, per sample, what became of it.
+        """Returns the fixed point and the outcome of each sample.
 
         Args:
             x: The cell's input.
-            z0: Where to start: a state. None asks the cell (`initial`), or is zeros like x.
+            z0: Where to start: a state. None is the cell's `initial`, or zeros like x.
             mask: bool, True where an element of the state counts in norms.
 
         Raises:
             TypeError, ValueError: x, z0, mask or what the cell returned does not fit; the message names it.
-            RuntimeError: the cell draws dropout masks of its own: see `FixedDropout`.
+            RuntimeError: The cell draws other dropout masks than those of `FixedDropout`.
         """
-        return self._solve(self._map(x), x, z0, mask)
-
-    def _map(self, x: Any) -> "_Map":
-        cell = self.cell
-        weights = Parametrized(cell)
-        with weights.held(weights.values):
-            injection = cell.inject(x) if isinstance(cell, Cell) else x
-        return _Map(self._evaluate(), cell, injection, weights, self._graphs)
+        evaluate: Callable = self.cell
+        if self.compile_cell is not False:
+            if self._compiled is None:
+                options = {} if self.compile_cell is True else self.compile_cell
+                self._compiled = (torch.compile(self.cell, **options),)
+            (evaluate,) = self._compiled
+        inject = self.cell.inject if isinstance(self.cell, Cell) else lambda x: x
+        return self._solve(_Map(evaluate, self.cell, lambda: inject(x), self._graphs), x, z0, mask)
 
     @torch.no_grad()
-    def step(self, x: Any, cache: "Cache | None" = None, z0: Any = None) -> "tuple[Any, Cache]":
-        """(fixed point of these tokens, cache of all so far), as if all were solved together, but only these are.
+    def step(self, x: Any, cache: Cache | None = None, z0: Any = None) -> tuple[Any, Cache]:
+        """Returns (fixed point of these tokens, cache of all so far), as if all were solved together; only these are.
 
-        A causal cell's tokens do not depend on later ones, so what was solved stands, and the cache holds what the cell
-        needs of it (keys and values at the equilibrium, for `cells.Transformer`). Any number of tokens is a step: a
-        prompt, then one after another. Each step stops by the residual of its own tokens, so the result is that of
-        `forward` on all tokens to within the tolerance.
+        A causal cell's tokens do not depend on later ones, so earlier solutions stand, and the cache holds what the
+        cell needs of them (keys and values at the equilibrium, for `cells.Transformer`). A step is any number of
+        tokens and stops by their residual, so the result is that of `forward` on all tokens to within the tolerance.
 
         There are no gradients, neither of z nor of the cache: train with `forward`. A cache belongs to the weights it
         was made with. It may be stepped from any number of times, as beams do that share a prompt. Dropout, in train(),
@@ -149,122 +138,74 @@ class DEQ(nn.Module):
         Args:
             x: The cell's input for the new tokens, [B, t, ...].
             cache: What the step before returned; None: these are the first tokens.
-            z0: Where to start: a state. None asks the cell.
+            z0: Where to start: a state. None is the cell's `initial`.
 
         Raises:
-            TypeError: the cell does not define `extend` and `remember`; cache is none of `step`'s.
-            ValueError: the cell is not causal; the cache is that of another layer, batch size, dtype or device.
+            TypeError: The cell does not define `extend` and `remember`; cache is none of `step`'s.
+            ValueError: The cell is not causal; the cache is that of another layer, batch size, dtype or device.
         """
         cell = self.cell
-        if not isinstance(cell, Cell) or type(cell).extend is Cell.extend or type(cell).remember is Cell.remember:
-            raise TypeError(f"step needs a causal cell that defines extend and remember, got {type(cell).__name__}")
-        like = _like(x)
-        past = None if cache is None else _past_of(cache, self._token, like)
-        weights = Parametrized(cell)
-        with weights.held(weights.values):
-            injection = cell.extend(x, past)
-        f = _Map(cell, cell, injection, weights, None)
+        past, like = past_of(cell, x, cache, self._token)
+        f = _Map(cell, cell, lambda: cell.extend(x, past), None)  # type: ignore[operator]
         z = self._solve(f, x, z0, None).value
-        with f.held(weights.values):
-            past = cell.remember(z, injection)
-        return z, Cache(self._token, like, past)
+        with f.held(f.weights.values):
+            return z, Cache(self._token, like, cell.remember(z, f.injection))  # type: ignore[operator]
 
     def _solve(self, f: "_Map", x: Any, z0: Any, mask: Any) -> Solution:
-        cell, injection = self.cell, f.injection
-        own = isinstance(cell, Cell)
-        if z0 is None:
-            z0 = cell.initial(x, injection) if own else _zeros(x)
-        if mask is None and own:
-            mask = cell.counts(injection)
-        tol = self.tol if self.tol is not None or not own else cell.default_tol()
+        cell, tol = self.cell, self.tol
         solver, adjoint = self.solver, self.adjoint
-        if self._twin is not None:
-            solver, adjoint = _picard(solver, cell.default_solver() if own else None), self._twin
-        solution = fixed_point(
-            f,
-            z0,
-            (injection, f.weights.values),
-            solver=solver,
-            adjoint=adjoint,
-            tol=tol,
-            max_steps=self.max_steps,
-            batch_dims=getattr(cell, "batch_dims", 1),
-            mask=mask,
-            trace=self.trace,
-            group=self.group,
-        )
+        if self._unrolled is not None:
+            default = cell.default_solver() if isinstance(cell, Cell) else None
+            solver, adjoint = _picard(solver, default), self._unrolled
+        if isinstance(cell, Cell):
+            z0 = cell.initial(x, f.injection) if z0 is None else z0
+            mask = cell.counts(f.injection) if mask is None else mask
+            tol = cell.default_tol() if tol is None else tol
+        elif z0 is None:
+            if not isinstance(x, Tensor):
+                raise TypeError(f"z0 must be given where x is no tensor and the cell has no `initial`: {describe(x)}")
+            z0 = torch.zeros_like(x)
+        options = {"max_steps": self.max_steps, "trace": self.trace, "group": self.group, "tol": tol, "mask": mask}
+        options |= {"solver": solver, "adjoint": adjoint, "batch_dims": getattr(cell, "batch_dims", 1)}
+        solution = fixed_point(f, z0, (f.injection, f.weights.values), **options)
         self.last = replace(solution, value=None)
         return solution
 
     def extra_repr(self) -> str:
+        """Returns the options, for repr()."""
         tol = "auto" if self.tol is None else self.tol
-        twin = "" if self._twin is None else f", unrolled={self._twin.steps}"
-        return f"solver={self.solver}, adjoint={self.adjoint}, tol={tol}, max_steps={self.max_steps}{twin}"
+        unrolled = "" if self._unrolled is None else f", unrolled={self._unrolled.steps}"
+        return f"solver={self.solver}, adjoint={self.adjoint}, tol={tol}, max_steps={self.max_steps}{unrolled}"
 
-    def __getstate__(self):
-        own = {"last": None, "_compiled": None, "_graphs": Graphs() if self.graph else None, "_token": _Token()}
-        return {**self.__dict__, **own}
-
-
-class _Token:
-    """Who a layer is, to its caches; a copy of the layer has one of its own."""
-
-
-@dataclass(frozen=True)
-class Cache:
-    """What `DEQ.step` remembers of the tokens so far."""
-
-    layer: _Token
-    like: dict[str, Any]  # of x: batch size, dtype, device
-    past: Any = field(repr=False)  # the cell's
-
-
-def _like(x: Any) -> dict[str, Any]:
-    first = next((leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor) and leaf.ndim), None)
-    if first is None:
-        raise TypeError(f"x must hold a tensor [batch, tokens, ...], got {describe(x)}")
-    return {"batch size": first.shape[0], "dtype": first.dtype, "device": first.device}
-
-
-def _past_of(cache: Any, token: _Token, like: dict[str, Any]) -> Any:
-    """What the cell remembers, if the cache fits."""
-    if not isinstance(cache, Cache):
-        raise TypeError(f"cache must be what step returned, or None, got {describe(cache)}")
-    if cache.layer is not token:
-        raise ValueError("cache must be of this layer's own steps, got that of another layer")
-    for name, value in like.items():
-        if cache.like[name] != value:
-            raise ValueError(f"cache must fit x: it is for {name} {cache.like[name]}, and x has {name} {value}")
-    return cache.past
+    def __getstate__(self) -> dict[str, Any]:
+        graphs = Graphs() if self.graph else None
+        return self.__dict__ | {"last": None, "_compiled": None, "_graphs": graphs, "_token": Token()}
 
 
 class _Map:
-    """cell(z, injection), with the same dropout masks at every call, and parametrized tensors of these values.
+    """cell(z, injection), with the same dropout masks at every call, and parametrized tensors of given values.
 
-    Args:
-        evaluate: The cell, or what it was compiled to.
-        injection: That of this solve, for the whole-solve kernel.
-        weights: The parametrized tensors of the cell.
-        graphs: The layer's captured solves, if it has any.
+    `evaluate` is the cell or what it was compiled to, `inject` computes the injection, `graphs` are the layer's.
     """
 
-    def __init__(
-        self, evaluate: Callable, cell: nn.Module, injection: Any, weights: Parametrized, graphs: Graphs | None
-    ):
-        self.evaluate, self.cell, self.injection, self.graphs = evaluate, cell, injection, graphs
-        self.weights = weights
+    def __init__(self, evaluate: Callable, cell: nn.Module, inject: Callable[[], Any], graphs: Graphs | None):
+        self.evaluate, self.cell, self.graphs = evaluate, cell, graphs
+        self.weights = Parametrized(cell)
+        with self.weights.held(self.weights.values):
+            self.injection = inject()
         self.opaque = evaluate is not cell
         self.masks = Masks(cell)
 
-    def twin(self) -> "_Map":
-        """The same map, with masks in memory of its own."""
-        twin = _Map(self.evaluate, self.cell, None, self.weights, None)
-        twin.masks.masks = {module: mask.clone() for module, mask in self.masks.masks.items()}
-        return twin
+    def copy(self, injection: Any) -> "_Map":
+        """Returns the same map of another injection, with copies of the masks."""
+        other = copy(self)
+        other.injection, other.graphs, other.masks = injection, None, copy(self.masks)
+        other.masks.masks = {k: None if mask is None else mask.clone() for k, mask in self.masks.masks.items()}
+        return other
 
     @contextlib.contextmanager
     def held(self, weights: tuple[Tensor, ...]) -> Iterator[None]:
-        """For one evaluation."""
+        """Holds the masks and these weights for one evaluation."""
         with self.weights.held(weights), self.masks.held():
             yield
 
@@ -275,20 +216,29 @@ class _Map:
         with self.held(weights):  # a compiled cell finds the masks and has no branch that draws them
             return (self.evaluate if drawn else self.cell)(z, injection)
 
-    @property
-    def whole_solve(self):
-        return self.cell.whole_solve(self.injection) if _tells(self.cell, "whole_solve") else None
-
-    @property
-    def splitting(self):
-        return self.cell.splitting(self.injection) if _tells(self.cell, "splitting") else None
-
-    @property
-    def tail(self):
-        told = self.cell.tail(self.injection) if _tells(self.cell, "tail") and not self.opaque else None
-        if told is None:
+    def _declared(self, name: str) -> Any:
+        """What the cell declares of its forward; None where a subclass has replaced the forward it is about."""
+        cell = self.cell
+        if not isinstance(cell, Cell) or "forward" in vars(cell):
             return None
-        parts, tail = told
+        depth = [next(i for i, c in enumerate(type(cell).__mro__) if n in vars(c)) for n in (name, "forward")]
+        return getattr(cell, name)(self.injection) if depth[0] <= depth[1] else None
+
+    @property
+    def whole_solve(self) -> Any:
+        return self._declared("whole_solve")
+
+    @property
+    def splitting(self) -> Any:
+        return self._declared("splitting")
+
+    @property
+    def tail(self) -> Any:
+        """The cell's `tail`, with everything held."""
+        declared = None if self.opaque else self._declared("tail")
+        if declared is None:
+            return None
+        parts, tail = declared
 
         def held(z: Any, injection: Any, weights: tuple[Tensor, ...]) -> tuple[Any, ...]:
             with self.held(weights):
@@ -297,21 +247,13 @@ class _Map:
         return held, tail
 
 
-def _tells(cell: nn.Module, what: str) -> bool:
-    """Whether `cell` is a Cell whose `what` speaks of its own forward, not of one that a subclass has replaced."""
-    if not isinstance(cell, Cell) or "forward" in vars(cell):
-        return False
-    defined = {name: next(i for i, c in enumerate(type(cell).__mro__) if name in vars(c)) for name in (what, "forward")}
-    return defined[what] <= defined["forward"]
-
-
 def _picard(*solvers: Solver | None) -> Picard:
-    """The first of these that is one, else the plain one."""
+    """Returns the first of these that is one, else the plain one."""
     return next((solver for solver in solvers if isinstance(solver, Picard)), Picard())
 
 
 def _not_captured(adjoint: Adjoint, trace: bool, group: Any) -> str | None:
-    """What of these a captured solve has not."""
+    """Returns which of these a captured solve can't have."""
     if isinstance(adjoint, Unrolled):
         return "adjoint Unrolled, which autograd differentiates step by step"
     if isinstance(adjoint, Implicit) and adjoint.reuse:
@@ -319,9 +261,3 @@ def _not_captured(adjoint: Adjoint, trace: bool, group: Any) -> str | None:
     if trace:
         return "trace=True, which asks for every residual"
     return "group, whose ranks would have to agree on every replay" if group is not None else None
-
-
-def _zeros(x: Any) -> Tensor:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"z0 must be given where x is not a tensor and the cell has no `initial`; x is {describe(x)}")
-    return torch.zeros_like(x)

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .adjoints import Implicit, Unrolled
 from .deq import DEQ
 from .jacobian import hessenberg, point, radius
-from .layout import Layout, describe
+from .layout import Layout, describe, pytree
 from .solution import Solution, Status
 from .solvers import Anderson, Broyden, Picard
 
@@ -107,7 +106,7 @@ class _Trials:
 
     def __init__(self, layer: DEQ, x: Any, z0: Any, mask: Any):
         adjoint = Implicit() if isinstance(layer.adjoint, Unrolled) else layer.adjoint
-        plain = {"trace": False, "graph": False, "_graphs": None, "compile_cell": False, "_twin": None}
+        plain = {"trace": False, "graph": False, "_graphs": None, "compile_cell": False, "_unrolled": None}
         self.layer = _variant(layer, adjoint=adjoint, **plain)
         self.x, self.z0, self.mask = x, z0, mask
         self.patient = {"max_steps": PATIENCE * layer.max_steps}

@@ -1,24 +1,24 @@
 """The driver: checks, plans, solves, attaches the gradient."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-from .adjoints import Adjoint, BackwardSolves, Implicit, Unrolled, attach
+from .adjoints import Adjoint, Implicit, Unrolled, attach
 from .capture import Linearised
-from .graphs import Call, CapturedPoint
+from .checks import integer, number
+from .cuda_graphs import Call, CapturedPoint
 from .kernels.dispatch import CellOp, Op, WholeSolve
 from .kernels.rules import Rules
 from .kernels.tails import PLAIN
 from .layout import Layout
-from .loop import Estimate, Settings, drive, flat_tail, iterate, room, told
+from .loop import Estimate, Settings, declared, drive, explain_no_room, flat_tail, iterate
 from .solution import Solution
 from .solvers import Broyden, Picard, Solver
-from .solvers.base import count, number
 from .solvers.splitting import Reformulation, Splitting, SplittingSolver
 
 
@@ -42,10 +42,10 @@ def fixed_point(
     Args:
         f: Returns a state of the structure, shapes and device of `z0`. What it captures gets gradients too. Its
             attribute `whole_solve`, if any, is a `WholeSolve`: kernels that hold f, for a whole solve or for each step;
-            `tail` is (g, Tail) where f is that Tail of the parts that g returns, a tuple; `splitting` is what solvers
-            that split operators need to know.
+            `tail` is (g, Tail) where f is that Tail of the parts that g returns, a tuple; `splitting` is a `Splitting`,
+            for solvers that split operators.
         z0: Where to start: a floating-point tensor or a tuple / list / dict of them, in any nesting. The iteration runs
-            in float32 (float64 if any tensor is) whatever their dtype and autocast say; f gets and may return theirs.
+            in float32 (float64 if any tensor is) whatever their dtype and autocast; f gets and may return their dtype.
         args: Further arguments of f.
         solver: `Picard`, `Anderson` or `Broyden`; `PeacemanRachford` or `ForwardBackward` where f has a `splitting`.
         adjoint: `Implicit`, `Neumann`, `Phantom`, `OneStep` or `Unrolled`. Only the last gives `z0` a gradient.
@@ -54,16 +54,16 @@ def fixed_point(
         max_steps: Evaluations of f at most (plus one at the solution, where gradients are wanted).
         batch_dims: Leading dims that index samples; negative counts from the end of the (first) tensor's dims.
         mask: bool, True where an element counts in norms; aligned with the first dims of each tensor.
-        trace: Keep the residual of every evaluation.
+        trace: Return the residual of every evaluation.
         group: A torch.distributed group whose ranks stop together, for an f that communicates.
-        throw: Raise where a sample fails instead of only saying so in `status`; syncs.
+        throw: Raise where a sample fails, in place of leaving that to `status`; syncs.
 
     Returns:
         A `Solution`.
 
     Raises:
-        TypeError, ValueError: an argument or what f returned does not fit; the message names it.
-        RuntimeError: with `throw`, a sample is MAX_STEPS, GROWING or NONFINITE.
+        TypeError, ValueError: An argument or what f returned does not fit; the message names it.
+        RuntimeError: With `throw`, a sample is MAX_STEPS, GROWING or NONFINITE.
     """
     options = (solver, adjoint, tol, max_steps, batch_dims, mask, trace, group, throw)
     if torch.compiler.is_compiling():  # a compiler can't see through the loop, and need not
@@ -71,19 +71,23 @@ def fixed_point(
     return _fixed_point(f, z0, args, *options)
 
 
-def _fixed_point(f, z0, args, solver, adjoint, tol, max_steps, batch_dims, mask, trace, group, throw) -> Solution:
+def _fixed_point(
+    f: Any, z0: Any, args: Any, solver: Any, adjoint: Any, tol: Any, max_steps: Any, batch_dims: Any, *rest: Any
+) -> Solution:
+    mask, trace, group, throw = rest
     if not callable(f):
         raise TypeError(f"f must be callable, got {f!r}")
     if not isinstance(args, tuple):
         raise TypeError(f"args must be a tuple, got {type(args).__name__}")
-    count("batch_dims", batch_dims, least=-(1 << 30))
+    integer("batch_dims", batch_dims, least=None)
     check(solver, adjoint, tol, max_steps)
     layout = Layout(z0, batch_dims)
     if tol is None:
-        tol = 1e-2 if _halves(layout) else 1e-3
-    keep = layout.mask(mask)
+        narrow = any(d.itemsize < 4 for d in layout.dtypes) or torch.is_autocast_enabled(layout.device.type)
+        tol = 1e-2 if narrow else 1e-3
     reuse = isinstance(adjoint, Implicit) and adjoint.reuse and torch.is_grad_enabled()
-    settings = Settings(solver, float(tol), max_steps, keep, group, leaves=Estimate() if reuse else None)
+    leaves = Estimate() if reuse else None
+    settings = Settings(solver, float(tol), max_steps, layout.mask(mask), group, leaves=leaves)
     start = layout.pack(z0, "z0")
 
     def apply(flat: Tensor) -> Tensor:
@@ -92,7 +96,7 @@ def _fixed_point(f, z0, args, solver, adjoint, tol, max_steps, batch_dims, mask,
     if isinstance(adjoint, Unrolled):
         flat, solution = _unroll(apply, start, settings, adjoint, trace)
     else:
-        whole = told(f, "whole_solve", WholeSolve)
+        whole = declared(f, "whole_solve", WholeSolve)
         op, path = _plan(whole, layout, settings, trace)
         backward = _for_adjoint(settings, adjoint)
         splitting = _splitting(f, settings.solver, backward.solver)
@@ -111,19 +115,19 @@ def _fixed_point(f, z0, args, solver, adjoint, tol, max_steps, batch_dims, mask,
         with torch.no_grad():
             if captured is not None:
                 flat, solution = captured.solve(call)
-            elif isinstance(solver, SplittingSolver):
+            elif splitting is not None and isinstance(solver, SplittingSolver):
                 flat, solution, op, path = _split(lambda: solver.solve(splitting), start, layout, settings, trace)
-            elif op is None:
-                plan = replace(settings, tail=flat_tail(f, layout, args))
-                flat, solution = iterate(apply, start, plan, trace)
+            elif whole is None or op is None:
+                settings = replace(settings, tail=flat_tail(f, layout, args))
+                flat, solution = iterate(apply, start, settings, trace)
             else:
                 flat, solution = _run(op, op.solve, (*whole.operands, start), whole, settings, trace)
         solution.path = _path(op, path, solution)
         if torch.is_grad_enabled():
             at = CapturedPoint(captured, call, flat) if captured else Linearised(f, layout, flat, args)
             if at.differentiable:
-                backward = _Backward(backward, whole, splitting, layout, flat, solution._adjoints)
-                flat = attach(adjoint, at, flat, backward)
+                solves = _Backward(backward, whole, splitting, layout, flat, solution._adjoints)
+                flat = attach(adjoint, at, flat, solves)
     solution.value = layout.unpack(flat)
     _shape(solution, layout)
     if throw:
@@ -143,29 +147,31 @@ def check(solver: Any, adjoint: Any, tol: Any, max_steps: Any) -> None:
         raise ValueError(f"adjoint Implicit(reuse=True) needs the inverse estimate of Broyden, got solver {solver!r}")
     if tol is not None:
         number("tol", tol, 0)
-    count("max_steps", max_steps)
+    integer("max_steps", max_steps)
 
 
 def _for_adjoint(settings: Settings, adjoint: Adjoint) -> Settings:
-    """How the linear systems of the exact adjoint are solved: as the forward one, or as the adjoint says."""
+    """Returns how the linear systems of the exact adjoint are solved: as the forward one, or by its options."""
     if not isinstance(adjoint, Implicit):
         return settings
-    return replace(
-        settings,
-        solver=adjoint.solver or settings.solver,
-        tol=adjoint.tol or settings.tol,
-        max_steps=adjoint.max_steps or settings.max_steps,
-        estimate=settings.leaves,
-        leaves=None,
-    )
+    solver, tol = adjoint.solver or settings.solver, adjoint.tol or settings.tol
+    max_steps = adjoint.max_steps or settings.max_steps
+    return replace(settings, solver=solver, tol=tol, max_steps=max_steps, estimate=settings.leaves, leaves=None)
 
 
-class _Backward(BackwardSolves):
-    """Solves the linear systems of the exact adjoint."""
+_Outcome = tuple[Tensor, Solution, Op | CellOp | None, str]
 
-    def __init__(self, settings, whole, splitting, layout, z, record):
-        self.settings, self.whole, self.splitting, self.layout = settings, whole, splitting, layout
-        self.z, self.record = z, record
+
+@dataclass
+class _Backward:
+    """Solves the linear systems of the exact adjoint at z, and leaves the last Solution in `record`."""
+
+    settings: Settings
+    whole: WholeSolve | None
+    splitting: Splitting | None
+    layout: Layout
+    z: Tensor
+    record: list[Solution]
 
     def adjoint(self, at: Linearised, g: Tensor) -> Tensor:
         settings, whole = self.settings, self.whole
@@ -174,9 +180,9 @@ class _Backward(BackwardSolves):
             op, path = _plan(whole, self.layout, settings)
             if isinstance(at, CapturedPoint):
                 op, (u, solution) = None, at.adjoint(g)
-            elif isinstance(settings.solver, SplittingSolver):
-                u, solution, op, path = self._pull(g, transpose=True)
-            elif op is None:
+            elif self.splitting is not None and isinstance(settings.solver, SplittingSolver):
+                u, solution, op, path = self._linear(self.splitting, settings.solver, g, transpose=True)
+            elif whole is None or op is None:
                 settings = replace(settings, tail=(lambda u: (at.vjp(u), g), PLAIN))
                 u, solution = iterate(lambda u: at.vjp(u) + g, g, settings)
             else:
@@ -189,23 +195,22 @@ class _Backward(BackwardSolves):
     def tangent(self, at: Linearised, w: Tensor) -> Tensor:
         with torch.no_grad():
             w, scale = _normalised(w)
-            split = self.splitting
-            if isinstance(self.settings.solver, SplittingSolver):
+            split, solver = self.splitting, self.settings.solver
+            if split is not None and isinstance(solver, SplittingSolver):
                 with torch.autocast(w.device.type, enabled=False):
-                    y = self._pull(w @ split.w.mT, transpose=False)[0]
+                    y = self._linear(split, solver, w @ split.w.mT, transpose=False)[0]
                     return (split.slope(split.linear(self.z), 1.0) * y + w) * scale
-            settings = replace(self.settings, estimate=None)  # that is of the transposed problem
-            settings = replace(settings, tail=(lambda v: (at.jvp(v), w), PLAIN))
+            tail = lambda v: (at.jvp(v), w), PLAIN  # noqa: E731
+            settings = replace(self.settings, estimate=None, tail=tail)  # the estimate is of the transposed problem
             return iterate(lambda v: at.jvp(v) + w, w, settings)[0] * scale
 
-    def _pull(self, g: Tensor, transpose: bool):
-        """y = M S y + g, as `_split` returns it."""
-        split, solver = self.splitting, self.settings.solver
+    def _linear(self, split: Splitting, solver: SplittingSolver, g: Tensor, transpose: bool) -> "_Outcome":
+        """Solves y = M S y + g; returns what `_split` does."""
         return _split(lambda: solver.pull(split, split.linear(self.z), g, transpose), g, self.layout, self.settings)
 
 
 def _normalised(g: Tensor) -> tuple[Tensor, Tensor]:
-    """(g / scale, scale): a power of two per sample, so that tiny and huge gradients are solved to the bit alike."""
+    """Returns (g / scale, scale), a power of two per sample: tiny and huge gradients are solved to the bit alike."""
     peak = g.abs().amax(dim=1, keepdim=True) if g.shape[1] else g.new_zeros(g.shape[0], 1)
     scale = torch.exp2(torch.frexp(peak).exponent.to(g.dtype))
     scale = torch.where((peak > 0) & peak.isfinite(), scale, 1.0)
@@ -215,14 +220,14 @@ def _normalised(g: Tensor) -> tuple[Tensor, Tensor]:
 def _plan(
     whole: WholeSolve | None, layout: Layout, settings: Settings, trace: bool = False
 ) -> tuple[Op | CellOp | None, str]:
-    """(op, how) if kernels that hold the cell can do it, else (None, why not)."""
+    """Returns (op, how) if kernels that hold the cell can do it, else (None, why not)."""
     fused = settings.solver.fused()
     if whole is None:
         return None, "the cell names no whole-solve kernel"
     if fused is None:
         return None, f"no whole-solve kernel has {type(settings.solver).__name__}"
-    op, how = whole.pick(layout.device, fused["memory"], settings.tol)
-    if op is not None and settings.keep is not None:
+    op, how = whole.pick(layout.device, int(fused["memory"]), settings.tol)
+    if op is not None and settings.mask is not None:
         return None, "kernels that hold the cell take no mask"
     if isinstance(op, Op) and (settings.group is not None or trace):
         return None, "whole-solve kernels take no group or trace"
@@ -230,9 +235,9 @@ def _plan(
 
 
 def _splitting(f: Callable, *solvers: Solver) -> Splitting | None:
-    """What f tells of itself to those of these solvers that split operators."""
+    """Returns the splitting of f, if one of these solvers needs it."""
     asking = [solver for solver in solvers if isinstance(solver, SplittingSolver)]
-    splitting = told(f, "splitting", Splitting) if asking else None
+    splitting = declared(f, "splitting", Splitting) if asking else None
     if asking and splitting is None:
         raise ValueError(f"solver {asking[0]!r} needs a cell with a splitting, such as cells.Monotone")
     return splitting
@@ -240,13 +245,13 @@ def _splitting(f: Callable, *solvers: Solver) -> Splitting | None:
 
 def _split(
     problem: Callable[[], Reformulation], start: Tensor, layout: Layout, settings: Settings, trace: bool = False
-):
-    """(solution of what `problem` reformulates, Solution without it, op, how), always in the precision of the state."""
+) -> _Outcome:
+    """Returns (solution of what `problem` reformulates, Solution without it, op, how), in the state's precision."""
     with torch.autocast(start.device.type, enabled=False):
         p, settings = problem(), replace(settings, solver=Picard())
         whole = p.whole_solve
         op, path = _plan(whole, layout, settings, trace)
-        if op is None:
+        if whole is None or op is None:
             settings = replace(settings, tail=p.tail)
             w, solution = iterate(lambda w: p.act(p.linear(w)), p.enter(start), settings, trace)
             y = p.linear(w)
@@ -259,29 +264,33 @@ def _split(
 
 
 def _path(op: Op | CellOp | None, how: str, solution: Solution) -> str:
-    """What solved it, for whoever reads `Solution.path`."""
+    """Returns `Solution.path`."""
     if op is None:
         return f"{solution.path}: {how}"
     return f"loop, {how}" if isinstance(op, CellOp) else how
 
 
 def _run(
-    op: Op | CellOp, work: Callable, operands: tuple[Tensor, ...], whole: WholeSolve, settings: Settings, trace=False
+    op: Op | CellOp,
+    work: Callable,
+    operands: tuple[Tensor, ...],
+    whole: WholeSolve,
+    settings: Settings,
+    trace: bool = False,
 ) -> tuple[Tensor, Solution]:
-    """One solve by kernels that hold the cell."""
-    options = whole.options(settings.tol) | settings.solver.fused()
-    with room(settings.solver, operands[-1]):
+    """Runs one solve by kernels that hold the cell."""
+    options = whole.options(settings.tol) | (settings.solver.fused() or {})
+    with explain_no_room(settings.solver, operands[-1]):
         made = work(*operands, tol=settings.tol, max_steps=settings.max_steps, **options)
     if isinstance(op, CellOp):
         return drive(made, settings, trace)
-    value, *outcome = made
-    return value, _solution(*outcome)
+    value, steps, residual, status = made
+    return value, Solution(None, status, steps, residual)
 
 
-def _unroll(f, z: Tensor, settings: Settings, adjoint: Unrolled, trace: bool) -> tuple[Tensor, Solution]:
-    """`steps` damped steps under autograd; the residual is that of the last evaluation."""
-    keep, damping = settings.keep, settings.solver.damping
-    rules = Rules(z.shape[0], z.dtype, z.device, settings.tol)
+def _unroll(f: Callable, z: Tensor, settings: Settings, adjoint: Unrolled, trace: bool) -> tuple[Tensor, Solution]:
+    """Takes `steps` damped steps under autograd; the residual is that of the last evaluation."""
+    mask, damping = settings.mask, getattr(settings.solver, "damping", 1.0)
     residuals = []
     for k in range(1, adjoint.steps + 1):
         if adjoint.checkpoint and torch.is_grad_enabled():
@@ -290,30 +299,18 @@ def _unroll(f, z: Tensor, settings: Settings, adjoint: Unrolled, trace: bool) ->
             y = f(z)
         if trace or k == adjoint.steps:
             with torch.no_grad():
-                g = y - z if keep is None else torch.where(keep, y - z, 0.0)
-                s = y if keep is None else torch.where(keep, y, 0.0)
                 rules = Rules(z.shape[0], z.dtype, z.device, settings.tol)
-                rel, _ = rules.update(1, torch.linalg.vector_norm(g, dim=1), torch.linalg.vector_norm(s, dim=1))
+                counted = (x if mask is None else torch.where(mask, x, 0.0) for x in (y - z, y))
+                rel, _ = rules.update(1, *(torch.linalg.vector_norm(x, dim=1) for x in counted))
                 residuals.append(rel)
         z = y if damping == 1 else torch.lerp(z, y, damping)
-    solution = _solution(rules.steps * adjoint.steps, rules.rel, rules.status())
-    solution.trace = torch.stack(residuals) if trace else None
-    solution.path = "loop: unrolled under autograd"
-    return z, solution
-
-
-def _solution(steps: Tensor, residual: Tensor, status: Tensor) -> Solution:
-    return Solution(None, status, steps, residual)
+    steps, residual = rules.steps * adjoint.steps, rules.rel
+    traced = torch.stack(residuals) if trace else None
+    return z, Solution(None, rules.status(), steps, residual, traced, "loop: unrolled under autograd")
 
 
 def _shape(solution: Solution, layout: Layout) -> None:
-    """Gives per-sample vectors the batch shape."""
+    """Reshapes per-sample vectors to the batch shape."""
     for name in ("status", "steps", "residual", "trace"):
         vector = getattr(solution, name)
         setattr(solution, name, None if vector is None else layout.per_sample(vector))
-
-
-def _halves(layout: Layout) -> bool:
-    """Whether the state or autocast is narrower than float32."""
-    kind = layout.device.type
-    return any(d.itemsize < 4 for d in layout.dtypes) or torch.is_autocast_enabled(kind)

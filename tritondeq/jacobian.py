@@ -10,9 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .capture import Linearised
 from .cells import Cell
+from .checks import integer
 from .deq import DEQ
 from .layout import Layout, describe
-from .solvers.base import count
 
 SQUARINGS = 20  # ||H^k||^(1/k) with k = 2^20 exceeds the radius of a Jordan block of two by 1e-5 of it
 
@@ -46,7 +46,7 @@ def jacobian_penalty(
         TypeError, ValueError: an argument or what f returned does not fit; the message names it.
         RuntimeError: in the backward pass, where f says that it can be differentiated only once.
     """
-    count("probes", probes)
+    integer("probes", probes)
     at = point(f, z, args, batch_dims, mask)
     graph = torch.is_grad_enabled()
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -85,7 +85,7 @@ def spectral_radius(
     Raises:
         TypeError, ValueError: an argument or what f returned does not fit; the message names it.
     """
-    count("products", products)
+    integer("products", products)
     at = point(f, z, args, batch_dims, mask)
     return at.layout.per_sample(radius(hessenberg(at, products))).to(at.layout.dtype)
 

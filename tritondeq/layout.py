@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+from torch.utils import _pytree as pytree  # torch has no public name for it: the rest of the library takes this one
 
 
 def describe(x: Any) -> str:
-    """What `x` is, for an error message."""
+    """Returns what `x` is, for an error message."""
     if isinstance(x, Tensor):
         return f"a {str(x.dtype).removeprefix('torch.')} tensor of shape {tuple(x.shape)} on {x.device}"
     return f"{type(x).__name__} {x!r}"[:120]
@@ -17,7 +17,7 @@ def describe(x: Any) -> str:
 class Layout:
     """Packs states of one structure into [B, N] matrices and back; differentiable both ways.
 
-    A leaf of the example that is channels_last (or channels_last_3d) lies in the matrix as in memory, channels last: f
+    A leaf of the example that is channels_last (or channels_last_3d) lies in the matrix as in storage, channels last: f
     gets that format, and packing what it returns in that format copies nothing.
 
     Args:
@@ -26,8 +26,8 @@ class Layout:
         name: What errors call the state.
 
     Raises:
-        TypeError: a leaf is not a floating-point tensor.
-        ValueError: no leaf, leaves on different devices or with different batch shapes, `batch_dims` out of range.
+        TypeError: A leaf is not a floating-point tensor.
+        ValueError: No leaf, leaves on different devices or with different batch shapes, `batch_dims` out of range.
     """
 
     def __init__(self, state: Any, batch_dims: int = 1, name: str = "z0"):
@@ -41,8 +41,7 @@ class Layout:
         dims = batch_dims + first.ndim if batch_dims < 0 else batch_dims
         if not 0 <= dims <= min(leaf.ndim for leaf in leaves):
             raise ValueError(f"batch_dims={batch_dims} does not fit {name}: {', '.join(map(describe, leaves))}")
-        self.batch_shape = first.shape[:dims]
-        self.device = first.device
+        self.batch_shape, self.device = first.shape[:dims], first.device
         for leaf in leaves:
             if leaf.shape[:dims] != self.batch_shape or leaf.device != self.device:
                 raise ValueError(
@@ -59,48 +58,50 @@ class Layout:
         self.flat = self.single and first.shape == (self.batch, self.width) and first.dtype == self.dtype
 
     def pack(self, state: Any, name: str = "f(z)", cast: bool = True) -> Tensor:
-        """The state as [B, N] in float32, or float64 if any leaf is; a view where it can be. Without `cast` a state of
-        one tensor keeps its dtype.
+        """Returns the state as [B, N] in float32, or float64 if any leaf is; a view where that is possible.
+
+        Without `cast` a state of one tensor keeps its dtype.
 
         Raises:
-            TypeError, ValueError: its structure, shapes, device or kind differ from the example's.
+            TypeError, ValueError: Its structure, shapes, device or kind differ from the example's.
         """
         if self.single:
             self._check(state, 0, name)
             if self.flat and state.dtype == self.dtype:
                 return state
-            return self._flatten(state, 0) if cast else self._rows(state, 0)
+            rows = self._rows(state, 0)
+            return rows.to(self.dtype) if cast else rows
         leaves, spec = pytree.tree_flatten(state)
         if spec != self.spec:
             raise ValueError(f"{name} must have the structure of z0: wanted {self.spec}, got {spec}")
         for i, leaf in enumerate(leaves):
             self._check(leaf, i, name)
-        return torch.cat([self._flatten(leaf, i) for i, leaf in enumerate(leaves)], dim=1)
+        return torch.cat([self._rows(leaf, i).to(self.dtype) for i, leaf in enumerate(leaves)], dim=1)
 
     def unpack(self, flat: Tensor) -> Any:
-        """The state that [B, N] `flat` holds, each leaf in its own dtype."""
+        """Returns the state that `flat` [B, N] holds, each leaf in its dtype."""
         if self.single:
             return flat.view_as(flat) if self.flat else self._unflatten(flat, 0)
         parts = flat.split(self.sizes, dim=1)
         return pytree.tree_unflatten([self._unflatten(part, i) for i, part in enumerate(parts)], self.spec)
 
     def has_rows(self, features: int) -> bool:
-        """Whether [B, N] is made of rows of `features` elements, the last dim of the only tensor; 0: any will do."""
+        """Returns whether [B, N] is made of rows of `features` elements, the only tensor's last dim; 0: any will do."""
         if not features:
             return True
         last = len(self.batch_shape) < len(self.shapes[0]) and self.shapes[0][-1] == features
         return self.single and last and not self.channels_last[0]
 
     def per_sample(self, vector: Tensor) -> Tensor:
-        """[..., B] as [..., *batch shape]."""
+        """Returns `vector` [..., B] as [..., *batch shape]."""
         return vector.reshape(vector.shape[:-1] + self.batch_shape)
 
     def mask(self, mask: Any) -> Tensor | None:
-        """`mask` as [B, N] bool: one tensor for every leaf, aligned with its first dims, or a nesting as z0's.
+        """Returns `mask` as [B, N] bool: one tensor for every leaf, aligned with its first dims, or a nesting as z0's.
 
         Raises:
-            TypeError: it is not boolean.
-            ValueError: it does not broadcast to a leaf.
+            TypeError: It is not boolean.
+            ValueError: It does not broadcast to a leaf.
         """
         if mask is None:
             return None
@@ -120,9 +121,6 @@ class Layout:
                 )
             flat.append(self._rows(wide.to(self.device).expand(shape), i))
         return torch.cat(flat, dim=1)
-
-    def _flatten(self, leaf: Tensor, i: int) -> Tensor:
-        return self._rows(leaf, i).to(self.dtype)
 
     def _unflatten(self, rows: Tensor, i: int) -> Tensor:
         shape = self.shapes[i]
@@ -144,10 +142,11 @@ class Layout:
 
 
 def _channels_last(leaf: Tensor) -> bool:
-    """Whether each sample is in a memory format that convolutions keep, and that differs from the plain one; samples
-    may lie apart, as those of a leaf in a matrix do."""
+    """Returns whether each sample is in a memory format that convolutions keep and that is not the plain one.
+
+    Samples may lie apart, as those of a leaf in a matrix do.
+    """
     form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(leaf.ndim)
     if form is None:
         return False
-    sample = leaf[:1]
-    return sample.is_contiguous(memory_format=form) and not sample.is_contiguous()
+    return leaf[:1].is_contiguous(memory_format=form) and not leaf[:1].is_contiguous()

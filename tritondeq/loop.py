@@ -1,7 +1,7 @@
 """The one loop: every solver, every cell, forward and backward."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,28 +12,39 @@ from torch import Tensor
 from .kernels import dispatch
 from .kernels.rules import Rules
 from .kernels.tails import PARTS, PLAIN, Tail
+from .layout import Layout
 from .solution import Solution
 from .solvers import Solver
 
 READ_EVERY = 4  # steps between two looks, one look late, at whether any sample is still active on a GPU
 
+Parts = Callable[[Tensor], tuple[Tensor, ...]]
+
 
 @dataclass(frozen=True)
 class Settings:
-    """What one solve is told, beside the map and where to start."""
+    """What one solve needs beside the map and where to start.
+
+    Attributes:
+        solver, tol, max_steps, group: As `fixed_point` takes them.
+        mask: Elements that count in norms, [B, N] bool, or None for all.
+        tail: (g, Tail) where the map is that Tail of the parts that g returns.
+        estimate: Of the inverse Jacobian, by an earlier solve; this one begins with it.
+        leaves: Filled by this solve.
+    """
 
     solver: Solver
     tol: float
     max_steps: int
-    keep: Tensor | None  # mask [B, N]
+    mask: Tensor | None
     group: Any
-    tail: tuple[Callable[[Tensor], tuple[Tensor, ...]], Tail] | None = None  # (parts, what f makes of them)
-    estimate: "Estimate | None" = None  # of the forward solve, to begin with
-    leaves: "Estimate | None" = None  # filled by this solve
+    tail: tuple[Parts, Tail] | None = None
+    estimate: "Estimate | None" = None
+    leaves: "Estimate | None" = None
 
 
 class Estimate:
-    """What a solve found out of the inverse Jacobian, as its solver's `estimate` gives it."""
+    """What a solve learnt of the inverse Jacobian, as its solver's `estimate` gives it."""
 
     rings: Any = None
 
@@ -41,12 +52,19 @@ class Estimate:
 def iterate(
     f: Callable[[Tensor], Tensor], z: Tensor, settings: Settings, trace: bool = False
 ) -> tuple[Tensor, Solution]:
-    """The loop. Returns the iterate [B, N] with the lowest residual, and a Solution without it."""
+    """Runs the loop. Returns the iterate [B, N] with the lowest residual, and a Solution without it."""
     op, how = plan_steps(settings.solver, z.device, z.shape[1], z.dtype) if z.shape[0] else (None, "")
-    parts, tail = split_tail(f, settings, z, fused=op is not None)
-    parts, outside = keep_autocast(parts, z.device.type)
+    parts, tail = split_tail(f, settings, z) if op is not None else (lambda z: (f(z),), PLAIN)
+    parts, outside = under_autocast(parts, z.device.type)
     with outside:
-        steps = _start(op, z, settings, tail)
+        with explain_no_room(settings.solver, z):
+            if op is None:
+                steps: Any = _Steps(z, settings)
+            else:
+                options = asdict(settings.solver)  # type: ignore[call-overload]  # every solver is a dataclass
+                steps = op.start(z, settings.mask, settings.tol, settings.max_steps, tail, **options)
+        if settings.estimate is not None:
+            steps.resume(settings.estimate.rings)
         best, solution = drive(steps, settings, trace, parts, z)
         if settings.leaves is not None:
             settings.leaves.rings = tuple(_oldest_first(ring, solution.steps) for ring in steps.estimate())
@@ -55,81 +73,66 @@ def iterate(
 
 
 def drive(
-    steps: Any, settings: Settings, trace: bool = False, parts: Callable | None = None, z: Tensor | None = None
+    steps: Any, settings: Settings, trace: bool = False, parts: Parts | None = None, z: Tensor | None = None
 ) -> tuple[Tensor, Solution]:
-    """As `iterate`, for these steps, which make f of its parts, from z on; steps that evaluate the cell themselves need
-    neither."""
+    """Runs the loop by these steps, from z on.
+
+    `steps` make f of its `parts`; steps that evaluate the cell themselves need neither these nor z.
+    """
     residuals = []
     look = Look(steps.rules.best.device, settings.group)
     for k in range(1, settings.max_steps + 1):
-        steps.take(*(parts(z) if parts else ()))
+        steps.take(*(parts(z) if parts is not None and z is not None else ()))
         if trace:
             residuals.append(steps.rel.clone())
         left = look(steps.left)
         if k == settings.max_steps or left == 0:
             break
         z = steps.onward(left)
-    best, status, count, residual = steps.finish()
-    solution = Solution(None, status, count, residual)
-    solution.trace = torch.stack(residuals) if trace else None
-    return best, solution
+    best, status, evaluations, residual = steps.finish()
+    return best, Solution(None, status, evaluations, residual, torch.stack(residuals) if trace else None)
 
 
-def told(f: Callable, what: str, kind: type) -> Any:
-    """What f tells of itself, or None; a cell's methods of these names want an injection, and tell nothing."""
-    value = getattr(f, what, None)
+def declared(f: Callable, name: str, kind: type) -> Any:
+    """Returns the attribute `name` of f, or None where it is of another kind, such as a cell's method of that name."""
+    value = getattr(f, name, None)
     return value if isinstance(value, kind) else None
 
 
-def flat_tail(f: Callable, layout: Any, args: tuple) -> tuple[Callable[[Tensor], tuple[Tensor, ...]], Tail]:
-    """`f.tail` as a map of [B, N]; a plain one where there is none, or where the state has no such rows."""
-    before, tail = told(f, "tail", tuple) or (None, PLAIN)
+def flat_tail(f: Callable, layout: Layout, args: tuple) -> tuple[Parts, Tail]:
+    """Returns `f.tail` as a map of [B, N]; a plain one where there is none, or where the state has no such rows."""
+    before, tail = declared(f, "tail", tuple) or (None, PLAIN)
     if before is None or not layout.has_rows(tail.features):
         before, tail = (lambda *a: (f(*a),)), PLAIN
 
     def parts(flat: Tensor) -> tuple[Tensor, ...]:
-        found = before(layout.unpack(flat), *args)
-        if not isinstance(found, tuple) or not len(tail.gains) < len(found) <= PARTS:
-            got = len(found) if isinstance(found, tuple) else type(found).__name__
+        given = before(layout.unpack(flat), *args)
+        if not isinstance(given, tuple) or not len(tail.gains) < len(given) <= PARTS:
+            got = len(given) if isinstance(given, tuple) else type(given).__name__
             raise ValueError(f"a tail takes a tuple of {len(tail.gains) + 1} to {PARTS} parts, got {got}")
-        return tuple(layout.pack(part, cast=False) for part in found)
+        return tuple(layout.pack(part, cast=False) for part in given)
 
     return parts, tail
 
 
-def split_tail(
-    f: Callable[[Tensor], Tensor], settings: Settings, z: Tensor, fused: bool = True
-) -> tuple[Callable[[Tensor], tuple[Tensor, ...]], Tail]:
-    """(parts, tail): what is evaluated of f, and what the steps make of that."""
-    if fused and settings.tail is not None and settings.tail[1].fits(settings.solver.fused_steps, z):
+def split_tail(f: Callable[[Tensor], Tensor], settings: Settings, z: Tensor) -> tuple[Parts, Tail]:
+    """Returns (parts, tail): what is evaluated of f, and what fused steps make of that."""
+    if settings.tail is not None and settings.tail[1].fits(settings.solver.fused_steps, z):
         return settings.tail
     return lambda z: (f(z),), PLAIN
 
 
 def plan_steps(solver: Solver, device: torch.device, width: int, dtype: torch.dtype) -> tuple[Any, str]:
-    """(the op that takes this solver's steps or None, how they are taken or why it does not)."""
+    """Returns (the op that takes this solver's steps or None, how they are taken or why it does not)."""
     if solver.fused_steps is None:
         return None, f"no kernel has {type(solver).__name__}"
     memory = getattr(solver, "memory", 0)
     return dispatch.pick(solver.fused_steps, device, width=width, dtype=dtype, memory=memory)
 
 
-def _start(op: Any, z: Tensor, settings: Settings, tail: Tail) -> Any:
-    """The steps of a solve."""
-    solver = settings.solver
-    with room(solver, z):
-        if op is None:
-            steps = _Steps(z, settings)
-        else:
-            steps = op.start(z, settings.keep, settings.tol, settings.max_steps, tail, **asdict(solver))
-    if settings.estimate is not None:
-        steps.resume(settings.estimate.rings)
-    return steps
-
-
 @contextlib.contextmanager
-def room(solver: Solver, z: Tensor):
-    """Says what to change where there is no room for the states that a solve of `z` keeps."""
+def explain_no_room(solver: Solver, z: Tensor) -> Iterator[None]:
+    """Adds what to change to the error where there is no room for the states that a solve of `z` stores."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -140,29 +143,31 @@ def room(solver: Solver, z: Tensor):
 
 
 def _oldest_first(ring: Tensor, steps: Tensor) -> Tensor:
-    """A copy of `ring` [B, m, N], into whose slot (k - 2) % m evaluation k wrote, as one that is written from its first
-    slot on: what overwrites it takes empty slots first, then the oldest."""
+    """Returns a copy of `ring` [B, m, N], into whose slot (k - 2) % m evaluation k wrote, as if written from slot 0 on.
+
+    What overwrites it takes empty slots first, then the oldest.
+    """
     m = ring.shape[1]
     order = (torch.arange(m, device=ring.device) + steps.long().unsqueeze(1) - 2) % m
     return ring.gather(1, order.unsqueeze(2).expand_as(ring))
 
 
 class _Steps:
-    """The steps of any solver in torch operations; kernels/steps.py documents the protocol."""
+    """The steps of any solver in torch operations; kernels/steps/base.py documents the protocol."""
 
     def __init__(self, z: Tensor, settings: Settings):
-        self.z, self.best, self.keep, self.solver = z, z, settings.keep, settings.solver
+        self.z, self.best, self.mask, self.solver = z, z, settings.mask, settings.solver
         self.rules = Rules(z.shape[0], z.dtype, z.device, settings.tol)
-        self.memory = self.solver.init(z, self.keep)
+        self.history = self.solver.init(z, self.mask)
         self.k = 0
 
     def take(self, y: Tensor) -> None:
-        z, keep, rules = self.z, self.keep, self.rules
+        z, mask, rules = self.z, self.mask, self.rules
         self.k += 1
         self.y, self.g = y, y - z
-        self.seen = self.g if keep is None else torch.where(keep, self.g, 0.0)
+        self.seen = self.g if mask is None else torch.where(mask, self.g, 0.0)
         r = torch.linalg.vector_norm(self.seen, dim=1)
-        s = torch.linalg.vector_norm(y if keep is None else torch.where(keep, y, 0.0), dim=1)
+        s = torch.linalg.vector_norm(y if mask is None else torch.where(mask, y, 0.0), dim=1)
         self.rel, improved = rules.update(self.k, r, s)
         self.best = z if rules.all_improved else torch.where(improved.unsqueeze(1), z, self.best)
 
@@ -171,26 +176,29 @@ class _Steps:
 
     def onward(self, left: int | None) -> Tensor:
         y, z = self.y, self.z
-        onward = self.solver.step(self.memory, z, y, self.g, self.seen, self.rules)
+        onward = self.solver.step(self.history, z, y, self.g, self.seen, self.rules)
         if left == z.shape[0]:
-            self.z = onward.clone() if onward is y else onward  # f may reuse the memory of y
+            self.z = onward.clone() if onward is y else onward  # f may write its next value into the storage of y
         else:
             self.z = torch.where(self.rules.active.unsqueeze(1), onward, z)
         return self.z
 
     def estimate(self) -> Any:
-        return self.solver.estimate(self.memory)
+        return self.solver.estimate(self.history)
 
     def resume(self, estimate: Any) -> None:
-        self.solver.resume(self.memory, estimate)
+        self.solver.resume(self.history, estimate)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.best, self.rules.status(), self.rules.steps, self.rules.best
 
 
 class Look:
-    """How many samples are active, or None where that is not known. On a GPU the answer is only ever None or 0, and
-    `every` steps old, so that nobody waits for it; while a CUDA graph is being captured there is none."""
+    """The number of active samples, or None where it is not known.
+
+    On a GPU the answer is only ever None or 0, and `every` steps old, so that the host never waits for it; while a CUDA
+    graph is being captured there is none.
+    """
 
     def __init__(self, device: torch.device, group: Any, every: int = READ_EVERY):
         self.group, self.cuda, self.every, self.steps = group, device.type == "cuda", every, 0
@@ -199,11 +207,12 @@ class Look:
             self.flag = torch.ones((), dtype=torch.int64, pin_memory=True)
             self.copied: torch.cuda.Event | None = None
 
-    def __call__(self, count: Callable[[], Tensor]) -> int | None:
+    def __call__(self, active: Callable[[], Tensor]) -> int | None:
+        """Looks once, after a step; `active` computes the number of active samples, a scalar tensor."""
         self.steps += 1
         if self.blind or (self.cuda and self.steps % self.every):
             return None
-        left = count()
+        left = active()
         if self.group is not None:
             torch.distributed.all_reduce(left, torch.distributed.ReduceOp.MAX, group=self.group)
         if not self.cuda:
@@ -219,8 +228,8 @@ class Look:
         return None
 
 
-def keep_autocast(f, kind: str, caches: bool = True):
-    """(f under today's autocast, a context without it): autocast rules the cell, never the solver."""
+def under_autocast(f: Callable, kind: str, caches: bool = True) -> tuple[Callable, contextlib.AbstractContextManager]:
+    """Returns (f under the current autocast, a context without it): autocast rules the cell, never the solver."""
     if not torch.is_autocast_enabled(kind):
         return f, contextlib.nullcontext()
     dtype, caches = torch.get_autocast_dtype(kind), caches and torch.is_autocast_cache_enabled()
@@ -233,7 +242,7 @@ def keep_autocast(f, kind: str, caches: bool = True):
 
 
 @contextlib.contextmanager
-def _no_autocast(kind: str):
+def _no_autocast(kind: str) -> Iterator[None]:
     with torch.autocast(kind, enabled=False):
         yield
-    torch.clear_autocast_cache()  # casts made under no_grad would cut the gradient of whoever finds them
+    torch.clear_autocast_cache()  # casts made under no_grad would cut the gradients of a later use

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import integer, number
 from .deq import DEQ
 from .jacobian import spectral_radius
 from .layout import describe
 from .solution import Solution, Status
-from .solvers.base import count, number
 
 
 class Watch:
@@ -37,7 +37,7 @@ class Watch:
     def __init__(self, model: nn.Module, *, every: int = 100, radius: bool = False, limit: float | None = 0.05):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {describe(model)}")
-        count("every", every)
+        integer("every", every)
         if not isinstance(radius, bool):
             raise TypeError(f"radius must be a bool, got {radius!r}")
         if limit is not None:

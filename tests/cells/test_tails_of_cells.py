@@ -5,7 +5,7 @@ import torch
 from replays import Recorder
 
 import tritondeq as tdeq
-from tritondeq import DEQ, Anderson, Broyden, Picard, Status, graphs
+from tritondeq import DEQ, Anderson, Broyden, Picard, Status, cuda_graphs
 from tritondeq.cells import MLP, Transformer
 from tritondeq.kernels import launch
 
@@ -130,8 +130,8 @@ def test_a_norm_that_somebody_listens_to_is_called(hook, device):
 @pytest.mark.parametrize("name", CELLS)
 def test_captured(name, monkeypatch, device):
     """A replay sees the norm's weight and the scales of today, and the gradient's right side of the call."""
-    monkeypatch.setattr(graphs, "Recorder", Recorder)
-    monkeypatch.setattr(graphs, "can_record", lambda device: True)
+    monkeypatch.setattr(cuda_graphs, "Recorder", Recorder)
+    monkeypatch.setattr(cuda_graphs, "can_record", lambda device: True)
     cell = made(name, device)
     layers = [DEQ(cell, tol=1e-5, max_steps=60, graph=graph) for graph in (True, False)]
     with tdeq.backend("triton"):
@@ -153,8 +153,8 @@ def test_captured(name, monkeypatch, device):
 @torch.no_grad()
 @pytest.mark.parametrize("autocast", [False, True])
 def test_captured_steps_end_the_block_too(autocast, monkeypatch, device):
-    monkeypatch.setattr(graphs, "Recorder", Recorder)
-    monkeypatch.setattr(graphs, "can_record", lambda device: True)
+    monkeypatch.setattr(cuda_graphs, "Recorder", Recorder)
+    monkeypatch.setattr(cuda_graphs, "can_record", lambda device: True)
     cell, seen = made("outer", device), set()
     cell.down.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
     layer, x = DEQ(cell, graph=True), torch.randn(2, 3, 12, device=device)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import tritondeq as tdeq
-from tritondeq import DEQ, Anderson, Broyden, Implicit, Picard, Status, Unrolled, graphs
+from tritondeq import DEQ, Anderson, Broyden, Implicit, Picard, Status, Unrolled, cuda_graphs
 from tritondeq.cells import Transformer
 from tritondeq.cells.tokens import attention_mask
 
@@ -348,9 +348,9 @@ def test_compiled(wiring):
 
 @pytest.mark.parametrize("wiring", WIRINGS)
 def test_captured(monkeypatch, wiring):
-    """As in test_graphs.py, the work itself in place of a replay: other inputs and lengths, nothing captured anew."""
-    monkeypatch.setattr(graphs, "Recorder", Recorder)
-    monkeypatch.setattr(graphs, "can_record", lambda device: True)
+    """As in test_cuda_graphs, the work itself in place of a replay: other inputs and lengths, nothing captured anew."""
+    monkeypatch.setattr(cuda_graphs, "Recorder", Recorder)
+    monkeypatch.setattr(cuda_graphs, "can_record", lambda device: True)
     cell = Transformer(D, heads=6, kv_heads=2, wiring=wiring, causal=True, rotary=1e4, decay=True, dropout=0.2)
     layers = DEQ(cell, graph=True, tol=1e-5), DEQ(cell, tol=1e-5)
     for counts in ((5, 3, 4), (1, 5, 2)):

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..checks import number
 from ..kernels.dispatch import WholeSolve
 from ..kernels.formulas import ACTIVATIONS
 from ..kernels.tails import Tail
-from ..solvers.base import number
 from ..solvers.splitting import affine_problem, kernel_options
 from .base import Cell, features_of, row_options
 from .contraction import SpectralBound

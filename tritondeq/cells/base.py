@@ -5,14 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from ..checks import integer
 from ..kernels.dispatch import WholeSolve
 from ..kernels.rules import EPS
 from ..kernels.tails import Tail
-from ..layout import Layout
+from ..layout import Layout, pytree
 from ..solvers import Picard, Solver
-from ..solvers.base import count
 from ..solvers.splitting import Splitting
 
 
@@ -112,8 +111,8 @@ def features_of(x: Any, features: int, cell: nn.Module) -> None:
 def row_options(features: int, inputs: int | None, operands: str) -> int:
     """`inputs`, or `features` if None, of a cell that treats rows one by one; raises unless all fit."""
     inputs = features if inputs is None else inputs
-    count("features", features)
-    count("inputs", inputs)
+    integer("features", features)
+    integer("inputs", inputs)
     if operands not in ("fp32", "bf16"):
         raise ValueError(f"operands must be 'fp32' or 'bf16', got {operands!r}")
     return inputs

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm as weight_normed
 
-from ..dropout import FixedDropout
-from ..solvers.base import count
+from ..checks import integer
+from ..held import FixedDropout
 from .base import Cell
 from .norm import GroupNorm
 
@@ -59,7 +59,7 @@ class Conv(Cell):
         inputs = channels if inputs is None else inputs
         options = {"channels": channels, "inputs": inputs, "kernel_size": kernel_size, "expansion": expansion}
         for name, value in (options | {"groups": groups}).items():
-            count(name, value)
+            integer(name, value)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, so that an image keeps its size, got {kernel_size}")
         if dims not in _CONVS:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..checks import number
 from ..kernels.dispatch import WholeSolve
 from ..kernels.formulas import gru, gru_slopes
-from ..solvers.base import number
 from ..solvers.splitting import kernel_options
 from .base import Cell, features_of, row_options
 from .contraction import SpectralBound

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import integer
 from ..kernels.dispatch import WholeSolve
 from ..kernels.formulas import RMS_EPS, hidden, hidden_slopes, mlp, mlp_inner, mlp_outer
 from ..kernels.tails import Tail
-from ..solvers.base import count
 from ..solvers.splitting import kernel_options
 from .base import Cell, features_of, row_options
 
@@ -69,7 +69,7 @@ class MLP(Cell):
         super().__init__()
         inputs = row_options(features, inputs, operands)
         hidden = 2 * features if hidden is None else hidden
-        count("hidden", hidden)
+        integer("hidden", hidden)
         for name, value, among in (("form", form, _FORMS), ("activation", activation, _ACTIVATIONS)):
             if value not in among:
                 raise ValueError(f"{name} must be one of {', '.join(among)}, got {value!r}")

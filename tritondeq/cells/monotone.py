@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..checks import number
 from ..solvers import PeacemanRachford, Solver
-from ..solvers.base import number
 from ..solvers.splitting import Splitting
 from .affine import Affine
 from .contraction import norm_bound

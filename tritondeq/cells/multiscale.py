@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm as weight_normed
 
-from ..solvers.base import count
+from ..checks import integer
 from .base import Cell
 from .conv import Block, Injection, image_of, values_in_groups
 from .norm import GroupNorm
@@ -75,7 +75,7 @@ class MultiScale(Cell):
         inputs = channels[0] if inputs is None else inputs
         options = {f"channels[{i}]": c for i, c in enumerate(channels)} | {"inputs": inputs, "expansion": expansion}
         for name, value in (options | {"groups": groups}).items():
-            count(name, value)
+            integer(name, value)
         made = {"device": device, "dtype": dtype}
         scales = range(len(channels))
         self.channels, self.inputs, self.groups = channels, inputs, groups

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..dropout import FixedDropout
+from ..checks import integer, number
+from ..held import FixedDropout
 from ..kernels.tails import Tail
-from ..solvers.base import count, number
 from .base import Cell
 from .norm import plain_norm, sum_and_norm, summed
 from .past import Past, Store
@@ -109,10 +109,10 @@ class Transformer(Cell):
         inputs = features if inputs is None else inputs
         kv_heads = heads if kv_heads is None else kv_heads
         for name, value in (("features", features), ("inputs", inputs), ("heads", heads), ("kv_heads", kv_heads)):
-            count(name, value)
+            integer(name, value)
         if hidden is None:
             hidden = -(-features // 3) * 8 if gated else 4 * features
-        count("hidden", hidden)
+        integer("hidden", hidden)
         if features % heads:
             raise ValueError(f"heads must divide features, got heads={heads} and features={features}")
         if heads % kv_heads:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from ..layout import pytree
 
 QUICK = "A quick run: it shows that all works. Nothing is trained to the end, so its numbers say nothing."
 
@@ -131,7 +132,7 @@ class _Storages(TorchDispatchMode):
 
 def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
     """By address, of all tensors in there."""
-    storages = [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    storages = [leaf.untyped_storage() for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
     return {storage.data_ptr(): storage for storage in storages}
 
 

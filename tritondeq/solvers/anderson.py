@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Solver, count, number
+from ..checks import boolean, integer, number
+from .base import Solver
 
 
 @dataclass
@@ -52,11 +53,10 @@ class Anderson(Solver):
     fused_steps = "steps.anderson"
 
     def __post_init__(self):
-        count("memory", self.memory)
+        integer("memory", self.memory)
         number("damping", self.damping, 0, 2)
         number("ridge", self.ridge, 0, closed=True)
-        if not isinstance(self.half, bool):
-            raise TypeError(f"half must be a bool, got {self.half!r}")
+        boolean("half", self.half)
 
     def init(self, z: Tensor, mask) -> _Rings:
         (batch, width), m = z.shape, self.memory

@@ -1,6 +1,5 @@
 """What a solver is: a frozen dataclass of options that proposes the next iterate. It knows nothing of gradients."""
 
-import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -55,20 +54,3 @@ class Solver(ABC):
     def fused(self) -> dict[str, float] | None:
         """The whole-solve kernels' arguments for this solver, or None if no kernel has it."""
         return None
-
-
-def number(name: str, value: Any, low: float, high: float = math.inf, closed: bool = False) -> None:
-    """Raises unless `value` is a real number above `low` (or at it, if `closed`) and below `high`."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (low < value < high or (closed and value == low)):
-        wanted = f"{'at least' if closed else 'above'} {low}" + (f" and below {high}" if high < math.inf else "")
-        raise ValueError(f"{name} must be {wanted}, got {value!r}")
-
-
-def count(name: str, value: Any, least: int = 1) -> None:
-    """Raises unless `value` is an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")

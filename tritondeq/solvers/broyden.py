@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Solver, count
+from ..checks import integer
+from .base import Solver
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Broyden(Solver):
     fused_steps = "steps.broyden"
 
     def __post_init__(self):
-        count("memory", self.memory)
+        integer("memory", self.memory)
 
     def init(self, z: Tensor, mask) -> _Updates:
         ring = (z.shape[0], self.memory, z.shape[1])

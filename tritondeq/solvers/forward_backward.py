@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import number
+from ..checks import number
 from .splitting import Reformulation, Splitting, SplittingSolver
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Solver, number
+from ..checks import number
+from .base import Solver
 
 
 @dataclass(frozen=True)

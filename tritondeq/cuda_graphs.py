@@ -1,0 +1,350 @@
+"""Solves captured as CUDA graphs, `DEQ(..., graph=True)`: the host replays chunks of steps and launches nothing else.
+
+For each shape of everything that goes in, a solve is captured once, on static tensors: `begin` (from the start, a chunk
+of evaluations), `more` (another chunk) and `end` (best iterate, outcome); for gradients the cell at z* under autograd,
+the same three of the adjoint solve on it, and the product with (df/d input)'. From torch 2.14 on, the three are one
+graph with a WHILE node around `more`, and the host waits for nothing. A call copies its start, injection and dropout
+masks there and replays. Parameters are read where they lie, so an optimizer may update them in place.
+
+A forward replay may overwrite what the cell at z* has saved, for captures share a pool: the cell is replayed before it
+is differentiated, unless nothing came between (`Captured.holder`).
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .capture import Linearised
+from .kernels.dispatch import CellOp
+from .kernels.tails import PLAIN
+from .layout import Layout, pytree
+from .loop import Look, Parts, Settings, flat_tail, plan_steps, split_tail, under_autocast
+from .solution import Solution
+
+CHUNK = 3  # evaluations at least; a chunk has whole periods of kernels/steps, so that it begins with the same buffers
+CACHE = 8  # solves a layer stores
+WARM_UP = 2  # runs before a capture: lazy initialisations can't be captured
+
+Work = Callable[[], None]
+
+
+class Recorder:
+    """Turns work into a replay of it, on one CUDA device."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.pool = device, torch.cuda.graph_pool_handle()
+        self.repeats = hasattr(torch.cuda.CUDAGraph, "begin_capture_to_while_node")
+
+    def repeat(self, going: Tensor, body: Work) -> None:
+        """Runs `body`, which renews `going`, a bool scalar, for as long as that is true; as part of work."""
+        if not torch.cuda.is_current_stream_capturing():
+            return body()  # to warm up
+        graph: Any = torch.cuda.CUDAGraph.get_currently_capturing_graph()
+        graph.begin_capture_to_while_node(going)
+        try:
+            body()
+            graph.set_conditional_handle_for_current_node(going)
+        finally:
+            graph.end_capture_to_conditional_node()
+
+    def __call__(self, work: Work) -> Work:
+        """Returns what replays `work`."""
+        with torch.cuda.device(self.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):
+                    work()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                work()
+            graph.replay()  # what it writes has been garbage so far
+        return graph.replay
+
+
+def can_record(device: torch.device) -> bool:
+    """Returns whether work on this device can be captured now."""
+    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+
+
+@dataclass
+class Call:
+    """What one call provides, and a captured solve copies.
+
+    f is a layer's map, of (state, *args); start is [B, N]; settings and backward are those of the two solves; op and
+    backward_op hold the cell, where they take these, and options are their arguments for a tolerance.
+    """
+
+    f: Any
+    layout: Layout
+    start: Tensor
+    args: tuple
+    settings: Settings
+    backward: Settings
+    options: Callable[[float], dict[str, Any]] = lambda tol: {}
+    op: CellOp | None = None
+    backward_op: CellOp | None = None
+
+    def key(self) -> tuple:
+        """Returns all that a captured solve depends on beside the numbers in its tensors."""
+        leaves, spec = pytree.tree_flatten(self.args)
+        kind, cell, layout = self.start.device.type, self.f.cell, self.layout
+        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        tensors = [isinstance(x, Tensor) and (x.shape, x.dtype, x.device, x.requires_grad) for x in leaves]
+        values = [None if isinstance(x, Tensor) else x for x in leaves]
+        weights = [(t.data_ptr(), t.requires_grad) for t in (*cell.parameters(), *cell.buffers())]
+        plans = [(s.solver, s.tol, s.max_steps) for s in (self.settings, self.backward)]
+        training = [module.training for module in cell.modules()]
+        lists: tuple = (tensors, values, weights, plans, training, layout.shapes, layout.dtypes, layout.channels_last)
+        return (
+            *(spec, layout.spec, layout.batch, self.start.device, autocast, torch.is_grad_enabled()),
+            *(self.settings.mask is not None, id(self.f.evaluate), self.op, self.backward_op, *map(tuple, lists)),
+        )
+
+
+class Graphs:
+    """The captured solves of one layer, the CACHE used last."""
+
+    def __init__(self) -> None:
+        self.solves: OrderedDict[tuple, Captured] = OrderedDict()
+
+    def find(self, call: Call) -> "tuple[Captured | None, str]":
+        """Returns (the solve captured for such calls, how it is done), or (None, why there is none)."""
+        device = call.start.device
+        if not can_record(device):
+            return None, f"graphs are for CUDA, outside of other graphs, and tensors are on {device.type}"
+        op, how = call.op, call.op.says if call.op else ""
+        if op is None:
+            op, how = plan_steps(call.settings.solver, device, call.layout.width, call.layout.dtype)
+        if op is None or not call.layout.batch:
+            return None, f"no graph: {how}"
+        if not call.f.masks.drawn:
+            with torch.no_grad():
+                call.f(call.layout.unpack(call.start), *call.args)
+        key = call.key()
+        try:
+            new = key not in self.solves
+        except TypeError as error:
+            raise TypeError(f"graph=True takes only tensors and hashable values in x: {error}") from error
+        if new:
+            while len(self.solves) >= CACHE:
+                self.solves.popitem(last=False)
+            try:
+                self.solves[key] = Captured(call)
+            except Refused:
+                raise
+            except RuntimeError as error:
+                raise RuntimeError(
+                    "graph=True, and this cell can't be captured as a CUDA graph: it may neither wait for the GPU nor "
+                    f"branch on values; take graph=False. {type(error).__name__}: {error}"
+                ) from error
+        self.solves.move_to_end(key)
+        return self.solves[key], f"{self.solves[key].forward.how}, {how}"
+
+
+class Refused(RuntimeError):
+    """A capture that the library refuses, as opposed to one that CUDA does."""
+
+
+class Captured:
+    """One captured solve, forward and, where gradients are wanted, backward."""
+
+    at: Linearised
+    grads: tuple[Tensor, ...]
+    sources: tuple[Any, ...] = ()  # of the gradients: a place in args, or a weight
+    differentiable = False
+
+    def __init__(self, call: Call):
+        record = Recorder(call.start.device)
+        self.layout, self.holder = call.layout, None
+        self.start = call.start.detach().clone(memory_format=torch.contiguous_format)
+        static = lambda leaf: leaf.detach().clone().requires_grad_(leaf.requires_grad)  # noqa: E731
+        self.args = pytree.tree_map_only(Tensor, static, call.args)
+        self.map = call.f.copy(self.args[0])
+        kind = self.start.device.type
+        cell, outside = under_autocast(self.map, kind, caches=False)
+        parts, tail = flat_tail(self.map, self.layout, self.args)
+        parts, _ = under_autocast(parts, kind, caches=False)
+
+        def apply(flat: Tensor) -> Tensor:
+            return self.layout.pack(cell(self.layout.unpack(flat), *self.args))
+
+        with outside:
+            with torch.no_grad():
+                if call.op is None:
+                    self.forward = _fused(record, apply, self.start, replace(call.settings, tail=(parts, tail)))
+                else:
+                    self.forward = self._by_cell(record, call.op.solve, call, call.settings, False)
+            if torch.is_grad_enabled():
+                cell.opaque = self.map.opaque  # type: ignore[attr-defined]
+                self._backward(record, cell, call)
+
+    def _backward(self, record: Recorder, f: Callable, call: Call) -> None:
+        self.z, self.u, self.g = (torch.zeros_like(self.start) for _ in range(3))
+        self.point = record(lambda: setattr(self, "at", Linearised(f, self.layout, self.z, self.args)))
+        self.differentiable = self.at.differentiable
+        if not self.differentiable:
+            return
+        places = {id(leaf): i for i, leaf in enumerate(pytree.tree_leaves(self.args))}
+        weights = {id(t) for t in (*call.f.cell.parameters(), *call.f.cell.buffers())}
+        self.sources = tuple(places.get(id(tensor), tensor) for tensor in self.at.inputs)
+        for tensor in (s for s in self.sources if isinstance(s, Tensor) and id(s) not in weights):
+            raise Refused(
+                f"graph=True, and the cell uses a tensor of shape {tuple(tensor.shape)} that is no parameter or "
+                "input, which a replay would not see change. Pass it in x, or take graph=False"
+            )
+        with torch.no_grad():
+            if call.backward_op is None:
+                settings = replace(call.backward, tail=(lambda u: (self.at.vjp(u), self.g), PLAIN))
+                self.adjoint = _fused(record, lambda u: self.at.vjp(u) + self.g, self.g, settings)
+            else:
+                self.adjoint = self._by_cell(record, call.backward_op.adjoint, call, call.backward, True)
+            self.input_vjp = record(lambda: setattr(self, "grads", self.at.input_vjp(self.u)))
+
+    def _by_cell(self, record: Recorder, make: Callable, call: Call, settings: Settings, adjoint: bool) -> "_Solve":
+        """Captures a solve by steps that evaluate the cell themselves."""
+
+        def operands() -> tuple[Tensor, ...]:
+            whole = self.map.whole_solve
+            return whole.at(self.z) if adjoint else whole.operands
+
+        held, plan = operands(), {"tol": settings.tol, "max_steps": settings.max_steps}
+        options = call.options(settings.tol) | (settings.solver.fused() or {})
+        steps = make(*held, self.g if adjoint else self.start, **plan, **options)
+
+        def renew() -> None:
+            for static, new in zip(held, operands(), strict=True):
+                if static.data_ptr() != new.data_ptr():  # else it is a view of the static arguments
+                    static.copy_(new)
+
+        return _Solve(record, steps, None if adjoint else self.start, settings.max_steps, None, renew)
+
+    def hold(self, owner: Any, args: tuple, masks: dict) -> None:
+        """Copies in what a call provides; `owner` is a token, for this outlives the call."""
+        with torch.no_grad():
+            for static, given in zip(pytree.tree_leaves(self.args), pytree.tree_leaves(args), strict=True):
+                if isinstance(static, Tensor):
+                    static.detach().copy_(given)
+            for module, mask in self.map.masks.masks.items():
+                mask.copy_(masks[module])
+        self.holder = owner
+
+    def solve(self, call: Call) -> tuple[Tensor, Solution]:
+        """Solves for the numbers of this call."""
+        self.hold(None, call.args, call.f.masks.masks)
+        self.start.copy_(call.start)
+        return self.forward(call.settings.mask)
+
+
+def _fused(record: Recorder, f: Callable[[Tensor], Tensor], start: Tensor, settings: Settings) -> "_Solve":
+    """Captures a solve by fused steps."""
+    op, why = plan_steps(settings.solver, start.device, start.shape[1], start.dtype)
+    if op is None:
+        raise Refused(f"graph=True needs a solver whose steps are fused: {why}")
+    parts, tail = split_tail(f, settings, start)
+    options = asdict(settings.solver)  # type: ignore[call-overload]  # every solver is a dataclass
+    steps = op.start(start, settings.mask, settings.tol, settings.max_steps, tail, **options)
+    return _Solve(record, steps, start, settings.max_steps, parts, lambda: None)
+
+
+class _Solve:
+    """A captured solve by these steps, from the static `start` on, after `renew`; cell steps need no `parts`."""
+
+    outcome: Any
+
+    def __init__(
+        self, record: Recorder, steps: Any, start: Tensor | None, max_steps: int, parts: Parts | None, renew: Work
+    ):
+        chunk = -(-CHUNK // steps.period) * steps.period
+        self.steps, self.chunks = steps, -(-max_steps // chunk)
+        going = torch.empty((), dtype=torch.bool, device=steps.count.device)
+
+        def begin() -> None:
+            renew()
+            steps.reset(start)
+            steps.take(*(parts(steps.z) if parts else ()))
+            evaluate(chunk - 1)
+
+        def evaluate(times: int = chunk) -> None:
+            for _ in range(times):
+                z = steps.onward()
+                steps.take(*(parts(z) if parts else ()))
+
+        end: Work = lambda: setattr(self, "outcome", steps.finish())  # noqa: E731
+
+        def look(before: Work) -> None:
+            before()
+            torch.gt(steps.count, 0, out=going)  # 0 after `limit` evaluations at the latest
+
+        def whole() -> None:
+            look(begin)
+            record.repeat(going, lambda: look(evaluate))
+            end()
+
+        if record.repeats:
+            self.replay, self.how = record(whole), "one graph"
+        else:
+            self.begin, self.more, self.end = record(begin), record(evaluate), record(end)
+            self.replay, self.how = self._by_chunks, f"graphs of {chunk} steps"
+
+    def _by_chunks(self) -> None:
+        self.begin()
+        look = Look(self.steps.rel.device, None, every=1)
+        for _ in range(self.chunks - 1):
+            if look(self.steps.left) == 0:
+                break
+            self.more()
+        self.end()
+
+    def __call__(self, mask: Tensor | None) -> tuple[Tensor, Solution]:
+        """Replays, and copies the results."""
+        if mask is not None:
+            self.steps.keep.copy_(mask)
+        self.replay()
+        value, *outcome = (x.clone() for x in self.outcome)
+        return value, Solution(None, *outcome)
+
+
+class CapturedPoint(Linearised):
+    """The cell at the solution of one call, by its captured graphs; first derivatives only."""
+
+    def __init__(self, captured: Captured, call: Call, z: Tensor):
+        self.captured, self.z, self.mask, self.token = captured, z, call.settings.mask, object()
+        self.masks, leaves = dict(call.f.masks.masks), pytree.tree_leaves(call.args)
+        self.args = pytree.tree_map_only(Tensor, Tensor.detach, call.args)
+        self.inputs = tuple(leaves[s] if isinstance(s, int) else s for s in captured.sources)
+        self.differentiable = captured.differentiable
+
+    def _hold(self) -> Captured:
+        captured = self.captured
+        if captured.holder is not self.token:
+            captured.hold(self.token, self.args, self.masks)
+            captured.z.copy_(self.z)
+            captured.point()
+        return captured
+
+    def vjp(self, u: Tensor) -> Tensor:
+        """Returns J' u."""
+        return self._hold().at.vjp(u)
+
+    def adjoint(self, g: Tensor) -> tuple[Tensor, Solution]:
+        """Solves u = J' u + g."""
+        captured = self._hold()
+        captured.g.copy_(g)
+        return captured.adjoint(self.mask)
+
+    def input_vjp(self, u: Tensor) -> tuple[Tensor, ...]:
+        """Returns (df/d input)' u for each input."""
+        captured = self._hold()
+        captured.u.copy_(u)
+        captured.input_vjp()
+        return tuple(grad.clone() for grad in captured.grads)
+
+    def require_seen_through(self) -> None:
+        """Raises RuntimeError: a graph can't be differentiated twice."""
+        raise RuntimeError("second derivatives need graph=False")

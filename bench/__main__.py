@@ -193,7 +193,9 @@ def _tests() -> dict[str, Any]:
     """Runs the tests of the device in a few processes, for TESTS_SECONDS at most; `passed` is None if that is short."""
     ignored = [f"--ignore-glob={TESTS / '**' / pattern}" for pattern in ELSEWHERE]
     shards = ["-n", str(max(1, min(4, (os.cpu_count() or 1) // 2)))] if installed("xdist") else []
-    code, text = _run(["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *shards, *ignored, str(TESTS)], TESTS_SECONDS)
+    code, text = _run(
+        ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *shards, *ignored, str(TESTS)], TESTS_SECONDS
+    )
     return {"passed": None if code is None else code == 0, "says": text}
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from . import suspect
-from .machine import installed
 from .measure import Record
 
 Results = dict[str, Any]
@@ -234,7 +233,9 @@ def _flag(r: Record) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Prints the tables of results files, or writes the short ones into a README; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tritondeq.bench.report", description=__doc__)
-    parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="JSON of tritondeq.bench; default: all committed")
+    parser.add_argument(
+        "files", type=Path, nargs="*", metavar="FILE", help="JSON of tritondeq.bench; default: all committed"
+    )
     parser.add_argument("--readme", type=Path, metavar="PATH", help="write the short tables between the marks of PATH")
     parser.add_argument("--draw", type=Path, metavar="DIR", help="draw the pictures of the file, the last of several")
     arguments = parser.parse_args(argv)

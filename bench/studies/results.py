@@ -24,6 +24,7 @@ def new(study: Study, suite: str, device: torch.device) -> dict[str, Any]:
 
 
 def path_of(results: dict[str, Any], folder: Path) -> Path:
+    """Returns the path of the file of these results in a folder."""
     return folder / f"{results['study']}-{results['suite']}-{here.name_of(results['machine'])}.json"
 
 

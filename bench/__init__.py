@@ -3,8 +3,8 @@
 `python -m tritondeq bench` runs them all and writes a JSON file and pictures; `pytest bench --benchmark-only` runs the
 same cases one by one under pytest-benchmark. Results are checked equal before they are timed.
 
-The command times the contestants of a case in turn, asks the GPU's clock, counts launches and memory, keeps to a time
-and goes on past what fails. pytest-benchmark times one call after another, which is what one wants while one optimises.
+The command times the contestants of a case in turn, asks the GPU's clock, counts launches and memory, stops in time and
+goes on past what fails. pytest-benchmark times one call after another, which is what one wants while one optimises.
 
 What is where: `shapes` (cells and sizes), `solves` (whole solves, training steps, time against steps), `steps` (the
 price of a step), `uneven` (rows of many depths), `blocks` (the Transformer cell), `memory`, `launches`, `rivals`,

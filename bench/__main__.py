@@ -112,7 +112,7 @@ def _round(results: dict[str, Any], device: torch.device, arguments: argparse.Na
     if cuda and arguments.tune:
         _print("Tuning the kernels")
         code, text = _run(["-m", "tritondeq", "tune"], min(TUNE_SECONDS, (total - spent()) / 2))
-        results["tuning"] = {"tuned": code in (None, 0), "says": text}  # a choice is written as soon as it is made
+        results["tuning"] = {"tuned": code in (None, 0), "text": text}  # a choice is written as soon as it is made
         if code:
             results["left_out"].append(f"tuning: {text}")
     for name, records in _progress(_parts(results, device, arguments.suite, these, seconds, compiles)):
@@ -196,7 +196,7 @@ def _tests() -> dict[str, Any]:
     code, text = _run(
         ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *shards, *ignored, str(TESTS)], TESTS_SECONDS
     )
-    return {"passed": None if code is None else code == 0, "says": text}
+    return {"passed": None if code is None else code == 0, "text": text}
 
 
 def _run(arguments: list[str], seconds: float) -> tuple[int | None, str]:

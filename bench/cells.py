@@ -1,6 +1,6 @@
 """How every cell begins: `python -m tritondeq.bench.cells` prints a table, in a few minutes on a CPU.
 
-At initialisation: the spectral radius of df/dz at the fixed point, and the evaluations that the cell's own solver takes
+At initialisation: the spectral radius of df/dz at the fixed point, and the evaluations that its default solver takes
 to a relative residual of 1e-3, the most over seeds and samples.
 """
 

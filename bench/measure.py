@@ -55,7 +55,7 @@ def clock(calls: dict[str, Callable[[], Any]], device: torch.device, seconds: fl
     Args:
         calls: By name; each is warmed up here.
         device: On CUDA the clock is triton.testing.do_bench; on a CPU time.perf_counter, BURST calls of each in turn:
-            a disturbance hits all contestants, and each also runs after itself, with its own data in the caches.
+            a disturbance hits all contestants, and each also runs after itself, with its data in the caches.
         seconds: How long to measure each, about.
     """
     if device.type == "cuda":
@@ -205,7 +205,7 @@ def synchronize(device: torch.device) -> None:
 class Peak(TorchDispatchMode):
     """Counts in `most` the bytes of the tensors that were made under it and alive at once.
 
-    A CPU keeps no such count. What an operation uses inside itself does not show.
+    There is no such count on a CPU. What an operation uses inside itself does not show.
     """
 
     def __init__(self):

@@ -60,7 +60,7 @@ def faults(results: Results) -> list[str]:
     """Returns what failed: results that are not equal, and tests. A case with a fault was not timed."""
     wrong = [f"{r['case']}: {r['wrong']}" for r in results["records"] if r.get("wrong")]
     tests = results["tests"]
-    return wrong + ([f"tests: {tests['says']}"] if tests and tests["passed"] is False else [])
+    return wrong + ([f"tests: {tests['text']}"] if tests and tests["passed"] is False else [])
 
 
 def table(results: Results) -> str:

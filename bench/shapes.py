@@ -16,9 +16,9 @@ DTYPES = ("fp32", "bf16")
 TOKENS, SIDE = 256, 16  # of a whole sequence, and of a whole image
 MOST = 2**31 - 1
 BLOCKS = 16  # that the explicit nets are reckoned to have
-KEPT = 26  # states of a forward solve at most: torchdeq's Anderson; and then one result of each contestant
+HELD = 26  # states of a forward solve at most: torchdeq's Anderson; and then one result of each contestant
 RESULTS = 12
-# Of a cell: its name in tables, states that autograd keeps of an evaluation, about, and weights in units of width^2.
+# Of a cell: its name in tables, states that autograd saves of an evaluation, about, and weights in units of width^2.
 CELLS = {
     "affine": ("Affine", 2, 1),
     "monotone": ("Monotone", 2, 3),
@@ -80,14 +80,14 @@ class Shape:
     @property
     def bytes(self) -> int:
         """What a case takes at most, about: our states, those of the rivals, and explicit nets of BLOCKS blocks."""
-        _, kept, weights = CELLS[self.cell]
+        _, saved, weights = CELLS[self.cell]
         state = 4 * math.prod(self.dims)
-        return (RESULTS + max(KEPT, BLOCKS * kept)) * state + 3 * (BLOCKS + 2) * weights * 4 * self.features**2
+        return (RESULTS + max(HELD, BLOCKS * saved)) * state + 3 * (BLOCKS + 2) * weights * 4 * self.features**2
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the options that name shapes."""
-    group = parser.add_argument_group("shapes", "any of these replaces the suite's own; several values are combined")
+    group = parser.add_argument_group("shapes", "any of these replaces those of the suite; several values are combined")
     group.add_argument("--cell", nargs="+", type=_cell, metavar="NAME", help=f"of {', '.join(CELLS)}; default: affine")
     group.add_argument("--features", nargs="+", type=_size, metavar="N", help="width of the state; default: 128")
     text = f"rows of a batch, its tokens (in sequences of {TOKENS}) or pixels (of {SIDE} x {SIDE}); default: 1024"
@@ -123,10 +123,10 @@ def available(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        found = re.search(r"^MemAvailable:\s*(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        match = re.search(r"^MemAvailable:\s*(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
     except OSError:
         return None
-    return 1024 * int(found[1]) if found else None
+    return 1024 * int(match[1]) if match else None
 
 
 def _cell(text: str) -> str:

@@ -5,7 +5,7 @@ One block stays in front, `to_equilibrium(stack, prelude=1)`; 3 or 8 become a ce
 them. Columns give the least and the most over these, seeds and samples: the spectral radius of df/dz at the fixed
 point; evaluations to a residual of 1e-3 by three solvers; undamped evaluations of z = N((y + F(y)) / 2), the familiar
 block with an outer norm, whose fixed point is the same, and how many times ours they are where both arrive. "46 % not":
-of the samples, within 200 evaluations; of the radius, where no fixed point was found in 2000.
+of the samples, within 200 evaluations; of the radius, where 2000 did not do.
 """
 
 import argparse
@@ -113,7 +113,7 @@ WIRINGS: dict[str, tuple[Callable[[int], Stack], str]] = {
 def start(name: str, scale: float, blocks: int, cell: str, seed: int) -> dict[str, Tensor]:
     """Returns, by column, a number for each sample of one cell.
 
-    "radius" is NaN where no fixed point was found, and counts of evaluations are infinite where MOST do not do.
+    "radius" is NaN where there is no fixed point, and counts of evaluations are infinite where MOST do not do.
     """
     torch.manual_seed(seed)
     stack, x = WIRINGS[name][0](blocks + 1)

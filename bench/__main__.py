@@ -1,6 +1,7 @@
 """The whole round of measurements: `python -m tritondeq bench`, or `python -m tritondeq.bench`."""
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from tritondeq.demo.common import one_thread
 
 from . import blocks, launches, machine, measure, memory, report, shapes, solves, steps, suspect, uneven
 from .machine import installed
@@ -29,7 +32,7 @@ Part = tuple[str, Iterator[measure.Record]]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures, prints and writes all there is.
+    """Measures, prints and writes all there is; on a CPU in one thread.
 
     Returns:
         The exit status: 0; 1 if a check failed or a figure is suspect; 2 for bad arguments; 130 after Ctrl-C, with what
@@ -46,6 +49,12 @@ def main(argv: list[str] | None = None) -> int:
         why = f"argument --minutes: must be at least 0, got {arguments.minutes:g}"
     if why:
         parser.error(why)
+    with one_thread() if device.type == "cpu" else contextlib.nullcontext():
+        return _measure(device, arguments, these)
+
+
+def _measure(device: torch.device, arguments: argparse.Namespace, these: list[shapes.Shape]) -> int:
+    """The exit status of a round, whose results are written."""
     results = {"schema": report.SCHEMA, "suite": arguments.suite, "complete": False}
     results |= {"machine": machine.describe(device), "shapes": [str(shape) for shape in these], "roofs": {}}
     results |= {"tests": None, "tuning": None, "left_out": [], "records": []}

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tritondeq.bench import machine, measure, rivals, solves, steps
+from tritondeq.demo.common import one_thread
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = solves.cases("quick", DEVICE.type == "cuda")
@@ -53,11 +54,7 @@ def test_solve(benchmark, case, contestant):
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.rows}x{s.features}")
 def test_step(benchmark, shape, contestant):
     """A whole call of steps.EVALUATIONS evaluations, in one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         call = call_of(benchmark, steps.contestants(shape, DEVICE), contestant)
         benchmark.group = f"{steps.EVALUATIONS} evaluations at {shape.rows}x{shape.features}"
         benchmark(call)
-    finally:
-        torch.set_num_threads(threads)

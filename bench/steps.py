@@ -90,7 +90,7 @@ def run(
 ) -> Iterator[Record]:
     """Measures the time of each call per evaluation, over the bare cell's, and torch operations per step.
 
-    On a CPU in one thread. What is replayed as a CUDA graph is compared with the bare cell in a graph. A record of the
+    What is replayed as a CUDA graph is compared with the bare cell in a graph. A record of the
     problem is `wrong` where ours made fewer evaluations than were asked for; other cells may arrive before.
 
     Args:
@@ -99,14 +99,8 @@ def run(
         seconds: Of measuring, for each contestant.
         lose: As in measure.attempt.
     """
-    threads = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        for shape in these:
-            yield from _prices(shape, device, seconds, lose)
-    finally:
-        torch.set_num_threads(threads)
+    for shape in these:
+        yield from _prices(shape, device, seconds, lose)
 
 
 def _prices(shape: shapes.Shape, device: torch.device, seconds: float, lose: Callable[[str], None]) -> Iterator[Record]:

@@ -15,7 +15,6 @@ import torch
 
 from tritondeq.bench import __main__ as bench
 from tritondeq.bench import machine, pictures, report, rivals
-from tritondeq.demo.common import one_thread
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--suite", "tiny", "--cpu"]
@@ -24,7 +23,7 @@ TINY = ["--suite", "tiny", "--cpu"]
 def run(arguments, out):
     """(exit status, results, what was printed, what was reported on stderr) of the command, in this process."""
     printed, reported = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(reported), one_thread():
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(reported):
         status = bench.main([*arguments, "--out", str(out)])
     (path,) = out.glob("*.json")
     return status, report.load(path), printed.getvalue(), reported.getvalue()
@@ -41,6 +40,7 @@ def test_the_round_writes_what_it_measured(tiny):
     status, results, _, reported, _ = tiny
     assert status == 0 and results["complete"] and results["tests"] is None and not report.faults(results)
     assert results["machine"]["torch"] == torch.__version__ and results["machine"]["kind"] == "cpu"
+    assert results["machine"]["threads"] == 1
     assert "not the Triton kernels" in reported
     kinds = {"evaluations", "steps", "states", "depth", "solve", "train", "memory"}
     assert {r["kind"] for r in results["records"]} == kinds

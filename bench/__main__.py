@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -185,7 +186,8 @@ def _progress(parts: list[Part]) -> Iterator[Part]:
     from tqdm import tqdm
 
     if sys.stderr.isatty():
-        bar = tqdm(parts, unit="part", file=sys.stderr)
+        columns, lines = shutil.get_terminal_size()  # tqdm draws nothing where a terminal reports no size
+        bar = tqdm(parts, unit="part", file=sys.stderr, ncols=columns, nrows=lines)
         for part in bar:
             bar.set_description(part[0])
             yield part

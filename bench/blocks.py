@@ -1,4 +1,4 @@
-"""A training step of the transformer cell beside the weight-tied loop of as many blocks (G9), by time and memory."""
+"""A training step of the Transformer cell beside the weight-tied loop of as many blocks, by time and memory."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,9 +8,10 @@ from torch import Tensor
 
 import tritondeq as tdeq
 
-from . import measure, rivals
+from . import measure, memory, rivals
+from .measure import Record
 
-Record = dict[str, Any]
+TOL = 1e-2
 SIZES = {  # batch, tokens, features, heads
     "tiny": (2, 8, 16, 2),
     "cpu": (4, 64, 128, 4),
@@ -18,8 +19,10 @@ SIZES = {  # batch, tokens, features, heads
 }
 
 
-def contestants(size: tuple[int, int, int, int], device: torch.device, compiled: bool):
-    """(calls by name, each a training step under bf16 autocast that returns z; the layer; the steps it takes)."""
+def contestants(
+    size: tuple[int, int, int, int], device: torch.device, compiled: bool
+) -> tuple[dict[str, Callable[[], Tensor]], tdeq.DEQ, int]:
+    """Returns training steps under bf16 autocast that return z, by name; the layer; and the steps it takes."""
     batch, tokens, features, heads = size
     torch.manual_seed(0)
     cell = tdeq.cells.Transformer(features, heads=heads, causal=True, rotary=1e4, wiring="damped").to(device)
@@ -35,7 +38,7 @@ def contestants(size: tuple[int, int, int, int], device: torch.device, compiled:
 
     step(layer)
     steps = int(layer.last.steps.max())
-    nets = {"tritondeq": layer, "tied loop": rivals.Tied(cell, steps)}
+    nets: dict[str, Any] = {"tritondeq": layer, "tied loop": rivals.Tied(cell, steps)}
     if compiled:
         nets["compiled tied loop"] = rivals.compiled(nets["tied loop"], graphs=True)
         nets["tritondeq, compiled cell"] = tdeq.DEQ(cell, compile=True)
@@ -45,36 +48,29 @@ def contestants(size: tuple[int, int, int, int], device: torch.device, compiled:
 def run(
     device: torch.device, suite: str, seconds: float, compiles: Callable[[], bool], lose: Callable[[str], None]
 ) -> Iterator[Record]:
-    """One record a contestant; `wrong` where its result differs from ours by more than both tolerances.
+    """Yields one record a contestant; `wrong` where its result differs from ours by more than both tolerances.
 
-    `compiles` and `lose` are those of measure.attempt.
+    Args:
+        device: Where.
+        suite: "tiny", "quick" or "full".
+        seconds: Of measuring, for each contestant.
+        compiles: As in measure.attempt.
+        lose: As in measure.attempt.
     """
     cuda = device.type == "cuda"
     size = SIZES["tiny" if suite == "tiny" else device.type]
-    case = f"G9 Transformer {'x'.join(map(str, size[:3]))} bf16 train"
+    case = f"Transformer {'x'.join(map(str, size[:3]))} bf16 train"
     calls, layer, steps = contestants(size, device, compiled=cuda and suite == "full")
     values, faults = measure.attempt(calls, case, compiles, lose)
-    tol = 1e-2
     if "tritondeq" in values:
         ours = values["tritondeq"].float()
         off = {name: float((z.float() - ours).norm() / ours.norm()) for name, z in values.items()}
-        faults |= {name: f"{name}: differs from ours by {e:.1e}" for name, e in off.items() if not e < 5 * tol}
-    timed = {} if faults else measure.clock(calls, device, seconds)
-    for name, call in calls.items():
-        record = {"goal": "G9", "case": case, "contestant": name, "cell": "transformer", "low": True}
-        record |= {"rows": size[0] * size[1], "width": size[2], "train": True, "steps": steps, "tol": tol}
-        record |= {"path": layer.last.path if name == "tritondeq" else None, "wrong": faults.get(name)}
-        record["residual"] = float(layer.last.residual.max())
-        if name in timed:
-            record |= {"seconds": timed[name].seconds, "median": timed[name].median, "least": timed[name].least}
-            record["over_ours"] = timed[name].seconds / timed["tritondeq"].seconds
-            record["peak_bytes"] = _peak(call, device) if cuda else None
-        yield record
-
-
-def _peak(call: Callable[[], Any], device: torch.device) -> int:
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    call()
-    return torch.cuda.max_memory_allocated(device) - before
+        faults |= {name: f"{name}: differs from ours by {e:.1e}" for name, e in off.items() if not e < 5 * TOL}
+    head = {"kind": "train", "case": case, "rows": size[0] * size[1], "width": size[2], "cell": "transformer"}
+    head |= {"low": True, "steps": steps, "tol": TOL, "residual": float(layer.last.residual.max())}
+    for record in measure.compare(calls, faults, device, seconds):
+        if record["contestant"] == "tritondeq":
+            record["path"] = layer.last.path
+        if cuda and "seconds" in record:
+            record["peak_bytes"] = memory.peak(calls[record["contestant"]], device)
+        yield head | record

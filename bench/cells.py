@@ -1,18 +1,18 @@
-"""How every cell begins: `python -m tritondeq.bench.cells` prints the table of CELLS.md.
+"""How every cell begins: `python -m tritondeq.bench.cells` prints a table, in a few minutes on a CPU.
 
-At initialisation: the spectral radius of df/dz at the fixed point, and the evaluations that the cell's own solver takes
-to a relative residual of 1e-3, the most over seeds and samples. Made by the torch backend.
+At initialisation: the spectral radius of df/dz at the fixed point, and the evaluations that its default solver takes
+to a relative residual of 1e-3, the most over seeds and samples.
 """
 
-import argparse
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
 import tritondeq as tdeq
 from tritondeq import cells
+
+from .report import markdown
 
 WIDTHS = (16, 64, 256, 1024)
 TOKENS, PIXELS = 32, 8  # of a sequence, and a side of an image
@@ -38,9 +38,9 @@ MAKE: dict[str, Callable[[int], tuple[nn.Module, tuple[int, ...]]]] = {
 WIDEST = {"Conv": 256, "MultiScale": 256}
 
 
-def start(name: str, width: int, samples: int = 4, seeds: int = 3) -> tuple[float, int]:
-    """(spectral radius, evaluations to 1e-3) of a cell at initialisation, the most over samples and seeds."""
-    found = []
+def start(name: str, width: int, samples: int = 4, seeds: int = 3) -> tuple[float, float]:
+    """Returns (spectral radius, evaluations to 1e-3) of a cell at initialisation, the most over samples and seeds."""
+    radii, steps = [], []
     for seed in range(seeds):
         torch.manual_seed(seed)
         cell, shape = MAKE[name](width)
@@ -48,32 +48,19 @@ def start(name: str, width: int, samples: int = 4, seeds: int = 3) -> tuple[floa
         z = layer(x)
         layer.tol = 1e-3
         layer(x)
-        steps = layer.last.steps.max().item() if layer.last.converged.all() else float("inf")
-        found.append((tdeq.spectral_radius(layer, z, x, products=PRODUCTS).max().item(), steps))
-    return max(radius for radius, _ in found), max(steps for _, steps in found)
+        steps.append(layer.last.steps.max().item() if layer.last.converged.all() else float("inf"))
+        radii.append(tdeq.spectral_radius(layer, z, x, products=PRODUCTS).max().item())
+    return max(radii), max(steps)
 
 
-def rows(names=MAKE, widths=WIDTHS) -> Iterator[str]:
-    """The table, line by line."""
-    yield "| cell | " + " | ".join(map(str, widths)) + " |"
-    yield "|---|" + "---|" * len(widths)
+def rows(names: Iterable[str] = MAKE, widths: tuple[int, ...] = WIDTHS) -> list[list[str]]:
+    """Returns the table, its head first: a row a cell, a column a width."""
+    made = [["cell", *map(str, widths)]]
     for name in names:
-        given = [start(name, width) if width <= WIDEST.get(name, width) else None for width in widths]
-        yield f"| {name} | " + " | ".join("" if one is None else f"{one[0]:.2f}, {one[1]}" for one in given) + " |"
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("tritondeq.bench.cells", description=__doc__.splitlines()[0])
-    parser.add_argument("--write", type=Path, metavar="FILE", help="replace the table of this file, such as CELLS.md")
-    path = parser.parse_args(argv).write
-    if path is None:
-        for row in rows():
-            print(row, flush=True)
-        return
-    text = path.read_text().splitlines()
-    table = [i for i, line in enumerate(text) if line.startswith("|")]
-    path.write_text("\n".join([*text[: table[0]], *rows(), *text[table[-1] + 1 :]]) + "\n")
+        each = [start(name, width) if width <= WIDEST.get(name, width) else None for width in widths]
+        made.append([name, *(f"{one[0]:.2f}, {one[1]}" if one else "" for one in each)])
+    return made
 
 
 if __name__ == "__main__":
-    main()
+    print(markdown(rows()))

@@ -1,21 +1,15 @@
-"""The clock, the count of operations, the machine and its roofs."""
+"""The clock, the counters of operations and bytes, and how contestants are tried and timed."""
 
 import collections
 import contextlib
-import os
-import platform
-import re
 import signal
 import statistics
-import subprocess
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tritondeq.layout import pytree
 
+Record = dict[str, Any]
 BURST = 4
-AGAIN = 5.0  # seconds after which a deadline is called out again, should somebody have swallowed it
+AGAIN = 5.0  # seconds after which a deadline that some code swallowed is raised again
 OURS = ("tritondeq", "Picard", "Anderson")  # how the names of our contestants begin
 READS = frozenset(["_local_scalar_dense", "_linalg_check_errors"])  # the host waits for a value
 # What launches nothing: views, and allocations without a fill.
@@ -37,8 +32,13 @@ FREE = frozenset(
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call. `seconds` is what ratios are made of: the median on a GPU; the minimum on a CPU, whose other
-    users only ever add to it."""
+    """Seconds of one call.
+
+    Attributes:
+        median: The median of all calls.
+        least: The shortest call.
+        cuda: Whether it ran on a GPU.
+    """
 
     median: float
     least: float
@@ -46,6 +46,7 @@ class Timing:
 
     @property
     def seconds(self) -> float:
+        """What ratios are made of: the median on a GPU; the least on a CPU, to which other processes only ever add."""
         return self.median if self.cuda else self.least
 
 
@@ -55,7 +56,7 @@ def clock(calls: dict[str, Callable[[], Any]], device: torch.device, seconds: fl
     Args:
         calls: By name; each is warmed up here.
         device: On CUDA the clock is triton.testing.do_bench; on a CPU time.perf_counter, BURST calls of each in turn:
-            a disturbance hits all contestants, and each also runs after itself, with its own data in the caches.
+            a disturbance hits all contestants, and each also runs after itself, with its data in the caches.
         seconds: How long to measure each, about.
     """
     if device.type == "cuda":
@@ -79,7 +80,7 @@ def clock(calls: dict[str, Callable[[], Any]], device: torch.device, seconds: fl
 
 
 def replayed(call: Callable[[], Any], device: torch.device, seconds: float = 0.02) -> float | None:
-    """Seconds of one call on the device alone, by replays of a CUDA graph; None on a CPU or where that fails."""
+    """Times one call on the device alone, by replays of a CUDA graph; returns None on a CPU or where that fails."""
     if device.type != "cuda":
         return None
     from triton.testing import do_bench_cudagraph
@@ -95,12 +96,19 @@ def replayed(call: Callable[[], Any], device: torch.device, seconds: float = 0.0
 def attempt(
     calls: dict[str, Callable[[], Any]], case: str, compiles: Callable[[], bool], lose: Callable[[str], None]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Calls each once: (outcomes, faults), by name. A rival that can't be run here is taken out of `calls`; what ours
-    raises is a fault, unless there is no room or no compiler for it.
+    """Calls each contestant once and returns (outcomes, faults), by name.
+
+    A rival that can't run here is taken out of `calls`. An error of ours is a fault, unless memory or a compiler is
+    missing.
 
     Args:
+        calls: By name.
+        case: Its name, for `lose`.
         compiles: Whether there is time to compile one more contestant, which its first call does.
-        lose: Told of each contestant that was taken out, and why, in a line.
+        lose: Takes a line about each contestant that was taken out, and why.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room for ours.
     """
     outcomes, faults = {}, {}
     for name, call in list(calls.items()):
@@ -127,9 +135,28 @@ def attempt(
     return outcomes, faults
 
 
+def compare(
+    calls: dict[str, Callable[[], Any]], faults: dict[str, str | None], device: torch.device, seconds: float
+) -> Iterator[Record]:
+    """Times all contestants if none has a fault, and yields what each record holds of that.
+
+    `over_ours` is how many times as long a contestant takes as "tritondeq" does.
+    """
+    timed = {} if any(faults.values()) else clock(calls, device, seconds)
+    for name in calls:
+        record = {"contestant": name, "wrong": faults.get(name)}
+        if name in timed:
+            record |= times(timed[name]) | {"over_ours": timed[name].seconds / timed["tritondeq"].seconds}
+        yield record
+
+
+def times(timing: Timing, calls: int = 1) -> Record:
+    """Returns the seconds of one of `calls` equal parts of what was timed, as a record holds them."""
+    return {name: getattr(timing, name) / calls for name in ("seconds", "median", "least")}
+
+
 def forget(device: torch.device) -> None:
-    """Gives back what cases before took: compiled code, of which torch keeps few versions and then takes none any more,
-    and memory of the GPU."""
+    """Frees what earlier cases hold: compiled code, of which torch takes only so many versions, and GPU memory."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     if device.type == "cuda":
@@ -137,11 +164,12 @@ def forget(device: torch.device) -> None:
 
 
 def out_of_memory(error: Exception) -> bool:
+    """Returns whether the error means that memory is short, on a GPU or a CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def line(error: Exception) -> str:
-    """The first line of what it says."""
+    """Returns the first line of the error's message."""
     lines = [text.strip() for text in str(error).splitlines() if text.strip()]
     return lines[0] if lines else type(error).__name__
 
@@ -151,7 +179,7 @@ class Late(BaseException):
 
 
 @contextlib.contextmanager
-def deadline(seconds: float):
+def deadline(seconds: float) -> Iterator[None]:
     """Raises Late when that much time has passed; in the main thread, and where the system has such alarms."""
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
@@ -169,10 +197,16 @@ def deadline(seconds: float):
         signal.signal(signal.SIGALRM, before)
 
 
-class Peak(TorchDispatchMode):
-    """Most bytes of the tensors that were made under it and alive at once, in `most`: a CPU keeps no such count.
+def synchronize(device: torch.device) -> None:
+    """Waits for the device; a CPU has nothing to wait for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
-    What an operation uses inside itself does not show.
+
+class Peak(TorchDispatchMode):
+    """Counts in `most` the bytes of the tensors that were made under it and alive at once.
+
+    There is no such count on a CPU. What an operation uses inside itself does not show.
     """
 
     def __init__(self):
@@ -221,93 +255,5 @@ class AtenOps(TorchDispatchMode):
 
     @property
     def total(self) -> int:
+        """The number of operations that launch something."""
         return self.counts.total()
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What was measured where: hardware, versions, commit, and the load of the CPU before the measurement."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {
-        "device": gpu or f"{_cpu()}, {cores} cores",
-        "kind": device.type,
-        "cpu": _cpu(),
-        "architecture": platform.machine(),
-        "cores": cores,
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "torchdeq": _version("torchdeq"),
-        "tritondeq": _version("tritondeq"),
-        "cuda": torch.version.cuda,
-        "commit": commit(),
-        "backend": "triton" if gpu and _version("triton") else "torch",
-    }
-
-
-def name_of(machine: dict[str, Any]) -> str:
-    """File name, without suffix, for results of this machine."""
-    if machine["kind"] == "cuda":
-        return re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
-    return f"cpu-{machine['architecture']}-{machine['cores']}core"
-
-
-def commit() -> str | None:
-    """Commit of the checkout this file is in, with -dirty where tracked files differ; None where it is in none."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None
-    try:
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def roofs(device: torch.device, quick: bool = False) -> dict[str, float]:
-    """Measured limits: `copy` in bytes / s (read and write both count), `fp32` and `bf16` matmul in FLOP / s.
-
-    On a GPU fp32 is measured as it is by default, without TF32.
-    """
-    cuda = device.type == "cuda"
-    n = 8192 if cuda else 512 if quick else 1024
-    size = 1 << 30 if cuda else 1 << 24 if quick else 1 << 26
-    source = torch.zeros(size // 4, device=device)
-    target = torch.empty_like(source)
-    calls = {"copy": lambda: target.copy_(source)}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        a = torch.randn(n, n, device=device).to(dtype)
-        calls[name] = lambda a=a: a @ a
-    if not cuda and quick:
-        del calls["bf16"]  # slow where the CPU has no bf16 units, and nothing here uses it
-    timed = clock(calls, device, 0.1 if quick else 0.3)
-    work = {"copy": 2.0 * size, "fp32": 2.0 * n**3, "bf16": 2.0 * n**3}
-    return {name: work[name] / timing.seconds for name, timing in timed.items()}
-
-
-def limit(flops: float, nbytes: float, roof: dict[str, float], kind: str) -> float | None:
-    """Seconds that the work takes at least: the larger of FLOPs and bytes over the measured roofs."""
-    rate = roof.get(kind) or roof.get("fp32")
-    return max(flops / rate, nbytes / roof["copy"]) if rate and "copy" in roof else None
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _cpu() -> str:
-    try:
-        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import measure
-from .common import Results
+from .machine import name_of
+from .measure import Record
 
-# Of Okabe and Ito, told apart by the colour-blind; a contestant has its own in every picture.
+# Of Okabe and Ito, distinct to the colour-blind; a contestant has the same one in every picture.
 COLOURS = {
     "tritondeq": "#000000",
     "tritondeq Anderson": "#0072B2",
@@ -17,7 +17,6 @@ COLOURS = {
     "eager Anderson": "#E69F00",
     "torchdeq Picard": "#D55E00",
     "torchdeq Anderson": "#D55E00",
-    "torchdeq Anderson(6)": "#D55E00",
     "tied loop": "#009E73",
     "untied stack": "#56B4E9",
     "compiled cell in a loop": "#CC79A7",
@@ -33,61 +32,66 @@ COLOURS = {
 }
 
 
+BETTER = {"less": "\N{LEFTWARDS ARROW} lower is better", "more": "higher is better \N{RIGHTWARDS ARROW}"}
+
+
 def style(name: str) -> dict[str, Any]:
-    """Colour and marker: Anderson's are squares, compiled ones triangles, graphs diamonds."""
+    """Returns colour and marker: squares are Anderson's, triangles compiled, diamonds graphs, hollow ones rivals."""
     marker = "^" if "compiled" in name else "D" if "graph" in name else "s" if "Anderson" in name else "o"
     hollow = "torchdeq" in name or "eager" in name
     colour = COLOURS.get(name, "#777777")
-    line = {"linestyle": ":", "zorder": 3} if "Unrolled" in name else {}  # where the tied loop's is
+    line = {"linestyle": ":", "zorder": 3} if "Unrolled" in name else {}  # it lies on the tied loop's
     return {"color": colour, "marker": marker, "markerfacecolor": "white" if hollow else colour, **line}
 
 
-def draw(results: Results, folder: Path) -> list[Path]:
-    """Writes the pictures there is data for, named after the machine, and returns their paths."""
+def draw(results: dict[str, Any], folder: Path) -> list[Path]:
+    """Writes the pictures there is data for, named after the machine, and returns their paths.
+
+    Records that are wrong or suspect are not drawn.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    records = [r for r in results["records"] if not r.get("wrong")]
-    timed = [r for r in records if "over_ours" in r and r["goal"] != "depth"]
-    rivals = [r for r in timed if r["contestant"] != "tritondeq"]
-    forward = [r for r in timed if r.get("of_limit")]
-    steps = [r for r in records if r["goal"] == "steps" and r.get("over_cell") and "bare" not in r["contestant"]]
-    memory = [r for r in records if r["goal"] == "G10"]
-    nets = list(dict.fromkeys(r.get("net", "Affine") for r in memory))
-    kept = "saved memory" if any(r.get("kind") == "saved" for r in memory) else "peak memory"
-    depth = [r for r in records if r["goal"] == "depth" and "seconds" in r]
-    pictures: dict[str, tuple[list, Callable]] = {
-        "speedup": (rivals, lambda: _dots(pyplot, rivals, "over_ours", "time over tritondeq's")),
-        "limit": (forward, lambda: _dots(pyplot, forward, "of_limit", "share of the measured limit")),
-        "step": (steps, lambda: _dots(pyplot, steps, "over_cell", "time per evaluation over the bare cell's")),
-        "memory": (memory, lambda: _lines(pyplot, memory, nets, "bytes", 2**20, f"{kept} of a training step, MiB")),
-        "depth": (depth, lambda: _lines(pyplot, depth, [None], "seconds", 1e-3, "time of a solve, ms")),
+    records = [r for r in results["records"] if not r.get("wrong") and not r.get("suspect")]
+    timed = [r for r in records if "over_ours" in r and r["kind"] != "depth"]
+    others = [r for r in timed if r["contestant"] != "tritondeq"]
+    limits = [r for r in timed if r.get("of_limit")]
+    steps = [r for r in records if r["kind"] == "steps" and r.get("over_cell") and "bare" not in r["contestant"]]
+    memory = [r for r in records if r["kind"] == "memory"]
+    depth = [r for r in records if r["kind"] == "depth" and "seconds" in r]
+    slower = "time over that of tritondeq; right of the line, tritondeq is faster"
+    pictures: dict[str, tuple[list[Record], Callable]] = {
+        "speedup": (others, lambda r: _dots(pyplot, r, "over_ours", slower, "")),
+        "limit": (limits, lambda r: _dots(pyplot, r, "of_limit", "share of the measured limit", "more")),
+        "step": (steps, lambda r: _dots(pyplot, r, "over_cell", "time per evaluation over the bare cell's", "less")),
+        "memory": (memory, lambda r: _lines(pyplot, r, "bytes", 2**20, "peak memory of a training step, MiB")),
+        "depth": (depth, lambda r: _lines(pyplot, r, "seconds", 1e-3, "time of a solve, ms")),
     }
     machine, paths = results["machine"], []
     for name, (chosen, make) in pictures.items():
-        if not chosen:
-            continue
-        figure = make()
-        figure.suptitle(f"{machine['device']}, {machine['backend']} backend", fontsize=9)
-        path = folder / f"{measure.name_of(machine)}-{name}.png"
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
-        paths.append(path)
+        if chosen:
+            figure = make(chosen)
+            figure.suptitle(f"{machine['device']}, {machine['backend']} backend", fontsize=9)
+            path = folder / f"{name_of(machine)}-{name}.png"
+            figure.savefig(path, dpi=130)
+            pyplot.close(figure)
+            paths.append(path)
     return paths
 
 
-def _dots(pyplot, records: list[dict], key: str, label: str):
+def _dots(pyplot: Any, records: list[Record], key: str, label: str, better: str) -> Any:
     """A line of dots a case, the cases from top to bottom as they were measured."""
     cases = list(dict.fromkeys(r["case"] for r in records))
     names = list(dict.fromkeys(r["contestant"] for r in records))
-    figure, axes = pyplot.subplots(figsize=(9, 1.4 + 0.27 * len(cases)), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.27 * len(cases)), layout="constrained")
     for name in names:
-        of = [(r[key], cases.index(r["case"])) for r in records if r["contestant"] == name]
-        axes.plot(*zip(*of, strict=True), markersize=6, label=name, **style(name) | {"linestyle": "none"})
+        points = [(r[key], cases.index(r["case"])) for r in records if r["contestant"] == name]
+        axes.plot(*zip(*points, strict=True), markersize=6, label=name, **style(name) | {"linestyle": "none"})
     axes.axvline(1, color="0.4", linewidth=1)
-    axes.set(xscale="log", xlabel=f"{label} (log)", ylim=(len(cases) - 0.5, -0.5))
+    note = f"\n{BETTER[better]}" if better else ""
+    axes.set(xscale="log", xlabel=f"{label} (log){note}", ylim=(len(cases) - 0.5, -0.5))
     axes.set_yticks(range(len(cases)), cases, fontsize=8)
     _decimal(axes.xaxis)
     axes.grid(axis="y", color="0.93")
@@ -96,26 +100,31 @@ def _dots(pyplot, records: list[dict], key: str, label: str):
     return figure
 
 
-def _lines(pyplot, records: list[dict], nets: list[str | None], key: str, unit: float, label: str):
+def _lines(pyplot: Any, records: list[Record], key: str, unit: float, label: str) -> Any:
     """A line a contestant against the number of steps, a panel a net."""
-    figure, panels = pyplot.subplots(
-        1, len(nets), figsize=(2.2 + 3.6 * len(nets), 3.6), layout="constrained", squeeze=False
-    )
-    named: dict[str, Any] = {}
+    nets = list(dict.fromkeys(_net(r) for r in records))
+    size = (2.2 + 3.6 * len(nets), 3.6)
+    figure, panels = pyplot.subplots(1, len(nets), figsize=size, layout="constrained", squeeze=False)
+    lines: dict[str, Any] = {}
     for axes, net in zip(panels[0], nets, strict=True):
-        here = [r for r in records if net is None or r.get("net", "Affine") == net]
+        here = [r for r in records if _net(r) == net]
         for name in dict.fromkeys(r["contestant"] for r in here):
-            of = sorted((r["steps"], r[key] / unit) for r in here if r["contestant"] == name)
-            (named[name],) = axes.plot(*zip(*of, strict=True), markersize=5, linewidth=1.3, **style(name))
+            points = sorted((r["steps"], r[key] / unit) for r in here if r["contestant"] == name)
+            (lines[name],) = axes.plot(*zip(*points, strict=True), markersize=5, linewidth=1.3, **style(name))
+        axes.set(xscale="log", yscale="log", xlabel="steps, or blocks of an explicit net")
+        axes.set_ylabel(f"{label} (log)\n{BETTER['less']}", fontsize=9)
+        axes.set_title(net, fontsize=9)
         counts = sorted({r["steps"] for r in here})
-        shape = here[0]["case"].split(" ", 1)[1].rsplit(f" {here[0]['steps']} steps", 1)[0]
-        axes.set(xscale="log", yscale="log", xlabel="steps, or blocks of an explicit net", ylabel=f"{label} (log)")
-        axes.set_title(shape if net in (None, shape.split()[0]) else f"{net} {shape}", fontsize=9)
         axes.set_xticks(counts, map(str, counts))
         axes.minorticks_off()
         _decimal(axes.yaxis)
-    figure.legend(named.values(), named, loc="outside right upper", fontsize=8, frameon=False)
+    figure.legend(lines.values(), lines, loc="outside right upper", fontsize=8, frameon=False)
     return figure
+
+
+def _net(record: Record) -> str:
+    """What is solved, without the number of steps."""
+    return record["case"].removesuffix(f" {record['steps']} steps")
 
 
 def _decimal(axis) -> None:

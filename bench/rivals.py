@@ -4,17 +4,19 @@ Each solver takes (f, z0, tol, max_steps) with z0 [B, ...], stops when the worst
 below `tol`, as ours does sample by sample, and returns (z, evaluations of f).
 """
 
-import importlib.util
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+from .machine import installed
 
 Map = Callable[[Tensor], Tensor]
 
 
 def eager_picard(f: Map, z: Tensor, tol: float, max_steps: int) -> tuple[Tensor, int]:
-    """The loop that everybody writes."""
+    """Solves by the loop that a user writes."""
     steps = 0
     while steps < max_steps:
         y = f(z)
@@ -29,7 +31,7 @@ def eager_picard(f: Map, z: Tensor, tol: float, max_steps: int) -> tuple[Tensor,
 def eager_anderson(
     f: Map, z0: Tensor, tol: float, max_steps: int, m: int = 5, ridge: float = 1e-4
 ) -> tuple[Tensor, int]:
-    """The tutorial's Anderson (NeurIPS 2020 "Deep Implicit Layers", chapter 4), with its absolute ridge."""
+    """Solves by the tutorial's Anderson (NeurIPS 2020 "Deep Implicit Layers", chapter 4), with its absolute ridge."""
     batch, width = len(z0), z0[0].numel()
 
     def flat(z: Tensor) -> Tensor:
@@ -58,19 +60,7 @@ def eager_anderson(
     return y[:, last].reshape(z0.shape), k + 1
 
 
-def has_torchdeq() -> bool:
-    return importlib.util.find_spec("torchdeq") is not None
-
-
-def torchdeq_picard(f: Map, z0: Tensor, tol: float, max_steps: int) -> tuple[Tensor, int]:
-    return _torchdeq("fixed_point_iter", f, z0, tol, max_steps)
-
-
-def torchdeq_anderson(f: Map, z0: Tensor, tol: float, max_steps: int) -> tuple[Tensor, int]:
-    return _torchdeq("anderson", f, z0, tol, max_steps)
-
-
-def _torchdeq(solver: str, f: Map, z0: Tensor, tol: float, max_steps: int, **options) -> tuple[Tensor, int]:
+def _torchdeq(solver: str, f: Map, z0: Tensor, tol: float, max_steps: int) -> tuple[Tensor, int]:
     from torchdeq.solver import get_solver
 
     evaluations = 0
@@ -80,21 +70,21 @@ def _torchdeq(solver: str, f: Map, z0: Tensor, tol: float, max_steps: int, **opt
         evaluations += 1
         return f(z)
 
-    z, _, _ = get_solver(solver)(counted, z0, max_iter=max_steps, tol=tol, stop_mode="rel", **options)
+    z, _, _ = get_solver(solver)(counted, z0, max_iter=max_steps, tol=tol, stop_mode="rel")
     return z, evaluations
 
 
 SOLVERS: dict[str, Callable] = {
     "eager loop": eager_picard,
     "eager Anderson": eager_anderson,
-    "torchdeq Picard": torchdeq_picard,
-    "torchdeq Anderson": torchdeq_anderson,
+    "torchdeq Picard": partial(_torchdeq, "fixed_point_iter"),
+    "torchdeq Anderson": partial(_torchdeq, "anderson"),
 }
 
 
 def solvers() -> dict[str, Callable]:
-    """Those of `SOLVERS` whose package is here."""
-    return {k: v for k, v in SOLVERS.items() if has_torchdeq() or not k.startswith("torchdeq")}
+    """Returns those of `SOLVERS` whose package is installed."""
+    return {k: v for k, v in SOLVERS.items() if installed("torchdeq") or not k.startswith("torchdeq")}
 
 
 class Tied(nn.Module):
@@ -105,6 +95,7 @@ class Tied(nn.Module):
         self.cell, self.steps = cell, steps
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns the last state, [B, ...] as x."""
         injection, z = self.cell.inject(x), torch.zeros_like(x)
         for _ in range(self.steps):
             z = self.cell(z, injection)
@@ -112,19 +103,22 @@ class Tied(nn.Module):
 
 
 def compiled(net: nn.Module, graphs: bool) -> nn.Module:
-    """By torch.compile; with `graphs` at its best for one shape, as CUDA graphs."""
+    """Returns the net by torch.compile; with `graphs` at its best for one shape, as CUDA graphs."""
     return torch.compile(net, mode="max-autotune", dynamic=False) if graphs else torch.compile(net, dynamic=False)
 
 
 class Stack(nn.Module):
-    """The explicit net: blocks with weights of their own, from zeros. A block is a cell, `make()`; `skip` makes it
-    z + f(z, x), for cells that are not residual blocks already."""
+    """The explicit net of untied blocks, from zeros.
+
+    A block is a cell, `make()`; `skip` makes it z + f(z, x), for cells that are not residual blocks already.
+    """
 
     def __init__(self, make: Callable[[], nn.Module], blocks: int, skip: bool):
         super().__init__()
         self.blocks, self.skip = nn.ModuleList(make() for _ in range(blocks)), skip
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns the last state, [B, ...] as x."""
         z = torch.zeros_like(x)
         for block in self.blocks:
             y = block(z, block.inject(x))
@@ -145,5 +139,6 @@ class TorchDEQ(nn.Module):
         self.deq = get_deq(f_solver=solver, b_solver=solver, ift=True, **options)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns the fixed point, [B, ...] as x."""
         injection = self.cell.inject(x)
         return self.deq(lambda z: self.cell(z, injection), torch.zeros_like(x))[0][-1]

@@ -16,9 +16,9 @@ DTYPES = ("fp32", "bf16")
 TOKENS, SIDE = 256, 16  # of a whole sequence, and of a whole image
 MOST = 2**31 - 1
 BLOCKS = 16  # that the explicit nets are reckoned to have
-KEPT = 26  # states of a forward solve at most: torchdeq's Anderson; and then one result of each contestant
+HELD = 26  # states of a forward solve at most: torchdeq's Anderson; and then one result of each contestant
 RESULTS = 12
-# Of a cell: its name in tables, states that autograd keeps of an evaluation, about, and weights in units of width^2.
+# Of a cell: its name in tables, states that autograd saves of an evaluation, about, and weights in units of width^2.
 CELLS = {
     "affine": ("Affine", 2, 1),
     "monotone": ("Monotone", 2, 3),
@@ -45,7 +45,10 @@ class Shape:
 
     @property
     def dims(self) -> tuple[int, ...]:
-        """Of the input. Sequences and images are whole where there are rows for one, and their number is rounded up."""
+        """The shape of the input.
+
+        Sequences and images are whole where there are rows for one, and their number is rounded up.
+        """
         if self.cell == "transformer":
             tokens = min(self.rows, TOKENS)
             return -(-self.rows // tokens), tokens, self.features
@@ -56,11 +59,11 @@ class Shape:
 
     @property
     def positions(self) -> int:
-        """Rows there really are."""
+        """The number of rows there are after rounding up."""
         return math.prod(self.dims) // self.features
 
     def make(self, device: torch.device) -> nn.Module:
-        """The cell with our operands: `low` are those of cells that treat rows one by one, else all of the cell."""
+        """Returns the cell; `low` makes the operands bf16 where rows are treated one by one, else the whole cell."""
         name, width = CELLS[self.cell][0], self.features
         kind, made = getattr(tdeq.cells, name), {"device": device}
         if self.cell in ROWWISE:
@@ -76,24 +79,24 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        """Of what a case holds at most, about: our states, those of the rivals, and explicit nets of BLOCKS blocks."""
-        _, kept, weights = CELLS[self.cell]
+        """What a case takes at most, about: our states, those of the rivals, and explicit nets of BLOCKS blocks."""
+        _, saved, weights = CELLS[self.cell]
         state = 4 * math.prod(self.dims)
-        return (RESULTS + max(KEPT, BLOCKS * kept)) * state + 3 * (BLOCKS + 2) * weights * 4 * self.features**2
+        return (RESULTS + max(HELD, BLOCKS * saved)) * state + 3 * (BLOCKS + 2) * weights * 4 * self.features**2
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """The options that name shapes."""
-    group = parser.add_argument_group("shapes", "any of these replaces the suite's own; several values are combined")
+    """Adds the options that name shapes."""
+    group = parser.add_argument_group("shapes", "any of these replaces those of the suite; several values are combined")
     group.add_argument("--cell", nargs="+", type=_cell, metavar="NAME", help=f"of {', '.join(CELLS)}; default: affine")
     group.add_argument("--features", nargs="+", type=_size, metavar="N", help="width of the state; default: 128")
-    told = f"rows of a batch, its tokens (in sequences of {TOKENS}) or pixels (of {SIDE} x {SIDE}); default: 1024"
-    group.add_argument("--rows", nargs="+", type=_size, metavar="N", help=told)
+    text = f"rows of a batch, its tokens (in sequences of {TOKENS}) or pixels (of {SIDE} x {SIDE}); default: 1024"
+    group.add_argument("--rows", nargs="+", type=_size, metavar="N", help=text)
     group.add_argument("--dtype", nargs="+", choices=DTYPES, help="of the operands; default: fp32")
 
 
 def asked(arguments: argparse.Namespace) -> list[Shape]:
-    """The shapes that the options name, none if they name none."""
+    """Returns the shapes that the options name, none if they name none."""
     given = {name: getattr(arguments, name) for name in DEFAULTS}
     if not any(given.values()):
         return []
@@ -102,7 +105,7 @@ def asked(arguments: argparse.Namespace) -> list[Shape]:
 
 
 def too_large(shapes: list[Shape], device: torch.device) -> str | None:
-    """Why the largest of them can't be measured on this device and what to do, or None."""
+    """Returns why the largest of them can't be measured on this device and what to do, or None."""
     room = available(device)
     most = max(shapes, key=lambda shape: shape.bytes, default=None)
     if most is None or room is None or most.bytes <= room:
@@ -116,14 +119,14 @@ def too_large(shapes: list[Shape], device: torch.device) -> str | None:
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that are free on the device, or None where nobody tells."""
+    """Returns the bytes that are free on the device, or None where the system does not report them."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        found = re.search(r"^MemAvailable:\s*(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        match = re.search(r"^MemAvailable:\s*(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
     except OSError:
         return None
-    return 1024 * int(found[1]) if found else None
+    return 1024 * int(match[1]) if match else None
 
 
 def _cell(text: str) -> str:

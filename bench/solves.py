@@ -1,4 +1,4 @@
-"""Whole solves and training steps beside the rivals (G1 to G5, G11), and their time against the number of steps."""
+"""Whole solves and training steps beside the rivals, and their time against the number of steps."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -12,12 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tritondeq as tdeq
 
-from . import measure, rivals, shapes
+from . import machine, measure, rivals, shapes
+from .measure import Record
 
 MAX_STEPS = 100
 COUNTED = 2e-5  # tolerance where steps are counted: two bf16 terms of a weight reach it, and the problem does not
 DEPTHS = (4, 8, 16, 32, 64)
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -25,99 +25,87 @@ class Case:
     """A solve of a cell of `width` features for `rows` rows.
 
     Attributes:
-        goal: Its name among the targets, "depth" for time against steps, "shape" for one that was asked for.
-        tol: Relative residual for everybody.
+        kind: "solve", the forward under no_grad; "train", forward, backward and weight gradients; "depth", a solve that
+            is one point of the curve of time against steps.
+        rows: Rows, tokens or pixels.
+        width: Features.
+        tol: Relative residual that all contestants have to reach.
         low: bf16: our operands, and the rivals' cell, input and state.
-        train: Time forward, backward and weight gradients; else the forward under no_grad.
-        compiled: Also time what a target speaks of by torch.compile, which takes a quarter of a minute; on CUDA only.
-        every: And the other rivals by torch.compile.
-        steps: Take exactly as many steps, or stop by `tol` if None; of an affine cell.
+        compiled: Also time the explicit net by torch.compile, which takes a quarter of a minute; on CUDA only.
+        every: Time every rival that torch.compile can compile.
+        steps: The number of steps that all contestants take, or None to stop by `tol`; of an affine cell.
         cell: A name in shapes.CELLS.
     """
 
-    goal: str
+    kind: str
     rows: int
     width: int
     tol: float = 1e-4
     low: bool = False
-    train: bool = False
     compiled: bool = False
     every: bool = False
     steps: int | None = None
     cell: str = "affine"
 
     def __str__(self) -> str:
-        name = "" if self.cell == "affine" else shapes.CELLS[self.cell][0]
-        what = "train" if self.train else "forward"
-        steps = f"{self.steps} steps" if self.steps else ""
-        words = ["" if self.goal == "shape" else self.goal, name, f"{self.rows}x{self.width}", shapes.DTYPES[self.low]]
-        return " ".join(filter(None, [*words, what, steps]))
+        steps = f" {self.steps} steps" if self.steps else ""
+        return f"{self.shape} {'train' if self.train else 'forward'}{steps}"
+
+    @property
+    def train(self) -> bool:
+        """Whether the backward pass is timed too."""
+        return self.kind == "train"
 
     @property
     def shape(self) -> shapes.Shape:
+        """The cell and its size."""
         return shapes.Shape(self.cell, self.width, self.rows, self.low)
 
 
 def cases(suite: str, cuda: bool) -> list[Case]:
-    """What a suite ("tiny", "quick" or "full") measures, the most telling first."""
+    """Returns what a suite ("tiny", "quick" or "full") measures, what matters most first."""
     if suite == "tiny":
-        found = [Case("G1", 8, 16), Case("G2", 8, 16, train=True), Case("G11", 8, 16, cell="mlp")]
-        return found + [Case("depth", 8, 16, steps=steps) for steps in (2, 4)]
+        made = [Case("solve", 8, 16), Case("train", 8, 16), Case("solve", 8, 16, cell="mlp")]
+        return made + [Case("depth", 8, 16, steps=steps) for steps in (2, 4)]
     sizes = [(1, 64), (64, 128), (256, 256)]
     if suite == "full":
-        sizes = [(1, 64), (64, 64), (1024, 64), (1, 128), (64, 128), (1024, 128), (1, 256), (64, 256), (1024, 256)]
+        sizes = [(rows, width) for width in (64, 128, 256) for rows in (1, 64, 1024)]
         sizes += [(8192, width) for width in (64, 128, 256)] if cuda else []
     whole = cuda and suite == "full"
     heavy = {(1, 128), (64, 256), (8192, 128), (8192, 256)} if whole else set()
-    found = []
+    trained = {(64, 256), (8192, 256)} & heavy
+    made = []
     if whole:
-        found += [Case("G3", 1 << 20, width, 1e-2, low=True, compiled=True) for width in (128, 256)]
-    every = {(8192, 128)} if whole else set()
-    found += [Case("G1", *size, compiled=size in heavy, every=size in every) for size in sizes]
-    found += [Case("G1", 8192, 256, 1e-2, low=True)] if whole else []
-    found += [Case("G5", rows, width, steps=20) for width in (256, 1024) for rows in ((1, 64) if cuda else (1,))]
-    trained = heavy - {(1, 128), (8192, 128)}
-    found += [Case("G2", *s, train=True, compiled=s in trained, every=s == (8192, 256)) for s in sizes]
+        made += [Case("solve", 1 << 20, width, 1e-2, low=True, compiled=True) for width in (128, 256)]
+    made += [Case("solve", *size, compiled=size in heavy, every=whole and size == (8192, 128)) for size in sizes]
+    made += [Case("solve", 8192, 256, 1e-2, low=True)] if whole else []
+    made += [Case("solve", rows, width, steps=20) for width in (256, 1024) for rows in ((1, 64) if cuda else (1,))]
+    made += [Case("train", *size, compiled=size in trained, every=whole and size == (8192, 256)) for size in sizes]
     rows = 4096 if cuda else 256
-    found += [Case("G11", rows, 128, 1e-2, low=cuda, compiled=whole, cell=cell) for cell in ("mlp", "gated")]
+    made += [Case("solve", rows, 128, 1e-2, low=cuda, compiled=whole, cell=cell) for cell in ("mlp", "gated")]
     if whole:
-        found += [Case("G4", 4096, width, compiled=width == 1024) for width in (1024, 512, 2048)]
-        found += [Case("G4", 65536, 1024, compiled=True), Case("G4", 4096, 1024, 1e-2, low=True, compiled=True)]
-    found += [Case("depth", *((1024, 128) if cuda else (64, 128)), steps=steps) for steps in DEPTHS]
-    return found
+        made += [Case("solve", 4096, width, compiled=width == 1024) for width in (1024, 512, 2048)]
+        made += [Case("solve", 65536, 1024, compiled=True), Case("solve", 4096, 1024, 1e-2, low=True, compiled=True)]
+    return made + [Case("depth", *((1024, 128) if cuda else (64, 128)), steps=steps) for steps in DEPTHS]
 
 
 def asked(these: list[shapes.Shape], compiled: bool) -> list[Case]:
-    """A solve and a training step of each shape."""
-    found = []
-    for shape, train in ((shape, train) for shape in these for train in (False, True)):
-        goal = goal_of(shape, train)
-        tol = 1e-2 if shape.low else 1e-4
-        case = Case(goal, shape.rows, shape.features, tol, shape.low, train, compiled, compiled, cell=shape.cell)
-        found.append(case)
-    return found
-
-
-def goal_of(shape: shapes.Shape, train: bool) -> str:
-    """The target that speaks of such a shape, or "shape"."""
-    d, b = shape.features, shape.rows
-    if shape.cell == "affine":
-        if 64 <= d <= 256 and b <= 8192:
-            return "G2" if train else "G1"
-        if d in (128, 256) and b == 1 << 20 and not train:
-            return "G3"
-        if 512 <= d <= 2048 and 4096 <= b <= 65536 and not train:
-            return "G4"
-    return "G11" if shape.cell in ("mlp", "gated") and (b, d) == (4096, 128) and not train else "shape"
+    """Returns a solve and a training step of each shape."""
+    return [
+        Case(kind, s.rows, s.features, 1e-2 if s.low else 1e-4, s.low, compiled, compiled, cell=s.cell)
+        for s in these
+        for kind in ("solve", "train")
+    ]
 
 
 class Setup:
     """A case on a device: our layer, the cell and input of the rivals, and the contestants as calls.
 
     Attributes:
-        steps, mean: Evaluations that our slowest sample took, and that all took on average.
+        steps: Evaluations that our slowest sample took.
+        mean: Evaluations that a sample took on average.
         blocks: Of the explicit nets: as many as `steps`, or as plain iteration takes where our solver is another.
-        flops: Of all evaluations of the cell, as our samples needed them; forward only.
+        flops: Of all evaluations of the cell that our samples needed; forward only.
         nbytes: Least traffic of a forward solve: x or its injection once, z once, weights once.
     """
 
@@ -161,6 +149,8 @@ class Setup:
         return int(layer.last.steps.max())
 
     def solve(self, solver: Callable, cell: nn.Module) -> Callable[[], tuple[Tensor, int]]:
+        """Returns a call that solves for the cell's fixed point by a function of `rivals`."""
+
         def call():
             with torch.no_grad(), weights_once(self.cell):
                 injection = self.cell.inject(self.there)
@@ -170,11 +160,11 @@ class Setup:
         return call
 
     def contestants(self, compiled: bool) -> dict[str, Callable[[], Any]]:
-        """Calls by name; forward ones return (z, evaluations), training ones (z, None), ours (z, None)."""
+        """Returns calls by name; rivals of a forward return (z, evaluations), all others (z, None)."""
         return self._training(compiled) if self.case.train else self._forward(compiled)
 
     def nets(self, compiled: bool) -> dict[str, nn.Module]:
-        """The explicit ones, with `blocks` blocks."""
+        """Returns the explicit nets, with `blocks` blocks."""
         dtype = self.there.dtype
 
         def block():
@@ -220,17 +210,17 @@ class Setup:
             return z.detach(), None
 
         calls = {"tritondeq": lambda: step(self.layer, self.x)}
-        if rivals.has_torchdeq():
+        if machine.installed("torchdeq"):
             theirs = rivals.TorchDEQ(self.cell, "fixed_point_iter", self.tol, self.most)
             calls["torchdeq Picard"] = lambda: step(theirs, self.there)
         return calls | {name: lambda net=net: step(net, self.there) for name, net in self.nets(compiled).items()}
 
     def wrong(self, name: str, outcome: tuple[Tensor, int | None]) -> str | None:
-        """Why the contestant's result is not the same fixed point, or None.
+        """Returns why the contestant's result is not the same fixed point, or None.
 
-        The cell contracts by 0.9 at most, so a residual r leaves an error of at most 10 r; bf16 states have a floor of
-        their own. A stack with weights of its own has another answer; only its size is compared. Where steps are
-        counted nobody is at the fixed point: all have to be where that many steps lead, or one less.
+        The cell contracts by 0.9 at most, so a residual r leaves an error of at most 10 r; bf16 states have a floor.
+        A stack of untied blocks has another answer; only its shape is compared. Where steps are counted no contestant
+        is at the fixed point: all have to be where that many steps lead, or one less.
         """
         z = outcome[0]
         if z.shape != self.x.shape or not bool(torch.isfinite(z).all()):
@@ -256,8 +246,10 @@ class Setup:
 
 @torch.no_grad()
 def slow(cell: nn.Module, x: Tensor) -> None:
-    """Makes an affine cell on these inputs nearly linear, with modes that all gain a tenth to a fifth a step: residuals
-    fall at every step, and by no more."""
+    """Makes an affine cell on these inputs nearly linear, with modes that all shrink by 0.8 to 0.9 a step.
+
+    Residuals fall at every step, and by no more.
+    """
     q = torch.linalg.qr(torch.randn(cell.weight.shape, dtype=torch.float64))[0]
     cell.weight.copy_(q * torch.linspace(0.8, 0.9, len(q), dtype=q.dtype) @ q.mT)
     x *= 0.01
@@ -266,7 +258,7 @@ def slow(cell: nn.Module, x: Tensor) -> None:
 
 
 def weights_once(cell: nn.Module):
-    """Computes parametrized weights once, as ours does, and not once an evaluation."""
+    """Returns a context that computes parametrized weights once, as ours does, and not once an evaluation."""
     named = any(parametrize.is_parametrized(module) for module in cell.modules())
     return parametrize.cached() if named else contextlib.nullcontext()
 
@@ -279,8 +271,16 @@ def run(
     compiles: Callable[[], bool],
     lose: Callable[[str], None],
 ) -> Iterator[Record]:
-    """Checks every contestant of a case, then times all if all are right; a wrong one's record has `wrong` instead.
-    `compiles` and `lose` as in measure.attempt."""
+    """Checks every contestant of a case, then times all if all are right; the record of a wrong one has `wrong`.
+
+    Args:
+        case: What is solved.
+        device: Where.
+        roof: The limits that machine.roofs measured.
+        seconds: Of measuring, for each contestant.
+        compiles: As in measure.attempt.
+        lose: As in measure.attempt.
+    """
     setup = Setup(case, device)
     calls = setup.contestants(case.compiled and device.type == "cuda")
     outcomes, faults = measure.attempt(calls, str(case), compiles, lose)
@@ -293,28 +293,23 @@ def run(
         faults["tritondeq"] = f"tritondeq: {setup.mean:.1f} steps, {case.steps} were asked for"
     if case.train and not any(faults.values()):
         faults |= wrong_gradients(setup, calls)
-    green = not any(faults.values())
-    timed = measure.clock(calls, device, seconds) if green else {}
-    alone = measure.replayed(calls["tritondeq"], device) if green and not case.train else None
-    least = measure.limit(setup.flops, setup.nbytes, roof, "bf16" if device.type == "cuda" else "fp32")
-    for name in calls:
-        ours = name == "tritondeq"
-        record = {"goal": case.goal, "case": str(case), "contestant": name}
-        record |= {"rows": case.shape.positions, "width": case.width}
-        record |= {"cell": case.cell, "train": case.train, "low": case.low, "path": setup.path if ours else None}
-        record |= {"steps": setup.steps if ours else evaluations.get(name), "tol": setup.tol}
-        record |= {"mean_steps": setup.mean if ours else None}
-        record |= {"residual": setup.residual, "flops": setup.flops, "bytes": setup.nbytes, "wrong": faults.get(name)}
-        if name in timed:
-            record |= {"seconds": timed[name].seconds, "median": timed[name].median, "least": timed[name].least}
-            record["over_ours"] = timed[name].seconds / timed["tritondeq"].seconds
-            record["of_limit"] = least / timed[name].seconds if least and not case.train else None
-            record["device_seconds"] = alone if ours else None
+    head = {"kind": case.kind, "case": str(case), "rows": case.shape.positions, "width": case.width, "tol": setup.tol}
+    head |= {"cell": case.cell, "low": case.low, "residual": setup.residual, "flops": setup.flops}
+    least = machine.limit(setup.flops, setup.nbytes, roof, "bf16" if device.type == "cuda" else "fp32")
+    for record in measure.compare(calls, faults, device, seconds):
+        ours = record["contestant"] == "tritondeq"
+        record = head | record | {"bytes": setup.nbytes}
+        record["steps"] = setup.steps if ours else evaluations.get(record["contestant"])
+        if ours:
+            record |= {"path": setup.path, "mean_steps": setup.mean}
+        if "seconds" in record and not case.train:
+            record["of_limit"] = least / record["seconds"] if least else None
+            record["device_seconds"] = measure.replayed(calls["tritondeq"], device) if ours else None
         yield record
 
 
 def wrong_gradients(setup: Setup, calls: dict[str, Callable]) -> dict[str, str | None]:
-    """Compares the gradients of those that share our weights with ours; the tolerance of both is that of the solves."""
+    """Compares the gradients of the nets that share our weights with ours, at the tolerance of the solves."""
 
     def gradient(name, cell):
         cell.zero_grad()

@@ -14,20 +14,22 @@ from torch import nn
 from torch.nn import functional as F
 
 import tritondeq as tdeq
-from tritondeq.demo.common import one_thread, table
+from tritondeq.demo.common import one_thread
+
+from .report import markdown
 
 BITS, WIDTH, RATE = 6, 32, 1e-2
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one training.
+    """What became of one training.
 
     Attributes:
         failed: Share of all solves, from the first step to the last, that did not converge.
         steps: Mean evaluations of a sample in the last quarter.
         radius: Largest spectral radius of a sample after it.
-        accuracy: On the 64 words, after it.
+        accuracy: Share of the 64 words that are right, after it.
     """
 
     failed: float
@@ -40,6 +42,8 @@ def train(seed: int, steps: int = 300, weight: Callable[[int], float] | None = N
     """Trains once.
 
     Args:
+        seed: Of the weights.
+        steps: Updates.
         weight: Of the Jacobian penalty, by step.
         core: Learning rate of the equilibrium layer, over that of the head.
     """
@@ -77,11 +81,12 @@ RECIPES = {
 }
 
 
-def rows(seeds: range, steps: int) -> Iterator[list[str]]:
+def rows(seeds: int, steps: int) -> Iterator[list[str]]:
+    """Yields the row of each recipe."""
     for name, options in RECIPES.items():
-        found = [train(seed, steps, **options) for seed in seeds]
-        columns = [[100 * o.failed for o in found], [o.steps for o in found]]
-        columns += [[o.radius for o in found], [100 * o.accuracy for o in found]]
+        outcomes = [train(seed, steps, **options) for seed in range(seeds)]
+        columns = [[100 * o.failed for o in outcomes], [o.steps for o in outcomes]]
+        columns += [[o.radius for o in outcomes], [100 * o.accuracy for o in outcomes]]
         texts = []
         for values, digits in zip(columns, (1, 1, 2, 0), strict=True):
             low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
@@ -90,13 +95,14 @@ def rows(seeds: range, steps: int) -> Iterator[list[str]]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Prints the table."""
     parser = argparse.ArgumentParser("tritondeq.bench.stability", description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
     options = parser.parse_args(argv)
     head = ["recipe", "failed solves, %", "evaluations at the end", "largest radius", "accuracy, %"]
     with one_thread(), tdeq.backend("torch"):
-        print(table(head, rows(range(options.seeds), options.steps)))
+        print(markdown([head, *rows(options.seeds, options.steps)]))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""How residual stacks begin as equilibria: `python -m tritondeq.bench.wirings` prints the table of NOTES.md.
+"""How residual stacks begin as equilibria: `python -m tritondeq.bench.wirings` prints a table.
 
 Random weights as the makers of the blocks draw them (1x), and with all matrices and kernels four times as large (4x).
 One block stays in front, `to_equilibrium(stack, prelude=1)`; 3 or 8 become a cell, by their mean or as the first of
-them. Columns give the least and the most over these, seeds and samples. By the torch backend, in one thread.
+them. Columns give the least and the most over these, seeds and samples: the spectral radius of df/dz at the fixed
+point; evaluations to a residual of 1e-3 by three solvers; undamped evaluations of z = N((y + F(y)) / 2), the familiar
+block with an outer norm, whose fixed point is the same, and how many times ours they are where both arrive. "46 % not":
+of the samples, within 200 evaluations; of the radius, where 2000 did not do.
 """
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import product
 
 import torch
@@ -17,7 +19,8 @@ from torch import Tensor, nn
 import tritondeq as tdeq
 from tritondeq.demo.common import one_thread
 
-from .common import installed, markdown_table
+from .machine import installed
+from .report import markdown
 
 WIDTH, HEADS, TOKENS, PIXELS, SAMPLES = 64, 4, 16, 8, 4
 BLOCKS, SEEDS, SCALES = (3, 8), 3, (1, 4)
@@ -36,6 +39,7 @@ class MLP(nn.Module):
         self.norm, self.up, self.down = norm(WIDTH), nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
 
     def forward(self, h: Tensor) -> Tensor:
+        """Evaluates the block on h, [..., WIDTH]."""
         return h + self.down(F.gelu(self.up(self.norm(h))))
 
 
@@ -48,6 +52,7 @@ class Basic(nn.Module):
         self.norm1, self.norm2 = (nn.GroupNorm(8, WIDTH) for _ in range(2))
 
     def forward(self, h: Tensor) -> Tensor:
+        """Evaluates the block on h, [B, WIDTH, H, W]."""
         return F.relu(h + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(h))))))
 
 
@@ -90,64 +95,42 @@ def _gpt2(blocks: int) -> Stack:
     return model.h, model.wte(torch.randint(100, (SAMPLES, TOKENS))) + model.wpe(torch.arange(TOKENS))
 
 
-@dataclass(frozen=True)
-class Wiring:
-    """Of blocks.
-
-    Attributes:
-        make: A stack of so many.
-        needs: Package that has the blocks.
-    """
-
-    make: Callable[[int], Stack]
-    needs: str = "torch"
-
-
-WIRINGS = {
-    "MLP, pre-norm": Wiring(lambda n: _mlps(n, nn.LayerNorm)),
-    "MLP without a norm": Wiring(lambda n: _mlps(n, lambda width: nn.Identity())),
-    "encoder, pre-norm": Wiring(lambda n: _encoders(n, norm_first=True)),
-    "encoder, post-norm": Wiring(lambda n: _encoders(n, norm_first=False)),
-    "ResNet, basic, GroupNorm": Wiring(lambda n: (nn.Sequential(*(Basic() for _ in range(n))), _image())),
-    "ResNet, basic (torchvision)": Wiring(lambda n: _resnet(n, "BasicBlock"), "torchvision"),
-    "ResNet, bottleneck (torchvision)": Wiring(lambda n: _resnet(n, "Bottleneck"), "torchvision"),
-    "ViT (timm)": Wiring(_vit, "timm"),
-    "GPT-2 (transformers)": Wiring(_gpt2, "transformers"),
+# A stack of so many blocks and its input, and the package that has the blocks.
+WIRINGS: dict[str, tuple[Callable[[int], Stack], str]] = {
+    "MLP, pre-norm": (lambda n: _mlps(n, nn.LayerNorm), "torch"),
+    "MLP without a norm": (lambda n: _mlps(n, lambda width: nn.Identity()), "torch"),
+    "encoder, pre-norm": (lambda n: _encoders(n, norm_first=True), "torch"),
+    "encoder, post-norm": (lambda n: _encoders(n, norm_first=False), "torch"),
+    "ResNet, basic, GroupNorm": (lambda n: (nn.Sequential(*(Basic() for _ in range(n))), _image()), "torch"),
+    "ResNet, basic (torchvision)": (lambda n: _resnet(n, "BasicBlock"), "torchvision"),
+    "ResNet, bottleneck (torchvision)": (lambda n: _resnet(n, "Bottleneck"), "torchvision"),
+    "ViT (timm)": (_vit, "timm"),
+    "GPT-2 (transformers)": (_gpt2, "transformers"),
 }
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """Of one cell, a number for each sample.
-
-    Attributes:
-        radius: Spectral radius of df/dz at the fixed point; NaN where none was found.
-        steps: Evaluations to TOL, by the name of the solver; infinite where MOST do not do.
-        familiar: Those of z = N((y + F(y)) / 2), undamped, whose fixed point is the same.
-    """
-
-    radius: Tensor
-    steps: dict[str, Tensor]
-    familiar: Tensor
-
-
 @torch.no_grad()
-def start(name: str, scale: float, blocks: int, cell: str, seed: int) -> Outcome:
+def start(name: str, scale: float, blocks: int, cell: str, seed: int) -> dict[str, Tensor]:
+    """Returns, by column, a number for each sample of one cell.
+
+    "radius" is NaN where there is no fixed point, and counts of evaluations are infinite where MOST do not do.
+    """
     torch.manual_seed(seed)
-    stack, x = WIRINGS[name].make(blocks + 1)
+    stack, x = WIRINGS[name][0](blocks + 1)
     for p in stack.eval().parameters():
         if p.ndim > 1:
             p.mul_(scale)
     layer = tdeq.to_equilibrium(stack, cell=cell, prelude=1, batch_norm="group").deq
     x = _state(stack[0](x))
     layer.solver, layer.tol, layer.max_steps = tdeq.Picard(0.3), 1e-5, 2000
-    found = layer.solve(x)
-    radius = tdeq.spectral_radius(layer, found.value, x, products=30).where(found.converged, torch.nan)
-    layer.tol, layer.max_steps, steps = TOL, MOST, {}
+    solution = layer.solve(x)
+    radius = tdeq.spectral_radius(layer, solution.value, x, products=30)
+    made = {"radius": radius.where(solution.converged, torch.nan)}
+    layer.tol, layer.max_steps = TOL, MOST
     for solver in SOLVERS:
         layer.solver = SOLVERS[solver]
-        steps[solver] = _steps(layer.solve(x))
-    return Outcome(radius, steps, _steps(_familiar(layer.cell.block, x)))
+        made[solver] = _steps(layer.solve(x))
+    return made | {"familiar": _steps(_familiar(layer.cell.block, x))}
 
 
 def _state(out: Tensor | tuple) -> Tensor:
@@ -172,33 +155,35 @@ def _familiar(block: nn.Module, x: Tensor) -> tdeq.Solution:
 
 def _range(values: Tensor, digits: int) -> str:
     fine = values[values.isfinite()]
-    said = [f"{fine.min():.{digits}f} to {fine.max():.{digits}f}"] if len(fine) else []
+    parts = [f"{fine.min():.{digits}f} to {fine.max():.{digits}f}"] if len(fine) else []
     if len(fine) < len(values):
-        said.append(f"{100 * (1 - len(fine) / len(values)):.0f} % not")
-    return ", ".join(said)
+        parts.append(f"{100 * (1 - len(fine) / len(values)):.0f} % not")
+    return ", ".join(parts)
 
 
 def rows(names: Sequence[str], blocks: Sequence[int] = BLOCKS, seeds: int = SEEDS) -> Iterator[list[str]]:
+    """Yields the row of each wiring at each scale of its weights."""
     for scale, name in product(SCALES, names):
-        cases = product(blocks, ("mean", "first"), range(seeds))
-        found = [start(name, scale, *case) for case in cases]
-        steps = {solver: torch.cat([o.steps[solver] for o in found]) for solver in SOLVERS}
-        radius, familiar = torch.cat([o.radius for o in found]), torch.cat([o.familiar for o in found])
-        both = familiar.isfinite() & steps["undamped"].isfinite()
-        counts = [_range(each, 0) for each in (*steps.values(), familiar)]
-        yield [name, f"{scale}x", _range(radius, 2), *counts, _range((familiar / steps["undamped"])[both], 1)]
+        cells = [start(name, scale, *case) for case in product(blocks, ("mean", "first"), range(seeds))]
+        by = {column: torch.cat([cell[column] for cell in cells]) for column in cells[0]}
+        both = by["familiar"].isfinite() & by["undamped"].isfinite()
+        counts = [_range(by[column], 0) for column in (*SOLVERS, "familiar")]
+        ratio = _range((by["familiar"] / by["undamped"])[both], 1)
+        yield [name, f"{scale}x", _range(by["radius"], 2), *counts, ratio]
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Prints the table, and what could not be measured here."""
     parser = argparse.ArgumentParser("tritondeq.bench.wirings", description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"default: {SEEDS}")
     parser.add_argument("--blocks", type=int, nargs="+", default=BLOCKS, help="that are replaced; default: 3 8")
     options = parser.parse_args(argv)
-    here = [name for name, wiring in WIRINGS.items() if installed(wiring.needs)]
+    here = [name for name, (_, package) in WIRINGS.items() if installed(package)]
     with one_thread(), tdeq.backend("torch"):
-        print("\n".join(markdown_table([HEAD, *rows(here, options.blocks, options.seeds)])))
-    for name in (name for name in WIRINGS if name not in here):
-        print(f"\nNot measured: {name}, for {WIRINGS[name].needs} is not installed.")
+        print(markdown([HEAD, *rows(here, options.blocks, options.seeds)]))
+    for name, (_, package) in WIRINGS.items():
+        if name not in here:
+            print(f"\nNot measured: {name}, for {package} is not installed.")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,10 @@ class Implicit(Adjoint):
         max_steps: Vector-Jacobian products at most; None takes the forward one's.
         reuse: Begin with the inverse Jacobian that the forward solve estimated, which only `Broyden` does, and solve by
             `Broyden` too (SHINE; Ramzi et al. 2022). Stores 2 * memory states between the forward pass and the
-            backward. Worth it where the spectral radius is above 1: see bench/NOTES.md.
+            backward. Worth it where the spectral radius is above 1: see docs/design-notes.md.
+
+    Raises:
+        TypeError, ValueError: an option is of the wrong kind or out of range.
     """
 
     solver: Solver | None = None

@@ -11,7 +11,7 @@ import torch
 from tritondeq.__main__ import EXTRAS, INTERRUPTED, _at_least, _device
 from tritondeq.demo.common import one_thread, writable
 
-from ..common import installed
+from ..machine import installed
 from . import STUDIES, results, study
 from .study import SUITES, Study
 

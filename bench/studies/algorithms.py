@@ -64,6 +64,7 @@ class Contestant(nn.Module):
 
     @property
     def implicit(self) -> bool:
+        """Whether the contestant is solved for an equilibrium."""
         return self.name in (who.DEQ, who.HYBRID)
 
     def enter(self, x: Tensor) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
@@ -79,6 +80,7 @@ class Contestant(nn.Module):
         return self.net.read(self.net.blocks[2](z, u) if self.name == who.HYBRID else z)
 
     def loss(self, batch: tuple[Tensor, Tensor], draw: Ints) -> Tensor:
+        """Returns the loss of a batch; `draw` draws the numbers of steps."""
         x, y = batch
         if not self.implicit:
             return parity.cross_entropy(self.explicit(x, draw(*self.settings["loop"])), y)
@@ -138,6 +140,7 @@ def right(logits: Tensor, y: Tensor) -> tuple[float, float]:
 
 
 def run(job: Job) -> dict[str, Any]:
+    """Trains one contestant with one seed and returns what was measured."""
     task, settings, device = TASKS[job.case], job.settings[job.case], job.device
     torch.manual_seed(job.seed)
     net = Contestant(job.contestant, task, settings).to(device)
@@ -186,6 +189,7 @@ def _present(runs: list[Run]) -> list[str]:
 
 
 def pictures(runs: list[Run]) -> dict[str, Draw]:
+    """Returns what to draw, by name."""
     cases = _present(runs)
     size = "size: bits, or pixels a side"
     by_size = [("by_size", size, "wholly right, %"), ("steps_by_size", size, "steps")]
@@ -209,6 +213,7 @@ def pictures(runs: list[Run]) -> dict[str, Draw]:
 
 
 def says(runs: list[Run]) -> Iterator[str]:
+    """Yields what the numbers show, in sentences."""
     for case in _present(runs):
         own = plots.of(runs, case=case)
         by_name = {name: plots.of(own, contestant=name) for name in plots.names(own)}

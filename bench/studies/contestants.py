@@ -35,7 +35,7 @@ class Stack(nn.Module):
         self.change: Tensor | None = None
 
     def forward(self, x: Any, z0: Any = None) -> Any:
-        """z of the last block; `change` is then ||z - z before|| / ||z|| of each sample, which a residual would be."""
+        """Z of the last block; `change` is then ||z - z before|| / ||z|| of each sample, which a residual would be."""
         z = z0
         for block in self.blocks:
             u = inject(block, x)
@@ -59,6 +59,7 @@ class Hybrid(nn.Module):
         self.prelude, self.core, self.coda = Stack(make, 1), tdeq.DEQ(make(), **options), Stack(make, 1)
 
     def forward(self, x: Tensor, z0: Tensor | None = None) -> Tensor:
+        """Returns z of the coda."""
         return self.coda(x, self.core(self.prelude(x), z0))
 
 

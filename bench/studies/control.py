@@ -41,9 +41,11 @@ def build(job: Job) -> Policy:
 
 @torch.no_grad()
 def play(policy: Policy, job: Job, *, warm: bool, carry: bool = False) -> dict[str, Any]:
-    """Episodes under the likeliest actions, the same for every contestant of a seed.
+    """Plays episodes under the likeliest actions, the same for every contestant of a seed.
 
     Args:
+        policy: What acts.
+        job: The task, and the number of episodes.
         warm: Whether a solve begins with the equilibrium of the step before, or with zeros.
         carry: Begin warm what is no equilibrium, too.
 
@@ -108,6 +110,7 @@ def action_seconds(policy: Policy, seen: Tensor, device: torch.device, warm: boo
 
 
 def run(job: Job) -> dict[str, Any]:
+    """Trains one contestant with one seed and returns what was measured."""
     settings, policy = job.settings, build(job)
     agent = Agent(policy, TASKS[job.case], settings["critic"]).to(job.device)
     experience, acted = Experience(agent, job), []
@@ -143,6 +146,7 @@ def _present(runs: list[Run]) -> list[str]:
 
 
 def pictures(runs: list[Run]) -> dict[str, Draw]:
+    """Returns what to draw, by name."""
     cases = _present(runs)
     curves = [
         ("cold_by_steps", "steps an action, cold start", "return"),
@@ -166,6 +170,7 @@ def pictures(runs: list[Run]) -> dict[str, Draw]:
 
 
 def says(runs: list[Run]) -> Iterator[str]:
+    """Yields what the numbers show, in sentences."""
     for case in _present(runs):
         own = plots.of(runs, case=case)
         seconds, values = at_equal_time(

@@ -56,9 +56,10 @@ def follow(core: tdeq.DEQ, into: Tensor, ahead: bool = False) -> tuple[Tensor, T
 
 @torch.no_grad()
 def by_start(core: tdeq.DEQ, into: Tensor, tols: list[float], told: float) -> dict[str, Any]:
-    """Steps of a stream of samples but its first: curves over tolerances, `cold_by_tol`, `warm_by_tol`, `ahead_by_tol`,
-    and `saved_by_tol`, by how many % warm are fewer than cold ones.
+    """Counts the steps of a stream of samples but its first.
 
+    Returns curves over tolerances, `cold_by_tol`, `warm_by_tol`, `ahead_by_tol`, and `saved_by_tol`, by how many % warm
+    are fewer than cold ones.
     At the tolerance `told` also the four numbers, the largest residual of each start, and `apart`, the largest relative
     distance of what is found warm from what is found cold.
     """

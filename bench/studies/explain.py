@@ -22,6 +22,7 @@ EARLY = 4  # evaluations
 
 
 def run(job: Job) -> dict[str, Any]:
+    """Trains one contestant with one seed and returns what was measured."""
     net, data, found = images.fitted(job)
     x, y, settings = data.test_x, data.test_y, job.settings
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(job.seed)).to(job.device)
@@ -34,10 +35,13 @@ def run(job: Job) -> dict[str, Any]:
 
 @torch.no_grad()
 def hard(net: images.Net, x: Tensor, y: Tensor, noise: Tensor) -> dict[str, Any]:
-    """How well effort (steps of an equilibrium, the last change of an explicit net), the residual after EARLY steps,
-    and margin tell noisy images that are misread from those that are not, and effort noisy images from clean ones:
-    areas under the curve, 0.5 for none. `effort_margin` is their rank correlation (Spearman). `error_by_steps`: of an
-    equilibrium, the share misread in % of the images that took so many steps, in fifths."""
+    """Measures how well effort, early residual and margin separate misread images, and effort noisy ones.
+
+    Effort is steps of an equilibrium, or the last change of an explicit net; the residual is that after EARLY steps.
+    Misread images are among noisy ones, noisy ones among clean ones. Measures are areas under the curve, 0.5 for none.
+    `effort_margin` is their rank correlation (Spearman). `error_by_steps`: of an equilibrium, the share misread in % of
+    the images that took so many steps, in fifths.
+    """
     net(x)
     clean = effort(net)
     with traced(net.body):
@@ -100,9 +104,11 @@ def jacobian(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def flips(net: images.Net, x: Tensor, y: Tensor, noise: Tensor, settings: dict[str, Any]) -> dict[str, Any]:
-    """Which images, read rightly, change their class under noise, foretold by the margin, and by the distance to the
-    nearest border, margin over slope (Moosavi-Dezfooli et al. 2016). `linear`: by noise, the median relative error of
-    the change of logits that the derivative predicts."""
+    """Measures how well margin and distance predict which images, read rightly, change their class under noise.
+
+    The distance is that to the nearest border, margin over slope (Moosavi-Dezfooli et al. 2016). `linear`: by noise,
+    the median relative error of the change of logits that the derivative predicts.
+    """
     with Clock(x.device) as clock:
         logits, slopes = jacobian(net, x)
     ahead = logits.gather(1, y[:, None]) - logits
@@ -149,8 +155,11 @@ def per_sample(t: Tensor) -> Tensor:
 
 
 def exactness(net: images.Net, x: Tensor, v: Tensor) -> dict[str, Any]:
-    """Median relative errors: `exact`, of J v in float64 against central differences; `as_trained`, of J v in float32
-    at the tolerance of training against that in float64."""
+    """Returns median relative errors of J v.
+
+    `exact`: in float64 against central differences; `as_trained`: in float32 at the tolerance of training against that
+    in float64.
+    """
     fine = tightened(net)
     x64, v64 = x.double(), v.double()
     pushed = push(fine, x64, v64)[1]
@@ -171,6 +180,7 @@ def tightened(net: nn.Module) -> nn.Module:
 
 
 def pictures(runs: list[Run]) -> dict[str, Draw]:
+    """Returns what to draw, by name."""
     cases = [case for case in STUDY.cases if plots.of(runs, case=case)]
     scores = [("effort_tells", "steps or last change"), ("margin_tells", "margin")]
 
@@ -193,6 +203,7 @@ def pictures(runs: list[Run]) -> dict[str, Draw]:
 
 
 def says(runs: list[Run]) -> Iterator[str]:
+    """Yields what the numbers show, in sentences."""
     for case in STUDY.cases:
         for name in (who.DEQ, who.HYBRID):
             both = [

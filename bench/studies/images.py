@@ -38,6 +38,7 @@ class Net(nn.Module):
         return self.body(self.stem(x))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns logits of images x, [B, classes]."""
         return self.head(F.adaptive_max_pool2d(self.features(x), POOLED).flatten(1))
 
 
@@ -122,7 +123,7 @@ def accuracy(net: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> float:
 
 
 def attacked(net: nn.Module, x: Tensor, y: Tensor, radius: float, steps: int) -> Tensor:
-    """x moved by at most `radius` a pixel, uphill in the loss: projected gradient ascent (Madry et al. 2018)."""
+    """X moved by at most `radius` a pixel, uphill in the loss: projected gradient ascent (Madry et al. 2018)."""
     moved = x.clone()
     for _ in range(steps):
         moved.requires_grad_()
@@ -133,6 +134,7 @@ def attacked(net: nn.Module, x: Tensor, y: Tensor, radius: float, steps: int) ->
 
 
 def run(job: Job) -> dict[str, Any]:
+    """Trains one contestant with one seed and returns what was measured."""
     net, images, found = fitted(job)
     settings, x, y = job.settings, images.test_x, images.test_y
     found |= {"tested": len(x), "accuracy": accuracy(net, x, y)} | solved(net.body)
@@ -161,6 +163,7 @@ def by_noise(net: Net, job: Job, x: Tensor, y: Tensor) -> dict[str, Any]:
 
 
 def pictures(runs: list[Run]) -> dict[str, Draw]:
+    """Returns what to draw, by name."""
     cases = [case for case in STUDY.cases if plots.of(runs, case=case)]
     noise, attack = "noise, standard deviation", "attack, most change of a pixel"
     robustness = [("by_noise", noise, "test accuracy, %"), ("by_attack", attack, "test accuracy, %")]
@@ -173,6 +176,7 @@ def pictures(runs: list[Run]) -> dict[str, Draw]:
 
 
 def says(runs: list[Run]) -> Iterator[str]:
+    """Yields what the numbers show, in sentences."""
     for case in STUDY.cases:
         own = plots.of(runs, case=case)
         if not own:

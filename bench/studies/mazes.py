@@ -77,6 +77,7 @@ class Block(nn.Module):
             self.last.weight *= 0.3
 
     def forward(self, z: Tensor, u: Tensor) -> Tensor:
+        """Evaluates the block on z, [B, H, W, C], given u of the same shape."""
         inner = F.relu(self.first(z.movedim(3, 1)).movedim(1, 3) + u)
         return self.norm(parity.DECAY * z + self.last(inner.movedim(3, 1)).movedim(1, 3))
 
@@ -96,4 +97,5 @@ class Maze(nn.Module):
         return torch.zeros_like(u), u
 
     def read(self, z: Tensor) -> Tensor:
+        """Returns the logits [B, H, W] of a state."""
         return self.head(z).squeeze(-1)

@@ -72,6 +72,7 @@ class Policy(nn.Module):
             self.head.weight.mul_(0.01)  # as good as indifferent at first, which PPO likes
 
     def forward(self, observations: Tensor, z0: Tensor | None = None) -> Tensor:
+        """Returns the head's outputs for observations, [B, outputs]."""
         return self.onward(observations, z0)[0]
 
     def onward(self, observations: Tensor, z0: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -96,6 +97,7 @@ class Agent(nn.Module):
         self.critic = nn.Sequential(*layers)
 
     def value(self, observations: Tensor) -> Tensor:
+        """Returns the critic's values of observations, [B]."""
         return self.critic(observations / self.policy.scale).squeeze(-1)
 
     def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
@@ -147,6 +149,7 @@ class Experience:
         return float(self.running.mean()) * self.limit / max(1, self.taken)
 
     def tensor(self, array: np.ndarray) -> Tensor:
+        """Returns the array as a float32 tensor on the device."""
         return torch.as_tensor(array, dtype=torch.float32, device=self.device)
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import Any
 from tritondeq.demo.common import spread
 from tritondeq.demo.pictures import save
 
-from ..common import markdown_table
+from ..report import markdown
 from . import STUDIES, plots, results, study
 from . import contestants as who
 from .study import Measure, Run, Study
@@ -84,7 +84,7 @@ def _summary(found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
                 said = ", ".join(words) if any(word in WORDS for word in words) else ""
                 cells.append(f"{_mean(runs, ours, measure)} {said}".strip())
             rows.append([case, f"{measure.title} ({measure.better} is better)", *means, *cells])
-    yield "\n".join(markdown_table(rows))
+    yield markdown(rows)
     told = "; ".join(
         f"the {ours} has {', '.join(f'{count[word]} {plural}' for word, plural in WORDS.items())}"
         for ours, count in counts.items()
@@ -102,7 +102,7 @@ def _costs(found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
             pairs = [[_values(runs, name, m) for name in (ours, who.STACK)] for m in COSTS if m.better]
             if any(map(all, pairs)):
                 rows.append([case, ours, *(f"{mean(a) / mean(b):.2f}" if a and b else "" for a, b in pairs)])
-    yield "\n".join(markdown_table(rows))
+    yield markdown(rows)
 
 
 def _cases(found: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[Study, str, list[Run]]]:
@@ -132,7 +132,7 @@ def _section(study: Study, each: list[dict[str, Any]], folder: Path, beside: Pat
         for case in study.cases:
             if runs := plots.of(machine["runs"], case=case):
                 yield f"**{case or study.title}**"
-                yield "\n".join(markdown_table(_table(study, runs)))
+                yield markdown(_table(study, runs))
                 if verdicts := list(_verdicts(study, runs, timed=not _busy(machine))):
                     yield "\n".join(verdicts)
     if said := list(study.says(each[0]["runs"])):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .. import measure
+from .. import machine as here
 from .study import SUITES, Study
 
 SCHEMA = 1
@@ -17,14 +17,15 @@ SAME = ("device", "torch", "tritondeq", "commit", "backend", "threads")  # of th
 
 def new(study: Study, suite: str, device: torch.device) -> dict[str, Any]:
     """Results without runs yet."""
-    machine = measure.machine(device)
+    machine = here.describe(device)
     settings = json.loads(json.dumps(study.settings[suite]))  # tuples become lists, as they will be when read
     head = {"schema": SCHEMA, "study": study.name, "suite": suite, "settings": settings, "machine": machine}
     return head | {"complete": False, "runs": []}
 
 
 def path_of(results: dict[str, Any], folder: Path) -> Path:
-    return folder / f"{results['study']}-{results['suite']}-{measure.name_of(results['machine'])}.json"
+    """Returns the path of the file of these results in a folder."""
+    return folder / f"{results['study']}-{results['suite']}-{here.name_of(results['machine'])}.json"
 
 
 def save(results: dict[str, Any], path: Path) -> None:

@@ -26,8 +26,10 @@ SHOWN = 4  # horizons in the picture of forecasts
 
 
 class Net(nn.Module):
-    """Windows less their last value [B, W] -> the values after it, less the same [B, H]: a linear stem, the
-    contestant's body, and a linear head that also sees the window."""
+    """Forecasts [B, H] from windows [B, W], both less the last value of the window.
+
+    A linear stem, the contestant's body, and a linear head that also sees the window.
+    """
 
     def __init__(self, contestant: str, own: Series, features: int, depth: int, **options: Any):
         super().__init__()
@@ -37,6 +39,7 @@ class Net(nn.Module):
         self.skip = nn.Linear(own.context, own.horizon)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns forecasts [B, H] for windows x, [B, W]."""
         return self.after(x, self.body(self.stem(x)))
 
     def after(self, x: Tensor, z: Tensor) -> Tensor:
@@ -61,6 +64,7 @@ def build(job: Job) -> Net:
 
 
 def run(job: Job) -> dict[str, Any]:
+    """Trains one contestant with one seed and returns what was measured."""
     net, own, settings = build(job), series(job.case), job.settings
     every = data(own, job.device)
     batch = min(settings["batch"], len(every.x))
@@ -116,8 +120,11 @@ def shown(net: Net, own: Series, every: Data) -> dict[str, Any]:
 
 @torch.no_grad()
 def streamed(net: Net, every: Data, settings: dict[str, Any]) -> dict[str, Any]:
-    """Of the first test windows one after another, as they come in: of equilibria, what `effort.by_start` tells; of
-    these and of the loop, by steps allowed, the errors, begun from nothing (cold) and at the window before (warm)."""
+    """Measures solves of the first test windows one after another, as they come in.
+
+    Of equilibria, what `effort.by_start` returns; of these and of the loop, by steps allowed, the errors, begun from
+    nothing (cold) and at the window before (warm).
+    """
     body, x = net.body, every.test_x[: settings["streamed"]]
     core = effort.core(body)
     if core is None:
@@ -140,6 +147,7 @@ def streamed(net: Net, every: Data, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def pictures(runs: list[Run]) -> dict[str, Draw]:
+    """Returns what to draw, by name."""
     cases = [case for case in STUDY.cases if plots.of(runs, case=case)]
     return {
         "horizon": lambda figure: horizon(figure, cases, runs),
@@ -202,6 +210,7 @@ def stream(figure: Any, cases: list[str], runs: list[Run]) -> None:
 
 
 def says(runs: list[Run]) -> Iterator[str]:
+    """Yields what the numbers show, in sentences."""
     for case in STUDY.cases:
         own = {name: plots.of(runs, case=case, contestant=name) for name in plots.names(plots.of(runs, case=case))}
         for name in (name for name in (who.DEQ, who.HYBRID, who.STACK) if name in own):

@@ -46,8 +46,10 @@ class Corpus:
 
 @cache
 def corpus() -> Corpus:
-    """The sources of the running Python's standard library, in order of their paths, without tests, tables of
-    encodings, and what this machine has installed or configured. A file is held out by a hash of its path.
+    """Reads the sources of the running Python's standard library, in order of their paths.
+
+    Without tests, tables of encodings, and what this machine has installed or configured. A file is held out by a hash
+    of its path.
 
     Raises:
         FileNotFoundError: there are none.
@@ -65,6 +67,7 @@ def corpus() -> Corpus:
 
 
 def sources(root: Path) -> Iterator[Path]:
+    """Yields the source files of the library below `root`, in order."""
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if name not in NOT_READ and not name.startswith("config-"))
         for name in sorted(files):
@@ -73,6 +76,7 @@ def sources(root: Path) -> Iterator[Path]:
 
 
 def held_out(name: str) -> bool:
+    """Returns whether a file of that path is for testing only."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % HELD_OUT == 0
 
 
@@ -85,8 +89,10 @@ def symbols(text: str) -> Tensor:
 
 
 class Plain(nn.Module):
-    """The usual pre-norm block, z + Attn(RMS z), then + FFN(RMS .), with the parts of `cells.Transformer` and no input
-    but z."""
+    """The usual pre-norm block, z + Attn(RMS z), then + FFN(RMS .).
+
+    It has the parts of `cells.Transformer` and no input but z.
+    """
 
     def __init__(self, features: int, heads: int):
         super().__init__()
@@ -96,6 +102,7 @@ class Plain(nn.Module):
         self.attention_norm, self.ffn_norm = like.attention_norm, like.ffn_norm
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        """Evaluates the block on z, [B, T, D]; x is not used."""
         q, k, v = self.qkv(self.attention_norm(z)).unflatten(-1, (3, self.heads, self.width)).movedim((-3, -2), (0, 2))
         angles = rotary_angles(0, z.shape[1], self.width, ROTARY, z)
         q, k = (rotated(t, *angles) for t in (q, k))
@@ -120,6 +127,7 @@ class Net(nn.Module):
         self.head = nn.Linear(features, len(SYMBOLS) + 1)
 
     def forward(self, symbols: Tensor) -> Tensor:
+        """Returns logits [B, T, symbols] for symbols [B, T]."""
         x = self.embedding(symbols)
         return self.head(self.norm(self.body(x, x if self.plain else None)))
 
@@ -157,6 +165,7 @@ def bits(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def run(job: Job) -> dict[str, Any]:
+    """Trains one contestant with one seed and returns what was measured."""
     net, text, settings = build(job), corpus(), job.settings
     length, batch = settings["length"], settings["batch"]
     generator = torch.Generator().manual_seed(job.seed)
@@ -187,8 +196,11 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def by_effort(net: Net, job: Job, tested: Callable[[], float]) -> dict[str, Any]:
-    """Bits of the trained net at other numbers of steps: curves [steps, bits] for all, [tolerance, bits] and
-    [tolerance, steps] for equilibria; `half` and `double`, with so many of the steps that it was trained with."""
+    """Measures the bits of the trained net at other numbers of steps.
+
+    Curves [steps, bits] for all, [tolerance, bits] and [tolerance, steps] for equilibria; `half` and `double`, with so
+    many of the steps that it was trained with.
+    """
     settings, steps, core = job.settings, who.steps(net.body), effort.core(net.body)
     own = steps.mean().item() if isinstance(steps, Tensor) else steps
     if core is None:
@@ -213,6 +225,7 @@ def by_effort(net: Net, job: Job, tested: Callable[[], float]) -> dict[str, Any]
 
 
 def pictures(runs: list[Run]) -> dict[str, Draw]:
+    """Returns what to draw, by name."""
     return {"size": lambda figure: size(figure, runs), "steps": lambda figure: steps(figure, runs)} | {
         "learning": lambda figure: plots.learning(figure, [""], runs, BITS)
     }
@@ -244,6 +257,7 @@ def steps(figure: Any, runs: list[Run]) -> None:
 
 
 def says(runs: list[Run]) -> Iterator[str]:
+    """Yields what the numbers show, in sentences."""
     first, digests = runs[0], sorted({run["corpus"][:16] for run in runs})
     learnt, unseen = first["symbols"]
     yield (

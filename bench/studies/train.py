@@ -32,14 +32,17 @@ def batches(seed: int, samples: int, batch: int, updates: int) -> Iterator[Tenso
 
 
 class Clock:
-    """Seconds of work: of this process's CPU where the work is there, so that others on the machine count less; of the
-    wall on a GPU."""
+    """Counts seconds of work.
+
+    Of this process's CPU where the work is there, so that other processes count less; of the wall on a GPU.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.spent = 0.0
 
     def now(self) -> float:
+        """Returns the seconds of the clock, once the device is done."""
         synchronize(self.device)
         return time.process_time() if self.device.type == "cpu" else time.perf_counter()
 
@@ -65,8 +68,13 @@ def train(
     """Trains by AdamW under a one-cycle schedule, and returns what it cost.
 
     Args:
+        net: What is trained.
         loss: Of one item of `data`, differentiable.
         data: At least `updates` batches, of whatever kind.
+        updates: Steps of the optimiser.
+        lr: The highest learning rate of the schedule.
+        weight_decay: Of AdamW.
+        clip: The largest norm of a gradient.
         check: What a learning curve is made of; it is not timed.
 
     Returns:
@@ -123,8 +131,10 @@ class Flops(TorchDispatchMode):
 
 
 def work(net: nn.Module, loss: Callable[[], Tensor], answer: Callable[[], Any], samples: int) -> dict[str, float]:
-    """`step_flops`, of a training step, and `sample_flops`, of a test sample where `answer` treats so many: as the net
-    is now, whatever the machine is busy with."""
+    """Counts `step_flops`, of a training step, and `sample_flops`, of one of the `samples` that `answer` treats.
+
+    They are those of the net as it is now, and do not depend on what else the machine does.
+    """
     with tdeq.backend("torch"), Flops() as step:  # what is inside a kernel is not seen
         loss().backward()
     net.zero_grad()
@@ -146,8 +156,11 @@ def latency(call: Callable[[], Any], samples: int, device: torch.device, repeats
 
 
 def solved(body: nn.Module) -> dict[str, Any]:
-    """Of the last call of a contestant's body: `steps`, `most_steps`, and of an equilibrium `residual`, its median, and
-    the share in % of each status that occurred."""
+    """Returns what became of the last call of a contestant's body.
+
+    `steps`, `most_steps`, and of an equilibrium `residual`, its median, and the share in % of each status that
+    occurred.
+    """
     count, last = steps(body), solution(body)
     if last is None:
         return {"steps": count, "most_steps": count}
@@ -171,8 +184,10 @@ def load() -> float | None:
 
 
 def at_equal_time(curves: dict[str, list[list[list[float]]]]) -> tuple[float, dict[str, float]]:
-    """(seconds, value by contestant): from learning curves, a list of seeds each, where all had the time that the
-    quickest took to finish. A slower one is then still in the middle of its schedule."""
+    """Returns (seconds, value by contestant) where all had the time that the quickest took to finish.
+
+    Learning curves are a list of seeds each. A slower contestant is then still in the middle of its schedule.
+    """
     seconds = min(mean(curve[-1][1] for curve in seeds) for seeds in curves.values())
     return seconds, {name: mean(_value_at(curve, seconds) for curve in seeds) for name, seeds in curves.items()}
 

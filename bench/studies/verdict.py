@@ -30,7 +30,8 @@ def compare(ours: Sequence[float], theirs: Sequence[float], better: str, samples
     """By RULE.
 
     Args:
-        ours, theirs: A value per seed.
+        ours: A value per seed.
+        theirs: Likewise.
         better: "more" or "less".
         samples: The number of test samples of each seed, where values are shares of them in %.
     """

@@ -51,8 +51,10 @@ def series(case: str) -> Series:
 
 
 def references(own: Series) -> dict[str, Tensor]:
-    """Forecasts [windows, horizon] for the test windows by rules without a net; the last is fitted to the training
-    windows by least squares."""
+    """Returns forecasts [windows, horizon] for the test windows by rules without a net.
+
+    The last rule is fitted to the training windows by least squares.
+    """
     past = own.windows(True)[:, : own.context]
     last, season = past[:, -1:], past[:, own.context - own.season :]
     seasonal = season[:, : own.horizon]
@@ -84,6 +86,7 @@ class Data:
 
 
 def data(own: Series, device: torch.device) -> Data:
+    """Returns the windows less their last value, scaled to a standard deviation of 1."""
     parts = [part - part[:, own.context - 1, None] for part in (own.windows(False), own.windows(True))]
     unit = parts[0].std().item()
     cut = [(part / unit).float().to(device).tensor_split([own.context], dim=1) for part in parts]

@@ -1,6 +1,7 @@
 """How every test runs: Triton interpreted where there is no GPU, fixed seeds, NaN in fresh allocations."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts: deterministic GEMMs
@@ -10,6 +11,7 @@ import hypothesis
 import pytest
 import torch
 
+KERNELS = Path(__file__).parent / "kernels"
 CUDA = torch.cuda.is_available()
 # Triton reads this as it decorates a kernel: set it before whatever imports Triton, as the next call does.
 if not CUDA:
@@ -44,7 +46,7 @@ def pytest_collection_modifyitems(items):
     """Tests of kernels are skipped where the kernels refuse this Triton."""
     reason = too_old_a_triton()
     for item in items if reason else ():
-        if "kernels" in item.path.parts:
+        if item.path.is_relative_to(KERNELS):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 

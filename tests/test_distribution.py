@@ -15,7 +15,9 @@ import pytest
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"tritondeq": "tritondeq", "kernels": "tritondeq/kernels", "bench": "tritondeq/bench"}
-LOCAL = shutil.ignore_patterns(".git", ".venv", "*_cache", ".hypothesis", ".benchmarks", "build", "dist", "*.egg-info")
+LOCAL = shutil.ignore_patterns(
+    ".git", ".venv", "*_cache", ".hypothesis", ".benchmarks", "build", "dist", "*.egg-info", "__pycache__"
+)
 
 
 def run(*command: object, cwd: Path) -> str:
@@ -24,18 +26,18 @@ def run(*command: object, cwd: Path) -> str:
     return done.stdout
 
 
-def files(*folders: str) -> set[str]:
-    paths = (path for folder in folders for path in ROOT.glob(f"{folder}/**/*") if path.is_file())
-    return {str(path.relative_to(ROOT)) for path in paths if path.suffix != ".pyc"}
+def files(tree: Path, *folders: str) -> set[str]:
+    paths = (path for folder in folders for path in tree.glob(f"{folder}/**/*") if path.is_file())
+    return {path.relative_to(tree).as_posix() for path in paths}
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> dict[str, Path]:
-    """The sdist, made from a copy of the tree, and the wheel, made from the sdist."""
+    """A copy of the tree, the sdist made from it, and the wheel made from the sdist."""
     folder = tmp_path_factory.mktemp("built")
     shutil.copytree(ROOT, folder / "tree", ignore=LOCAL)
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, folder / "tree", cwd=folder)
-    return {"wheel": next(folder.glob("*.whl")), "sdist": next(folder.glob("*.tar.gz"))}
+    return {"tree": folder / "tree", "wheel": next(folder.glob("*.whl")), "sdist": next(folder.glob("*.tar.gz"))}
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +64,9 @@ def installed(built, tmp_path_factory):
 
 
 def test_the_wheel_holds_the_packages_and_nothing_else(built):
-    data = {"tritondeq/py.typed", *files("tritondeq/tuned")}
+    data = {"tritondeq/py.typed", *files(built["tree"], "tritondeq/tuned")}
     for folder, package in FOLDERS.items():
-        data |= {name.replace(folder, package, 1) for name in files(folder) if name.endswith(".py")}
+        data |= {name.replace(folder, package, 1) for name in files(built["tree"], folder) if name.endswith(".py")}
     names = zipfile.ZipFile(built["wheel"]).namelist()
     assert {name for name in names if ".dist-info/" not in name} == data
     assert built["wheel"].stat().st_size < 400e3
@@ -73,7 +75,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(built):
 def test_the_sdist_holds_tests_documents_and_benchmarks(built):
     with tarfile.open(built["sdist"]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    expected = files("tests", "docs", "bench", "kernels", "tritondeq", ".ci")
+    expected = files(built["tree"], "tests", "docs", "bench", "kernels", "tritondeq", ".ci")
     assert expected | {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE"} <= names
 
 

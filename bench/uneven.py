@@ -1,22 +1,21 @@
-"""Rows that need 5 to 200 steps in one batch, beside the same kernel in lockstep (G6); on CUDA only."""
+"""Rows that need 5 to 200 steps in one batch, beside the same kernel in lockstep; on CUDA only."""
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels import dispatch, launch
 from . import measure
+from .measure import Record
 
-Record = dict[str, Any]
 TOL, MOST, WIDTH = 1e-4, 400, 128
 SLOW, DEEP = 0.97, 0.09  # the one slow mode, and the share of rows that have some of it
 
 
 def problem(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(W, u) of z = W z + u: all modes at 0.1 but one, which few rows have much of."""
+    """Returns (W, u) of z = W z + u: all modes at 0.1 but one, which few rows have much of."""
     gen = torch.Generator().manual_seed(0)
     q = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=gen, dtype=torch.float64))[0]
     modes = torch.full((WIDTH,), 0.1, dtype=torch.float64)
@@ -34,7 +33,7 @@ def lockstep() -> contextlib.AbstractContextManager[None]:
 
 
 def run(device: torch.device, suite: str, seconds: float) -> Iterator[Record]:
-    """`wrong` where the two differ in a bit, or the depths are not what the target speaks of."""
+    """Yields ours and lockstep; `wrong` where they differ in a bit, or the depths are not those of the problem."""
     if device.type != "cuda":
         return
     rows = 1 << (14 if suite != "full" else 17)
@@ -48,17 +47,13 @@ def run(device: torch.device, suite: str, seconds: float) -> Iterator[Record]:
         with lockstep():
             return solve()
 
-    calls = {"tritondeq": solve, "lockstep": locked}
     (z, steps, *_), (same, *_) = solve(), locked()
     fault = None if torch.equal(z, same) else "lockstep: differs in some bit"
     mean, least, most = steps.float().mean().item(), steps.min().item(), steps.max().item()
     if not (10 < mean < 20 and least <= 6 and 150 < most < MOST):
         fault = f"tritondeq: {least} to {most} steps, {mean:.1f} on average"
-    timed = {} if fault else measure.clock(calls, device, seconds)
-    for name in calls:
-        record = {"goal": "G6", "case": f"G6 {rows}x{WIDTH} fp32 forward", "contestant": name, "train": False}
-        record |= {"rows": rows, "width": WIDTH, "steps": most, "mean_steps": mean, "tol": TOL, "wrong": fault}
-        if name in timed:
-            record |= {"seconds": timed[name].seconds, "median": timed[name].median, "least": timed[name].least}
-            record["over_ours"] = timed[name].seconds / timed["tritondeq"].seconds
-        yield record
+    head = {"kind": "solve", "case": f"Affine {rows}x{WIDTH} fp32, {least} to {most} steps", "rows": rows}
+    head |= {"width": WIDTH, "cell": "affine", "low": False, "steps": most, "mean_steps": mean, "tol": TOL}
+    calls = {"tritondeq": solve, "lockstep": locked}
+    for record in measure.compare(calls, dict.fromkeys(calls, fault), device, seconds):
+        yield head | record

@@ -1,6 +1,7 @@
 """How every test runs: Triton interpreted where there is no GPU, fixed seeds, NaN in fresh allocations."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts: deterministic GEMMs
@@ -10,6 +11,7 @@ import hypothesis
 import pytest
 import torch
 
+KERNELS = Path(__file__).parent / "kernels"
 CUDA = torch.cuda.is_available()
 # Triton reads this as it decorates a kernel: set it before whatever imports Triton, as the next call does.
 if not CUDA:
@@ -32,3 +34,29 @@ def seed():
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if CUDA else "cpu")
+
+
+def too_old_a_triton() -> str | None:
+    from tritondeq.kernels import dispatch  # after TRITON_INTERPRET is set
+
+    return dispatch.too_old() if dispatch.has_triton() else None
+
+
+def pytest_collection_modifyitems(items):
+    """Skips the tests of kernels, and those marked so, where the kernels refuse this Triton."""
+    reason = too_old_a_triton()
+    for item in items if reason else ():
+        if item.path.is_relative_to(KERNELS) or item.get_closest_marker("kernels"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Skips any other test that asks for the Triton backend and is refused for that reason."""
+    try:
+        return (yield)
+    except (RuntimeError, AssertionError) as error:  # an AssertionError where the test expects another RuntimeError
+        reason = too_old_a_triton()
+        if reason and reason in str(error):
+            pytest.skip(reason)
+        raise

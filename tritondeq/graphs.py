@@ -292,7 +292,7 @@ class _Solve:
 
     def __call__(self, keep: Tensor | None) -> tuple[Tensor, Solution]:
         if keep is not None:
-            self.steps.keep.copy_(keep)
+            self.steps.mask.copy_(keep)
         self.replay()
         value, status, count, residual = (x.clone() for x in self.outcome)
         return value, Solution(None, status, count, residual)

@@ -7,8 +7,8 @@ BLOCK_N are split over several programs; the last of them sums the parts, in one
 once a sample, and `_mix_kernel` makes z_(k+1). So it does in float64, and of more differences than `launch.one_launch`
 allows, where registers would spill.
 
-Kept are 2 m + 3 states: z_k, z_(k-1), the best iterate and the rings. g_k waits in dG where the next difference goes;
-with `half` it has a state of its own, and dG takes m / 2.
+The steps hold 2 m + 3 states: z_k, z_(k-1), the best iterate and the rings. g_k waits in dG where the next difference
+goes; with `half` it has a separate state, and dG takes m / 2.
 
 Bytes of a step, in states B N of the dtype, memory m: (2m + 2) read and 4 written, and what has just been written of dH
 read again; in two launches (m + 3) read and 3 written, then (m + 2) read and 1 written.
@@ -19,14 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import launch
 from ..dispatch import StepsOp, interpreting, register
 from ..rules import SAFEGUARD
 from ..tails import Tail
 from ..tl_anderson import anderson_weights
 from ..tl_common import bf16_pair, constant
 from . import base as steps
-from .base import Steps, contiguous
+from .base import Steps
 from .tl_steps import (
     ACTIVE,
     BEFORE,
@@ -57,7 +56,7 @@ def _measure_kernel(
     v_ptrs,  # gains and weight of the tail, each [D]
     next_ptr,  # [B, N]: z_(k-1), then z_(k+1) if ONE_LAUNCH
     best_ptr,  # [B, N]
-    keep_ptr,  # [B, N] uint8, if HAS_KEEP
+    mask_ptr,  # [B, N] uint8, if HAS_MASK
     g_ptr,  # [B, N]: g_(k-1), then g_k, if HALF; else both are in dG
     dg_ptr,  # [B, M, N], or bf16 if HALF
     dh_ptr,  # [B, M, N]
@@ -67,7 +66,7 @@ def _measure_kernel(
     stats_ptr,  # [8, B]
     flags_ptr,  # [5, B]
     part_ptr,  # [B, 2 + 2 M, SPLITS]
-    left_ptr,  # []
+    count_ptr,  # []
     B,
     N,
     D,
@@ -77,7 +76,7 @@ def _measure_kernel(
     M: tl.constexpr,
     HALF: tl.constexpr,
     ONE_LAUNCH: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -102,7 +101,7 @@ def _measure_kernel(
             k = tl.load(flags + STEPS * B) + 1
             slot = (k + M - 2) % M
             z, y, g, seen = evaluation(
-                z_ptr, y_ptrs, v_ptrs, keep_ptr, offs, mask, d, D, eps, mix, HAS_KEEP, TAIL, INTERP
+                z_ptr, y_ptrs, v_ptrs, mask_ptr, offs, mask, d, D, eps, mix, HAS_MASK, TAIL, INTERP
             )
             dg = tl.zeros_like(g)
             damping = tl.load(numbers_ptr)
@@ -140,12 +139,12 @@ def _measure_kernel(
                 tl.store(dgs + (k - 1) % M * N, g, mask=mask)
             if last_to_arrive(flags, B, SPLITS):
                 if ONE_LAUNCH:
-                    found = sums
+                    total = sums
                 else:
-                    found = part_sums(part_ptr, b, SPLITS, WIDTH, BLOCK_S)
-                rr, ss = found[0], found[1]
-                go, rel, best, improved, before = judge(stats_ptr, flags_ptr, left_ptr, b, B, limit, rr, ss, FLOOR)
-                gamma = _weigh(found, gram_ptr, numbers_ptr, b, slot, rel, best, M)
+                    total = part_sums(part_ptr, b, SPLITS, WIDTH, BLOCK_S)
+                rr, ss = total[0], total[1]
+                go, rel, best, improved, before = judge(stats_ptr, flags_ptr, count_ptr, b, B, limit, rr, ss, FLOOR)
+                gamma = _weigh(total, gram_ptr, numbers_ptr, b, slot, rel, best, M)
                 if ONE_LAUNCH:
                     make_way(z_ptr, next_ptr, best_ptr, go, improved, before, offs, mask)
                     if go:  # a barrier lies between the store of dH and its loads, which other threads may do
@@ -160,7 +159,7 @@ def _measure_kernel(
 
 @triton.jit
 def _weigh(sums, gram_ptr, numbers_ptr, b, slot, rel, best, M: tl.constexpr):
-    """The new row of a sample's Gram matrix, and its mixing weights."""
+    """Stores the new row of a sample's Gram matrix; returns its mixing weights."""
     one = tl.arange(0, 1)  # the helpers want vectors
     gram_ptr += b.to(tl.int64) * M * M + one
     dots = ()
@@ -173,7 +172,7 @@ def _weigh(sums, gram_ptr, numbers_ptr, b, slot, rel, best, M: tl.constexpr):
         for j in tl.static_range(i + 1):
             old = tl.load(gram_ptr + i * M + j)
             gram = gram + (tl.where(slot == i, new[j], tl.where(slot == j, new[i], old)),)
-    for i in tl.static_range(M):  # of the lower triangle: nobody reads the other
+    for i in tl.static_range(M):  # of the lower triangle, the one that is read
         tl.store(gram_ptr + tl.where(slot > i, slot * M + i, i * M + slot), new[i])
     plain = ~(rel + one * 0.0 <= SAFE * best)
     weights = anderson_weights(gram, dots, plain, tl.load(numbers_ptr + 1), M)
@@ -185,7 +184,7 @@ def _weigh(sums, gram_ptr, numbers_ptr, b, slot, rel, best, M: tl.constexpr):
 
 @triton.jit
 def _mixed(z, gamma, dhs, mask, N, M: tl.constexpr):
-    """z_(k+1) of the plain step z."""
+    """Returns z_(k+1), from where the plain step leads."""
     for i in tl.static_range(M):
         z -= gamma[i] * tl.load(dhs + i * N, mask=mask, other=0.0)
     return z
@@ -237,43 +236,34 @@ def _mix_kernel(
 
 
 class AndersonSteps(Steps):
+    """The steps of `tritondeq.solvers.Anderson`, with its options."""
+
     period = 2
+    measures, mixes = _measure_kernel, _mix_kernel
 
     def __init__(
-        self, z: Tensor, keep: Tensor | None, tol: float, limit: int, tail: Tail, *, memory, damping, ridge, half
+        self, z: Tensor, mask: Tensor | None, tol: float, limit: int, tail: Tail, *, memory, damping, ridge, half
     ):
         numbers = damping, max(ridge, 4 * torch.finfo(z.dtype).eps)
         batch, width = z.shape
-        self.memory, self.half = memory, half
         self.dh = z.new_empty(batch, memory, width)
         # the interpreter has no bf16: there a rounded value is held in the dtype of the state
         self.dg = self.dh.new_empty(self.dh.shape, dtype=torch.bfloat16 if half and not interpreting() else z.dtype)
         self.g = z.new_empty(z.shape) if half else self.dg
         self.gram, self.gamma = z.new_empty(batch, memory, memory), z.new_empty(batch, memory)
-        super().__init__("steps.anderson", z, keep, tol, limit, tail, numbers, parts=2 + 2 * memory)
-        self.one_launch = launch.one_launch("steps.anderson", self.config, itemsize=z.element_size(), memory=memory)
+        super().__init__(
+            "steps.anderson", z, mask, tol, limit, tail, numbers, parts=2 + 2 * memory, memory=memory, HALF=half
+        )
 
     def reset(self, z: Tensor) -> None:
+        """Begins a solve at `z` without a history."""
         super().reset(z)
         for history in (self.dg, self.dh, self.gram, self.gamma):
             history.zero_()
 
-    def take(self, *parts: Tensor) -> None:
-        y, shape, m = contiguous(parts), self.shape, self.memory
-        known = {"M": m, "HALF": self.half, "ONE_LAUNCH": self.one_launch}
-        measured = (self.z, y, self.vectors, self.next, self.best, self.keep)
-        measured += (self.g, self.dg, self.dh, self.gram, self.gamma)
-        measured += (self.numbers, self.stats, self.flags, self.part, self.count)
-        mixed = (self.z, y, self.vectors, self.next, self.best, self.dh, self.gamma, self.numbers, self.flags)
-        mixing = {name: self.config[name] for name in ("SPLITS", "BLOCK_N", "TAIL", "INTERP", "num_warps")}
-        with launch.on(self.z.device):
-            _measure_kernel[self.grid](*measured, *shape, self.limit, enable_fp_fusion=True, **known, **self.config)
-            if not self.one_launch:
-                _mix_kernel[self.grid](*mixed, *shape, M=m, enable_fp_fusion=True, **mixing)
-
 
 def refuses(*, memory: int, **problem) -> str | None:
-    """Why torch must take these steps, or None."""
+    """Returns why torch must take these steps, or None."""
     if memory > MEMORY:
         return f"Anderson memory {memory}, and the registers hold a system of {MEMORY}"
     return steps.refuses(memory=memory, **problem)

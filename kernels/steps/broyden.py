@@ -10,8 +10,8 @@ The inverse Jacobian of g is H = -I + sum_i u_i v_i'. After evaluation k, with d
 the new update is made in the slots of the oldest, and z+: where several programs share a sample, and in float64, by
 `_mix_kernel`.
 
-Kept are 2 m + 3 states: z_k, z_(k-1), the best iterate and the rings. The oldest update leaves H before the newest is
-made, and its v makes room for g_k until then; a sample that stops has an update less.
+The steps hold 2 m + 3 states: z_k, z_(k-1), the best iterate and the rings. The oldest update leaves H before the
+newest is made, and its v makes room for g_k until then; a sample that stops has an update less.
 
 Bytes of a step, in states B N of the dtype, memory m: (2m + 2) read, then (2m - 2) of them again and 4
 written; in two launches (2m + 2) read, then (2m + 2) read and 4 written.
@@ -22,12 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import launch
 from ..dispatch import StepsOp, register
 from ..rules import SAFEGUARD
 from ..tails import Tail
 from ..tl_common import constant
-from .base import Steps, contiguous, refuses
+from .base import Steps, refuses
 from .tl_steps import (
     ACTIVE,
     BEFORE,
@@ -58,7 +57,7 @@ def _measure_kernel(
     v_ptrs,  # gains and weight of the tail, each [D]
     next_ptr,  # [B, N]: z_(k-1), then z_(k+1) if ONE_LAUNCH
     best_ptr,  # [B, N]
-    keep_ptr,  # [B, N] uint8, if HAS_KEEP
+    mask_ptr,  # [B, N] uint8, if HAS_MASK
     u_ptr,  # [B, M, N]
     v_ptr,  # [B, M, N]
     coef_ptr,  # [B, 2 + 3 M]
@@ -66,7 +65,7 @@ def _measure_kernel(
     stats_ptr,  # [8, B]
     flags_ptr,  # [5, B]
     part_ptr,  # [B, 6 + 3 M, SPLITS]
-    left_ptr,  # []
+    count_ptr,  # []
     B,
     N,
     D,
@@ -75,7 +74,7 @@ def _measure_kernel(
     limit,
     M: tl.constexpr,
     ONE_LAUNCH: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -100,9 +99,9 @@ def _measure_kernel(
             k = tl.load(flags + STEPS * B) + 1
             slot = tl.where(k > 1, (k + M - 2) % M, M)  # none at first
             z, y, g, seen = evaluation(
-                z_ptr, y_ptrs, v_ptrs, keep_ptr, offs, mask, d, D, eps, mix, HAS_KEEP, TAIL, INTERP
+                z_ptr, y_ptrs, v_ptrs, mask_ptr, offs, mask, d, D, eps, mix, HAS_MASK, TAIL, INTERP
             )
-            dz, dg = _changes(z, g, next_ptr, vs + slot * N, keep_ptr, offs, mask, k, HAS_KEEP)
+            dz, dg = _changes(z, g, next_ptr, vs + slot * N, mask_ptr, offs, mask, k, HAS_MASK)
             part = part_ptr + b.to(tl.int64) * WIDTH * SPLITS + pid % SPLITS
             rr, ss = dot2(g, g, seen, seen, INTERP)
             zg, zz = dot2(dz, g, dz, dz, INTERP)
@@ -124,7 +123,7 @@ def _measure_kernel(
             if last_to_arrive(flags, B, SPLITS):
                 rr = part_sum(part_ptr, b, 0, SPLITS, WIDTH, BLOCK_S)
                 ss = part_sum(part_ptr, b, 1, SPLITS, WIDTH, BLOCK_S)
-                go, rel, best, improved, before = judge(stats_ptr, flags_ptr, left_ptr, b, B, limit, rr, ss, FLOOR)
+                go, rel, best, improved, before = judge(stats_ptr, flags_ptr, count_ptr, b, B, limit, rr, ss, FLOOR)
                 if go:
                     _weigh(part_ptr, coef_ptr, numbers_ptr, b, rel <= SAFE * best, SPLITS, WIDTH, M, BLOCK_S)
                 if ONE_LAUNCH:
@@ -135,14 +134,14 @@ def _measure_kernel(
 
 
 @triton.jit
-def _changes(z, g, prev_ptr, before_ptr, keep_ptr, offs, mask, k, HAS_KEEP: tl.constexpr):
-    """(dz, dg), zero at first; g_(k-1) is at `before_ptr`."""
+def _changes(z, g, prev_ptr, before_ptr, mask_ptr, offs, mask, k, HAS_MASK: tl.constexpr):
+    """Returns (dz, dg), zero at first; g_(k-1) is at `before_ptr`."""
     dz = tl.zeros_like(z)
     dg = tl.zeros_like(z)
     if k > 1:
         dz = z - tl.load(prev_ptr + offs, mask=mask, other=0.0)
-        if HAS_KEEP:
-            dz = tl.where(tl.load(keep_ptr + offs, mask=mask, other=0) != 0, dz, 0.0)
+        if HAS_MASK:
+            dz = tl.where(tl.load(mask_ptr + offs, mask=mask, other=0) != 0, dz, 0.0)
         dg = g - tl.load(before_ptr, mask=mask, other=0.0)
     return dz, dg
 
@@ -159,7 +158,7 @@ def _weigh(
     M: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Coefficients of a sample's update and of its step; 1 / den is zero where there is no update to make."""
+    """Stores the coefficients of a sample's update and of its step; 1 / den is zero where no update is to be made."""
     new = -part_sum(part_ptr, b, 2, SPLITS, WIDTH, BLOCK_S)
     zz = part_sum(part_ptr, b, 3, SPLITS, WIDTH, BLOCK_S)
     den = -part_sum(part_ptr, b, 4, SPLITS, WIDTH, BLOCK_S)
@@ -183,8 +182,10 @@ def _weigh(
 
 @triton.jit
 def _mixed(z, y, g, dz, dg, coef, us, vs, slot, k, go, cols, mask, N, M: tl.constexpr):
-    """z_(k+1), or z_k of a sample that stops, after the new update has taken the place of the oldest, and g_k that of
-    the next."""
+    """Puts the new update in the place of the oldest, and g_k in that of the next.
+
+    Returns z_(k+1), or z_k of a sample that stops.
+    """
     new = tl.zeros_like(z)
     left = tl.zeros_like(z)
     if go:
@@ -217,7 +218,7 @@ def _mix_kernel(
     v_ptrs,  # gains and weight of the tail, each [D]
     next_ptr,  # [B, N]: z_(k-1), then z_(k+1)
     best_ptr,  # [B, N]
-    keep_ptr,  # [B, N] uint8, if HAS_KEEP
+    mask_ptr,  # [B, N] uint8, if HAS_MASK
     u_ptr,  # [B, M, N]
     v_ptr,  # [B, M, N]
     coef_ptr,  # [B, 2 + 3 M]
@@ -228,7 +229,7 @@ def _mix_kernel(
     eps,
     mix,
     M: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr,
@@ -246,8 +247,8 @@ def _mix_kernel(
         vs = v_ptr + row * M + cols
         k = tl.load(flags + STEPS * B)
         slot = tl.where(k > 1, (k + M - 2) % M, M)
-        z, y, g, seen = evaluation(z_ptr, y_ptrs, v_ptrs, keep_ptr, offs, mask, d, D, eps, mix, HAS_KEEP, TAIL, INTERP)
-        dz, dg = _changes(z, g, next_ptr, vs + slot * N, keep_ptr, offs, mask, k, HAS_KEEP)
+        z, y, g, seen = evaluation(z_ptr, y_ptrs, v_ptrs, mask_ptr, offs, mask, d, D, eps, mix, HAS_MASK, TAIL, INTERP)
+        dz, dg = _changes(z, g, next_ptr, vs + slot * N, mask_ptr, offs, mask, k, HAS_MASK)
         go = phase == ACTIVE
         improved = tl.load(flags + IMPROVED * B) != 0
         before = tl.load(flags + BEFORE * B) != 0
@@ -257,41 +258,33 @@ def _mix_kernel(
 
 
 class BroydenSteps(Steps):
-    period = 2
+    """The steps of `tritondeq.solvers.Broyden`, with its options."""
 
-    def __init__(self, z: Tensor, keep: Tensor | None, tol: float, limit: int, tail: Tail, *, memory: int):
-        numbers = (torch.finfo(z.dtype).eps,)
+    period = 2
+    measures, mixes = _measure_kernel, _mix_kernel
+
+    def __init__(self, z: Tensor, mask: Tensor | None, tol: float, limit: int, tail: Tail, *, memory: int):
         batch, width = z.shape
-        self.memory = memory
         self.u, self.v = (z.new_empty(batch, memory, width) for _ in range(2))
         self.coef = z.new_empty(batch, int(COEFS) + 3 * memory)
-        super().__init__("steps.broyden", z, keep, tol, limit, tail, numbers, parts=int(PARTS) + 3 * memory)
-        self.one_launch = launch.one_launch("steps.broyden", self.config, itemsize=z.element_size(), memory=memory)
+        numbers, parts = (torch.finfo(z.dtype).eps,), int(PARTS) + 3 * memory
+        super().__init__("steps.broyden", z, mask, tol, limit, tail, numbers, parts, memory)
 
     def reset(self, z: Tensor) -> None:
+        """Begins a solve at `z` without any updates."""
         super().reset(z)
         for history in (self.u, self.v, self.coef):
             history.zero_()
 
     def estimate(self) -> tuple[Tensor, Tensor]:
+        """Returns the rings (u, v) of the estimate."""
         return self.u, self.v
 
     def resume(self, estimate: tuple[Tensor, Tensor]) -> None:
+        """Begins with the transpose of this estimate."""
         u, v = estimate
         self.u.copy_(v)
         self.v.copy_(u)
-
-    def take(self, *parts: Tensor) -> None:
-        y, shape, m = contiguous(parts), self.shape, self.memory
-        known = {"M": m, "ONE_LAUNCH": self.one_launch}
-        measured = (self.z, y, self.vectors, self.next, self.best, self.keep)
-        measured += (self.u, self.v, self.coef, self.numbers, self.stats, self.flags, self.part, self.count)
-        mixed = (self.z, y, self.vectors, self.next, self.best, self.keep, self.u, self.v, self.coef, self.flags)
-        mixing = {name: self.config[name] for name in ("HAS_KEEP", "SPLITS", "BLOCK_N", "TAIL", "INTERP", "num_warps")}
-        with launch.on(self.z.device):
-            _measure_kernel[self.grid](*measured, *shape, self.limit, enable_fp_fusion=True, **known, **self.config)
-            if not self.one_launch:
-                _mix_kernel[self.grid](*mixed, *shape, M=m, enable_fp_fusion=True, **mixing)
 
 
 broyden = register("steps.broyden", StepsOp(BroydenSteps, refuses, "one or two launches a step"))

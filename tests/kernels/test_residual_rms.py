@@ -153,7 +153,7 @@ def launches(monkeypatch):
         return run(*args, **kwargs)
 
     op = dispatch.RowOp(spy, residual_rms_ref, residual_rms.refuses, "spied")
-    monkeypatch.setitem(dispatch._ops, "residual_rms", op)
+    monkeypatch.setitem(dispatch._ops, "norms.residual_rms", op)
     return seen
 
 

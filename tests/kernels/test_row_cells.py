@@ -258,9 +258,9 @@ def test_lanes_take_new_rows(device, monkeypatch, make, memory):
     rows = launch.rows
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 1)
     for refill, programs in ((8, 1), (15, 2)):
-        for op in ("mlp", "gated"):
-            one = lambda shape, **c: rows(**shape) | c  # noqa: E731
-            monkeypatch.setitem(launch.SHAPES, op, lambda **s: one(s, programs=programs, REFILL=refill))  # noqa: B023
+        for op in ("rows.mlp", "rows.gated"):
+            one = {"programs": programs, "REFILL": refill}
+            monkeypatch.setitem(launch.SHAPES, op, lambda one=one, **shape: rows(**shape) | one)
         for seen, expected in zip(outcome(), whole, strict=True):
             assert torch.equal(seen, expected)
 

@@ -168,13 +168,20 @@ def has_triton() -> bool:
 
 
 @cache
-def too_old() -> str | None:
-    """Returns why this Triton can't run the kernels, or None; imports it."""
+def triton_version() -> tuple[int, int]:
+    """Returns the major and minor version of Triton, which it imports."""
     import triton
 
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version >= LEAST:
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def too_old() -> str | None:
+    """Returns why this Triton can't run the kernels, or None; imports it."""
+    if triton_version() >= LEAST:
         return None
+    import triton
+
     return f"triton {triton.__version__} is installed, and the kernels need {'.'.join(map(str, LEAST))} or later"
 
 

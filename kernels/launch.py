@@ -51,6 +51,8 @@ def rows(
     block_b = 16
     if batch > LARGE and lone and not memory and not stream:
         large = (64, 32, 16) if chip // 10 == 9 and (terms < 3 or wide < 128) else (32, 16)
+        if wide == 256 and tables.version() == "3.4":
+            large = (32, 16)  # Triton 3.4 brings two tiles at a time into the tensor cores' layout
         block_b = next(rows for rows in large if row_bytes(shapes, rows, terms, terms) <= shared)
     few = 4 if memory or not lone else 1
     warps = {16: few, 32: few, 64: 4, 128: 8 if memory or not lone else 4}.get(wide, 8)

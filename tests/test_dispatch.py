@@ -162,7 +162,7 @@ def test_a_triton_that_is_too_old_is_said(monkeypatch, device):
     import triton
 
     monkeypatch.setattr(triton, "__version__", "3.2.0")
-    dispatch.too_old.cache_clear()
+    dispatch.triton_version.cache_clear()
     try:
         assert dispatch.pick("steps.picard", torch.device("cuda"), width=3, dtype=torch.float32) == (
             None,
@@ -171,10 +171,10 @@ def test_a_triton_that_is_too_old_is_said(monkeypatch, device):
         with tdeq.backend("triton"), pytest.raises(RuntimeError, match="can't run: triton 3.2.0.*need 3.4"):
             DEQ(Affine(4).to(device))(torch.zeros(2, 4, device=device))
         monkeypatch.setattr(triton, "__version__", "3.10.1+git1")
-        dispatch.too_old.cache_clear()
+        dispatch.triton_version.cache_clear()
         assert dispatch.too_old() is None
     finally:
-        dispatch.too_old.cache_clear()
+        dispatch.triton_version.cache_clear()
 
 
 def test_whole_solve_ops_hear_of_the_device(monkeypatch):

@@ -148,7 +148,7 @@ def _normalise_kernel(
     x, mask, start, offs = _tile(
         a_ptr, b_ptr, stride_ab, stride_bb, sample, group, part, P, C, D, BLOCK_P, BLOCK_D, HAS_B, RELU, INTERP
     )
-    n = (P * D).to(tl.float32)
+    n = P * D * 1.0  # P is a plain number where it is 1
     if BLOCK_S == 0:
         first, off, squares = _moments(x, mask, n, INTERP)
     else:

@@ -37,7 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import launch
-from ..dispatch import interpreting
+from ..dispatch import interpreting, triton_version
 from ..reference import RIDGE
 from ..tl_anderson import anderson_step
 from ..tl_common import FLOOR, WINDOW, bf16_pair, constant, row_sums, rules_start, rules_status, rules_update
@@ -331,4 +331,9 @@ def refuses(op, shapes, dtype, terms, solver_memory, device) -> str | None:
         return "float64 state, and the kernel's is float32"
     if solver_memory > MEMORY:
         return f"Anderson memory {solver_memory}, and the registers hold {MEMORY}"
+    if triton_version() < (3, 5) and not interpreting():
+        shared = launch.shared_memory(device)
+        config = launch.SHAPES[op](batch=1, shapes=shapes, terms=terms, memory=solver_memory, shared=shared)
+        if config and config["STREAM"]:
+            return f"{terms} terms of W, of which Triton 3.4 compiles no kernel that reads them from memory"
     return launch.too_large(op, shapes, terms, solver_memory, device)

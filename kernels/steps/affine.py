@@ -41,15 +41,24 @@ LARGE = 1 << 20  # elements of a state from which cuBLAS and a second launch are
 
 
 @triton.jit
-def _columns(x, SUB: tl.constexpr):
-    """Returns x [M, N] as a tuple of SUB tiles [M, N / SUB], left to right; SUB is a power of two."""
+def _halves(x):
     M: tl.constexpr = x.shape[0]
     N: tl.constexpr = x.shape[1]
-    if SUB == 1:
-        return (x,)
-    else:
-        left, right = tl.split(tl.permute(tl.reshape(x, (M, 2, N // 2)), (0, 2, 1)))
-        return _columns(left, SUB // 2) + _columns(right, SUB // 2)
+    left, right = tl.split(tl.permute(tl.reshape(x, (M, 2, N // 2)), (0, 2, 1)))
+    return (left, right)
+
+
+@triton.jit
+def _columns(x, SUB: tl.constexpr):
+    """Returns x [M, N] as a tuple of SUB tiles [M, N / SUB], left to right; SUB is a power of two up to 32."""
+    tiles = (x,)
+    for i in tl.static_range(5):
+        if SUB > 2**i:
+            finer = ()
+            for j in tl.static_range(len(tiles)):
+                finer = finer + _halves(tiles[j])
+            tiles = finer
+    return tiles
 
 
 @triton.jit(do_not_specialize=["B", "limit"])

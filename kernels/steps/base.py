@@ -77,7 +77,7 @@ class Steps(Samples):
     `take` launches what follows an evaluation and `onward` hands out the next iterate. As many iterates rotate as the
     `period` has evaluations, 2 or 3: what `onward` returned is overwritten by the last `take` of such a turn.
 
-    A subclass has the kernels: `measures`, and `mixes` where a step may be two launches.
+    A subclass has the `kernel`, whose launch may do all of a step or, if `apart`, MEASURE or MIX.
 
     Args:
         op: Name of the op, by which launch parameters are found.
@@ -89,11 +89,11 @@ class Steps(Samples):
         numbers: The solver's options that kernels read, in the dtype of the state.
         parts: Sums that the programs of a sample hand over.
         memory: Differences or updates that the solver stores, M of its kernels; 0 if none.
-        flags: More constants of `measures`.
+        flags: More constants of the kernel.
     """
 
-    measures: triton.JITFunction
-    mixes: triton.JITFunction | None = None
+    kernel: triton.JITFunction
+    apart = False
 
     def __init__(
         self, op: str, z: Tensor, mask: Tensor | None, tol: float, limit: int, tail: Tail,
@@ -107,11 +107,13 @@ class Steps(Samples):
         self.numbers = z.new_empty(len(numbers))
         for i, number in enumerate(numbers):
             self.numbers[i].fill_(number)
-        shape = {"width": width, "itemsize": z.element_size()}
-        config = launch.parameters(op, z.device, **shape, features=tail.features)
+        shape = {"width": width, "itemsize": z.element_size(), "features": tail.features}
+        config = launch.parameters(op, z.device, **shape)
         self.grid = (batch * config["SPLITS"],)
         self.part = z.new_empty(batch, parts, config["SPLITS"])
-        self.one_launch = self.mixes is None or launch.one_launch(op, config, itemsize=shape["itemsize"], memory=memory)
+        self.stages = [{"MEASURE": True, "MIX": True}]
+        if self.apart and not launch.one_launch(op, config, itemsize=z.element_size(), memory=memory):
+            self.stages = [{"MEASURE": True, "MIX": False}, {"MEASURE": False, "MIX": True}]
         self.known = flags | config
         self.known |= {
             # z stands for a vector that no kernel reads
@@ -123,7 +125,6 @@ class Steps(Samples):
             "mix": tail.mix,
             "limit": limit,
             "M": memory,
-            "ONE_LAUNCH": self.one_launch,
             "HAS_MASK": mask is not None,
             "TAIL": (tail.act, tail.scaled, tail.mix != 1, power_of_two(tail.features) if tail.features else 0),
             "INTERP": interpreting(),
@@ -141,9 +142,8 @@ class Steps(Samples):
     def take(self, *parts: Tensor) -> None:
         """Launches the step after y = f(z), which the tail makes of these, each [B, N]."""
         y = tuple(part.contiguous() for part in parts)
-        self.launch_kernel(self.measures, self.grid, **self.known, y_ptrs=y)
-        if not self.one_launch:
-            self.launch_kernel(self.mixes, self.grid, **self.known, y_ptrs=y)
+        for stage in self.stages:
+            self.launch_kernel(self.kernel, self.grid, **self.known, **stage, y_ptrs=y)
 
     def onward(self, left: int | None = None) -> Tensor:
         """Returns the next iterate, [B, N]."""

@@ -6,9 +6,9 @@ The inverse Jacobian of g is H = -I + sum_i u_i v_i'. After evaluation k, with d
     right = H dg = sum_i b_i u_i - dg       b_i = <v_i, dg>      new = <left, g>  = sum_i a_i c_i - <dz, g>
     u, v <- (dz - right) / den, left        c_i = <v_i, g>       z+  = y - sum_i c_i u_i - new u
 
-`_measure_kernel` takes all inner products, which only need the old rings, and applies the rules as in picard.py. Then
-the new update is made in the slots of the oldest, and z+: where several programs share a sample, and in float64, by
-`_mix_kernel`.
+A launch to MEASURE takes all inner products, which only need the old rings, and applies the rules as in picard.py. One
+to MIX makes the new update in the slots of the oldest, and z+. They are one launch, but where several programs share a
+sample and in float64.
 
 The steps hold 2 m + 3 states: z_k, z_(k-1), the best iterate and the rings. The oldest update leaves H before the
 newest is made, and its v makes room for g_k until then; a sample that stops has an update less.
@@ -35,13 +35,13 @@ from .tl_steps import (
     PHASE,
     STEPS,
     STOPPED,
-    columns,
     dot2,
     evaluation,
     judge,
     last_to_arrive,
     leave,
     make_way,
+    part_of_sample,
     part_sum,
 )
 
@@ -51,11 +51,11 @@ COEFS = constant(2)  # coefficients that are not: 1 / den and <left, g>
 
 
 @triton.jit(do_not_specialize=["limit"])
-def _measure_kernel(
+def _step_kernel(
     z_ptr,  # [B, N]: z_k
     y_ptrs,  # parts of y, each [B, N], any floating dtype
     v_ptrs,  # gains and weight of the tail, each [D]
-    next_ptr,  # [B, N]: z_(k-1), then z_(k+1) if ONE_LAUNCH
+    next_ptr,  # [B, N]: z_(k-1), then z_(k+1) if MIX
     best_ptr,  # [B, N]
     mask_ptr,  # [B, N] uint8, if HAS_MASK
     u_ptr,  # [B, M, N]
@@ -73,7 +73,8 @@ def _measure_kernel(
     mix,
     limit,
     M: tl.constexpr,
-    ONE_LAUNCH: tl.constexpr,
+    MEASURE: tl.constexpr,
+    MIX: tl.constexpr,
     HAS_MASK: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -83,26 +84,28 @@ def _measure_kernel(
     INTERP: tl.constexpr,
 ):
     WIDTH: tl.constexpr = PARTS + 3 * M
-    pid = tl.program_id(0)
-    b = pid // SPLITS
+    b, split, cols, mask, d = part_of_sample(N, D, SPLITS, BLOCK_N, TAIL)
     flags = flags_ptr + b
     phase = tl.load(flags + PHASE * B)
-    if phase != DONE:
+    row = b.to(tl.int64) * N
+    offs = row + cols
+    us = u_ptr + row * M + cols
+    vs = v_ptr + row * M + cols
+    coef = coef_ptr + b * (COEFS + 3 * M)
+    k = tl.load(flags + STEPS * B)
+    if MEASURE:
+        k += 1
         if phase == STOPPED:
             leave(flags, B, SPLITS)
-        else:
-            cols, mask, d = columns(pid % SPLITS, N, D, BLOCK_N, TAIL)
-            row = b.to(tl.int64) * N
-            offs = row + cols
-            us = u_ptr + row * M + cols
-            vs = v_ptr + row * M + cols
-            k = tl.load(flags + STEPS * B) + 1
-            slot = tl.where(k > 1, (k + M - 2) % M, M)  # none at first
-            z, y, g, seen = evaluation(
-                z_ptr, y_ptrs, v_ptrs, mask_ptr, offs, mask, d, D, eps, mix, HAS_MASK, TAIL, INTERP
-            )
-            dz, dg = _changes(z, g, next_ptr, vs + slot * N, mask_ptr, offs, mask, k, HAS_MASK)
-            part = part_ptr + b.to(tl.int64) * WIDTH * SPLITS + pid % SPLITS
+        go = phase == ACTIVE
+    else:
+        go = phase != DONE
+    if go:
+        slot = tl.where(k > 1, (k + M - 2) % M, M)  # none at first
+        z, y, g, seen = evaluation(z_ptr, y_ptrs, v_ptrs, mask_ptr, offs, mask, d, D, eps, mix, HAS_MASK, TAIL, INTERP)
+        dz, dg = _changes(z, g, next_ptr, vs + slot * N, mask_ptr, offs, mask, k, HAS_MASK)
+        if MEASURE:
+            part = part_ptr + b.to(tl.int64) * WIDTH * SPLITS + split
             rr, ss = dot2(g, g, seen, seen, INTERP)
             zg, zz = dot2(dz, g, dz, dz, INTERP)
             zd, dd = dot2(dz, dg, dg, dg, INTERP)
@@ -125,12 +128,19 @@ def _measure_kernel(
                 ss = part_sum(part_ptr, b, 1, SPLITS, WIDTH, BLOCK_S)
                 go, rel, best, improved, before = judge(stats_ptr, flags_ptr, count_ptr, b, B, limit, rr, ss, FLOOR)
                 if go:
-                    _weigh(part_ptr, coef_ptr, numbers_ptr, b, rel <= SAFE * best, SPLITS, WIDTH, M, BLOCK_S)
-                if ONE_LAUNCH:
+                    _weigh(part_ptr, coef, numbers_ptr, b, rel <= SAFE * best, SPLITS, WIDTH, M, BLOCK_S)
+                if MIX:
                     tl.debug_barrier()  # every warp sees the coefficients that one thread wrote
                     make_way(z_ptr, next_ptr, best_ptr, go, improved, before, offs, mask)
-                    z = _mixed(z, y, g, dz, dg, coef_ptr + b * (COEFS + 3 * M), us, vs, slot, k, go, cols, mask, N, M)
+                    z = _mixed(z, y, g, dz, dg, coef, us, vs, slot, k, go, cols, mask, N, M)
                     tl.store(next_ptr + offs, z, mask=mask)
+        else:
+            go = phase == ACTIVE
+            improved = tl.load(flags + IMPROVED * B) != 0
+            before = tl.load(flags + BEFORE * B) != 0
+            make_way(z_ptr, next_ptr, best_ptr, go, improved, before, offs, mask)
+            z = _mixed(z, y, g, dz, dg, coef, us, vs, slot, k, go, cols, mask, N, M)
+            tl.store(next_ptr + offs, z, mask=mask)
 
 
 @triton.jit
@@ -149,7 +159,7 @@ def _changes(z, g, prev_ptr, before_ptr, mask_ptr, offs, mask, k, HAS_MASK: tl.c
 @triton.jit
 def _weigh(
     part_ptr,
-    coef_ptr,
+    coef,
     numbers_ptr,
     b,
     safe,
@@ -164,7 +174,6 @@ def _weigh(
     den = -part_sum(part_ptr, b, 4, SPLITS, WIDTH, BLOCK_S)
     dd = part_sum(part_ptr, b, 5, SPLITS, WIDTH, BLOCK_S)
     size = tl.sqrt(zz) * tl.sqrt(dd)
-    coef = coef_ptr + b * (COEFS + 3 * M)
     for i in range(M):
         along_u = part_sum(part_ptr, b, PARTS + i, SPLITS, WIDTH, BLOCK_S)
         along_v = part_sum(part_ptr, b, PARTS + M + i, SPLITS, WIDTH, BLOCK_S)
@@ -211,57 +220,11 @@ def _mixed(z, y, g, dz, dg, coef, us, vs, slot, k, go, cols, mask, N, M: tl.cons
     return z
 
 
-@triton.jit
-def _mix_kernel(
-    z_ptr,  # [B, N]: z_k
-    y_ptrs,  # parts of y, each [B, N], any floating dtype
-    v_ptrs,  # gains and weight of the tail, each [D]
-    next_ptr,  # [B, N]: z_(k-1), then z_(k+1)
-    best_ptr,  # [B, N]
-    mask_ptr,  # [B, N] uint8, if HAS_MASK
-    u_ptr,  # [B, M, N]
-    v_ptr,  # [B, M, N]
-    coef_ptr,  # [B, 2 + 3 M]
-    flags_ptr,  # [5, B]
-    B,
-    N,
-    D,
-    eps,
-    mix,
-    M: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TAIL: tl.constexpr,
-    INTERP: tl.constexpr,
-):
-    pid = tl.program_id(0)
-    b = pid // SPLITS
-    flags = flags_ptr + b
-    phase = tl.load(flags + PHASE * B)
-    if phase != DONE:
-        cols, mask, d = columns(pid % SPLITS, N, D, BLOCK_N, TAIL)
-        row = b.to(tl.int64) * N
-        offs = row + cols
-        us = u_ptr + row * M + cols
-        vs = v_ptr + row * M + cols
-        k = tl.load(flags + STEPS * B)
-        slot = tl.where(k > 1, (k + M - 2) % M, M)
-        z, y, g, seen = evaluation(z_ptr, y_ptrs, v_ptrs, mask_ptr, offs, mask, d, D, eps, mix, HAS_MASK, TAIL, INTERP)
-        dz, dg = _changes(z, g, next_ptr, vs + slot * N, mask_ptr, offs, mask, k, HAS_MASK)
-        go = phase == ACTIVE
-        improved = tl.load(flags + IMPROVED * B) != 0
-        before = tl.load(flags + BEFORE * B) != 0
-        make_way(z_ptr, next_ptr, best_ptr, go, improved, before, offs, mask)
-        z = _mixed(z, y, g, dz, dg, coef_ptr + b * (COEFS + 3 * M), us, vs, slot, k, go, cols, mask, N, M)
-        tl.store(next_ptr + offs, z, mask=mask)
-
-
 class BroydenSteps(Steps):
     """The steps of `tritondeq.solvers.Broyden`, with its options."""
 
     period = 2
-    measures, mixes = _measure_kernel, _mix_kernel
+    kernel, apart = _step_kernel, True
 
     def __init__(self, z: Tensor, mask: Tensor | None, tol: float, limit: int, tail: Tail, *, memory: int):
         batch, width = z.shape

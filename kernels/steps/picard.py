@@ -23,11 +23,11 @@ from .tl_steps import (
     DONE,
     PHASE,
     STOPPED,
-    columns,
     dot2,
     evaluation,
     judge,
     last_to_arrive,
+    part_of_sample,
     part_sum,
     save_best,
     settle,
@@ -62,12 +62,10 @@ def _step_kernel(
     TAIL: tl.constexpr,
     INTERP: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    b = pid // SPLITS
+    b, split, cols, mask, d = part_of_sample(N, D, SPLITS, BLOCK_N, TAIL)
     flags = flags_ptr + b
     phase = tl.load(flags + PHASE * B)
     if phase != DONE:
-        cols, mask, d = columns(pid % SPLITS, N, D, BLOCK_N, TAIL)
         offs = b.to(tl.int64) * N + cols
         if phase == STOPPED:
             settle(z_ptr, prev_ptr, next_ptr, best_ptr, flags, B, offs, mask, SPLITS)
@@ -84,7 +82,7 @@ def _step_kernel(
                 tl.store(next_ptr + offs, tl.where(go, onward, z), mask=mask)
             else:
                 tl.store(next_ptr + offs, onward, mask=mask)
-                part = part_ptr + b.to(tl.int64) * 2 * SPLITS + pid % SPLITS
+                part = part_ptr + b.to(tl.int64) * 2 * SPLITS + split
                 tl.store(part, rr)
                 tl.store(part + SPLITS, ss)
                 if last_to_arrive(flags, B, SPLITS):
@@ -97,7 +95,7 @@ class PicardSteps(Steps):
     """The steps of `tritondeq.solvers.Picard`, with its options."""
 
     period = 3
-    measures = _step_kernel
+    kernel = _step_kernel
 
     def __init__(self, z: Tensor, mask: Tensor | None, tol: float, limit: int, tail: Tail, *, damping: float):
         super().__init__("steps.picard", z, mask, tol, limit, tail, numbers=(damping,), parts=2)

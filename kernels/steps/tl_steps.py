@@ -18,16 +18,20 @@ ACT, SCALED, MIXED, ROW = (constant(i) for i in range(4))
 
 
 @triton.jit
-def columns(split, N, D, BLOCK_N: tl.constexpr, TAIL: tl.constexpr):
-    """Returns (columns of a program, which of them exist, feature of each); whole rows where the tail wants them."""
+def part_of_sample(N, D, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr):
+    """Returns what this program does: (its sample, which part of it, columns, which of them exist, feature of each).
+
+    A part has whole rows where the tail wants them.
+    """
+    pid = tl.program_id(0)
     i = tl.arange(0, BLOCK_N)
     if TAIL[ROW] == 0:
-        cols = split * BLOCK_N + i
-        return cols, cols < N, i
+        cols = pid % SPLITS * BLOCK_N + i
+        return pid // SPLITS, pid % SPLITS, cols, cols < N, i
     else:
         d = i % TAIL[ROW]
-        cols = (split * (BLOCK_N // TAIL[ROW]) + i // TAIL[ROW]) * D + d
-        return cols, (d < D) & (cols < N), d
+        cols = (pid % SPLITS * (BLOCK_N // TAIL[ROW]) + i // TAIL[ROW]) * D + d
+        return pid // SPLITS, pid % SPLITS, cols, (d < D) & (cols < N), d
 
 
 @triton.jit

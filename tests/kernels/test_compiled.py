@@ -9,6 +9,7 @@ import pytest
 from compiled import SHARED, compile_launches, local
 
 from tritondeq.kernels import launch
+from tritondeq.kernels.dispatch import triton_version
 from tritondeq.kernels.norms.residual_rms import MOST
 
 REGISTERS = 65536  # of a multiprocessor
@@ -27,6 +28,8 @@ def cases(call, chips=(90,), **axes):
 
 
 def affine_rows():
+    """Sizes that one launch takes: on Triton 3.4 the op refuses to read W's terms from memory."""
+
     def of(features, terms, batch, adjoint, chips=(90,), memory=(0,), activation=("tanh",)):
         axes = {"features": features, "terms": terms, "batch": batch, "adjoint": adjoint}
         return cases("affine_rows", chips, **axes, memory=memory, activation=activation)
@@ -37,7 +40,10 @@ def affine_rows():
     made |= of((128,), (1,), (MANY,), (False,), activation=("gelu", "sin"))
     made |= of((64, 128, 256), (1,), (MANY,), (False,), activation=("fast_tanh",))
     made |= of((64, 128, 256), (2,), (1, MANY), (False,), chips=(80, 100))
-    return made | of((256,), (2,), (1,), (True,), chips=(80, 100), memory=(0, 4))
+    made |= of((256,), (2,), (1,), (True,), chips=(80, 100), memory=(0, 4))
+    if triton_version() < (3, 5):
+        made = {name: case for name, case in made.items() if case[2]["features"] < 256 or case[2]["terms"] == 1}
+    return made
 
 
 def cell_rows():
@@ -138,9 +144,9 @@ def test_each_kernel_is_compiled_once_in_every_run():
     assert {CASES[name][2].get("op") for name in QUICK} >= {"steps.picard", "steps.anderson", "steps.broyden"}
 
 
-def each(*calls, chip=None):
+def each(*calls, chips=(80, 90, 100)):
     """Parametrizes a test by the names of these calls' cases; all but the quick ones are slow."""
-    names = [name for name, (of, call, _) in CASES.items() if call in calls and chip in (None, of)]
+    names = [name for name, (chip, call, _) in CASES.items() if call in calls and chip in chips]
     marked = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
     return pytest.mark.parametrize("name", marked, ids=names)
 
@@ -210,18 +216,20 @@ def test_fused_steps(compiled, name):
         assert kernel.shared <= max(4096, tile), "more than a tile on its way from one layout to another"
 
 
-@each("affine_steps", "fused_steps", chip=90)
+@each("affine_steps", "fused_steps", chips=(90,))
 def test_the_last_program_to_arrive_sees_what_the_others_stored(compiled, name):
-    """All threads have stored before one of them counts the program, and load after it has."""
+    """All threads have stored before one of them counts the program, and wait for that before they go on."""
     kernel = compiled[name][0]
     if kernel.constants.get("SPLITS", 2) == 1:
         return
     order = kernel.order
-    arrives = [i for i, op in enumerate(order) if op.startswith("atom")][-2]  # the last counts samples that go on
-    stores = [i for i in range(arrives) if order[i].startswith("st.global")]
-    loads = [i for i in range(arrives, len(order)) if order[i].startswith("ld.global")]
-    assert "gpu.acq_rel" in order[arrives]
-    assert "bar.sync" in order[stores[-1] : arrives] and "bar.sync" in order[arrives : loads[0]]
+    # what all threads wait for; the others count samples that go on
+    arrivals = [i for i, op in enumerate(order) if op.startswith("atom") and "bar.sync" in order[i + 1 : i + 2]]
+    assert arrivals
+    for arrival in arrivals:
+        assert "gpu.acq_rel" in order[arrival]
+        stores = [i for i in range(arrival) if order[i].startswith("st.global")]
+        assert "bar.sync" in order[stores[-1] if stores else 0 : arrival]
 
 
 @each("residual_rms")
@@ -241,4 +249,4 @@ def test_group_norm(compiled, name):
     for kernel in compiled[name]:
         assert local(kernel.total) == 0
         assert kernel.registers * 20 * 32 <= REGISTERS
-        assert kernel.shared <= 8192
+        assert kernel.shared <= 16384

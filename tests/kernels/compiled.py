@@ -196,7 +196,7 @@ def _compile(calls: list) -> list[list[dict]]:
     from tritondeq.kernels import launch
 
     class Driver(DriverBase):
-        """Answers what Triton asks of a GPU before it launches; each chip is a device of its own."""
+        """Answers what Triton asks of a GPU before it launches; each chip is another device."""
 
         def __init__(self, chip: int):
             self.chip, self.utils = chip, self

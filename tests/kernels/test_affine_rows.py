@@ -9,6 +9,7 @@ from close import FLOOR, assert_as_eager, assert_residual, error
 from tritondeq.kernels import launch
 from tritondeq.kernels.formulas import FAST
 from tritondeq.kernels.rows import affine as op
+from tritondeq.kernels.rows import skeleton
 from tritondeq.kernels.rows.skeleton import bf16_terms
 from tritondeq.kernels.rules import CONVERGED
 
@@ -186,3 +187,13 @@ def test_refuses(monkeypatch):
     monkeypatch.setattr(launch, "shared_memory", lambda device: 101376)
     assert "101376 bytes" in op.refuses(**takes | {"features": 256})
     assert op.refuses(**takes) is None
+
+
+def test_what_triton_3_4_does_not_compile(monkeypatch):
+    """W whose second term is read from memory; the interpreter compiles nothing."""
+    wide = {"features": 256, "dtype": torch.float32}
+    for interpreted, version, refused in ((False, (3, 4), True), (True, (3, 4), False), (False, (3, 5), False)):
+        monkeypatch.setattr(skeleton, "interpreting", lambda interpreted=interpreted: interpreted)
+        monkeypatch.setattr(skeleton, "triton_version", lambda version=version: version)
+        assert ("Triton 3.4" in (op.refuses(**wide, terms=2) or "")) == refused
+        assert op.refuses(**wide, terms=1) is None and op.refuses(**wide | {"features": 128}) is None

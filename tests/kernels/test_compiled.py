@@ -128,6 +128,7 @@ QUICK = [
     *(name for name in CASES if name.startswith("sm90 fused_steps") and "width=1048576" in name and "'tanh'" in name),
     "sm90 residual_rms features=1024 a=float32 b=float32",
     "sm90 group_norm pixels=65536 width=15 dtype=float32 relu=after",
+    "sm90 group_norm pixels=1 width=8192 dtype=bfloat16 relu=after",
 ]
 
 

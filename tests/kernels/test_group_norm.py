@@ -127,7 +127,7 @@ def test_empty(shape, device):
 
 
 @pytest.mark.parametrize(
-    "a, b, groups, says",
+    "a, b, groups, why",
     [
         (torch.zeros(2, 4, 3, 3), None, 2, "not channels_last"),
         (torch.zeros(2, 4, 3, 3).double(), None, 2, "float64"),
@@ -138,9 +138,9 @@ def test_empty(shape, device):
         (torch.zeros(2, 4, 5), None, 2, "not channels_last"),
     ],
 )
-def test_what_it_refuses(a, b, groups, says):
+def test_what_it_refuses(a, b, groups, why):
     reason = refuses(a=a, b=b, groups=groups)
-    assert reason is None if says is None else says in reason
+    assert reason is None if why is None else why in reason
 
 
 @pytest.mark.parametrize(

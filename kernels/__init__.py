@@ -1,0 +1,1 @@
+"""Triton kernels, their references in torch, and the choice between the two."""

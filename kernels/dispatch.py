@@ -1,7 +1,7 @@
 """The one place that picks Triton or torch.
 
-An op is a file of this folder whose last statement registers it. It is imported the first time it is asked for, so that
-importing the library needs no Triton. `pick` answers with the op, or with the reason why torch does the work.
+An op is a file of a folder below this one whose last statement registers it. It is imported the first time it is asked
+for, so that importing the library needs no Triton. `pick` returns the op, or the reason why torch does the work.
 """
 
 import contextlib
@@ -25,44 +25,72 @@ _scoped: ContextVar[str | None] = ContextVar("tritondeq_backend", default=None)
 
 @dataclass(frozen=True)
 class Op:
-    """One whole-solve op: `solve` and `adjoint` with their torch references, and what it can take."""
+    """A solve of a cell in one launch.
+
+    Attributes:
+        solve: Solves z = f(z) for rows; returns what `rows.skeleton.Rows.solve` does.
+        adjoint: Solves u = J' u + g for rows, the same way.
+        solve_ref: `solve` in torch, for any device and floating dtype.
+        adjoint_ref: `adjoint` in torch.
+        refuses: Takes keyword arguments that describe the problem; returns why the op can't take it, or None.
+        label: What the op does, for `path` and `doctor`.
+    """
 
     solve: Callable
     adjoint: Callable
     solve_ref: Callable
     adjoint_ref: Callable
-    refuses: Callable[..., str | None]  # keyword arguments that name the problem -> why it can't be taken, or None
-    says: str = "one Triton launch"
+    refuses: Callable[..., str | None]
+    label: str = "one Triton launch"
 
 
 @dataclass(frozen=True)
 class StepsOp:
-    """The steps of a solver, fused: `start(z, keep, tol, **options)` makes what steps.py says, and what it can take."""
+    """The steps of a solver in one launch or two each, for any cell.
+
+    Attributes:
+        start: Called as `start(z, mask, tol, limit, tail, **options)`; returns a `steps.base.Steps`.
+        refuses: As `Op.refuses`.
+        label: As `Op.label`.
+    """
 
     start: Callable
     refuses: Callable[..., str | None]
-    says: str
+    label: str
 
 
 @dataclass(frozen=True)
 class RowOp:
-    """A part of a cell that maps rows or groups one by one, without gradients; its reference, what it can take."""
+    """A part of a cell that maps rows or groups one by one, without gradients.
+
+    Attributes:
+        run: Does it in Triton.
+        ref: Does it in torch, with the same signature.
+        refuses: As `Op.refuses`.
+        label: As `Op.label`.
+    """
 
     run: Callable
     ref: Callable
     refuses: Callable[..., str | None]
-    says: str = "one Triton launch"
+    label: str = "one Triton launch"
 
 
 @dataclass(frozen=True)
 class CellOp:
-    """One cell's solve step by step: `solve` and `adjoint` take what an Op's do, and make steps (steps.py) for the loop
-    to drive, which evaluate the cell themselves."""
+    """A solve of a cell step by step, by steps that evaluate the cell themselves.
+
+    Attributes:
+        solve: Takes what `Op.solve` does; returns a `steps.base.Samples` for the loop to drive.
+        adjoint: The same of `Op.adjoint`.
+        refuses: As `Op.refuses`.
+        label: As `Op.label`.
+    """
 
     solve: Callable
     adjoint: Callable
     refuses: Callable[..., str | None]
-    says: str
+    label: str
 
 
 AnyOp = Op | StepsOp | RowOp | CellOp
@@ -70,11 +98,27 @@ _ops: dict[str, AnyOp] = {}
 
 
 def register(name: str, op: AnyOp) -> AnyOp:
+    """Makes an op known, so that `pick` and `load` find it.
+
+    The last statement of the op's module calls this. A second call with the same name changes nothing.
+
+    Args:
+        name: The module below this folder, "rows.affine" for kernels/rows/affine.py.
+        op: What runs, its references, and what it refuses.
+
+    Returns:
+        The op that is registered under this name.
+    """
     return _ops.setdefault(name, op)
 
 
 def load(name: str) -> AnyOp:
-    """Returns the op of that name: "rows.affine" is kernels/rows/affine.py. Imports Triton."""
+    """Returns the op of that name, importing its module, and Triton with it, if it is the first to ask.
+
+    Raises:
+        ModuleNotFoundError: There is no such module.
+        KeyError: The module registers no op of that name.
+    """
     if name not in _ops:
         importlib.import_module(f"{__package__}.{name}")
     return _ops[name]
@@ -119,35 +163,43 @@ def chosen() -> str:
 
 @cache
 def has_triton() -> bool:
+    """Returns whether Triton is installed; does not import it."""
     return importlib.util.find_spec("triton") is not None
 
 
 @cache
-def too_old() -> str | None:
-    """Why this Triton can't run the kernels, or None; imports it."""
+def triton_version() -> tuple[int, int]:
+    """Returns the major and minor version of Triton, which it imports."""
     import triton
 
-    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if found >= LEAST:
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def too_old() -> str | None:
+    """Returns why this Triton can't run the kernels, or None; imports it."""
+    if triton_version() >= LEAST:
         return None
+    import triton
+
     return f"triton {triton.__version__} is installed, and the kernels need {'.'.join(map(str, LEAST))} or later"
 
 
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU; the variable is Triton's own, read at its import."""
+    """Returns whether kernels run in Triton's interpreter, on the CPU, by the variable that Triton reads at import."""
     return has_triton() and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def pick(name: str, device: torch.device, **problem) -> tuple[AnyOp | None, str]:
-    """The op for this problem or None, and the reason in one line either way.
+    """Returns the op for this problem, or None where torch does the work, and the reason in one line either way.
 
     Args:
-        name: Name of the op, as its file's.
+        name: Name of the op, as `register` has it.
         device: Where the tensors are.
-        problem: What the op's `refuses` wants to know.
+        problem: The keyword arguments of the op's `refuses`.
 
     Raises:
-        RuntimeError: backend "triton" is forced for tensors on which it can't run, or Triton is too old.
+        RuntimeError: Backend "triton" is forced for tensors on which it can't run, or Triton is too old.
     """
     cuda = device.type == "cuda"
     if chosen() == "torch":
@@ -172,7 +224,7 @@ def pick(name: str, device: torch.device, **problem) -> tuple[AnyOp | None, str]
     reason = op.refuses(**problem)
     if reason:
         return None, reason
-    return op, op.says + ("" if cuda else ", interpreted")
+    return op, op.label + ("" if cuda else ", interpreted")
 
 
 @dataclass(frozen=True)
@@ -181,10 +233,10 @@ class WholeSolve:
 
     Attributes:
         op: Name of the op.
-        problem: What the op's `refuses` wants to know.
-        operands: Its tensors before the state [B, N].
-        at: The tensors that its adjoint wants before the cotangent, for the solution z [B, N].
-        options: Its keyword arguments beside the solver's, for a tolerance.
+        problem: Keyword arguments of the op's `refuses`, but for the solver's memory and the terms of weights.
+        operands: Tensors that the op's `solve` takes before the start.
+        at: Returns the tensors that `adjoint` takes before the cotangent, for the solution z [B, N].
+        options: Returns the op's keyword arguments beside the solver's, for a tolerance.
     """
 
     op: str
@@ -194,5 +246,6 @@ class WholeSolve:
     options: Callable[[float], dict[str, Any]]
 
     def pick(self, device: torch.device, solver_memory: int, tol: float) -> tuple[Op | CellOp | None, str]:
+        """Returns what `pick` does, for a solver with so many differences and this tolerance."""
         problem = self.problem | {"solver_memory": solver_memory, "terms": self.options(tol)["terms"]}
         return pick(self.op, device, **problem)

@@ -41,55 +41,57 @@ for table in (ACTIVATIONS, SLOPES):
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """x / sqrt(mean of x^2 over the last dim + RMS_EPS), times `weight` (Zhang and Sennrich 2019)."""
+    """Returns x / sqrt(mean of x^2 over the last dim + RMS_EPS), times `weight` (Zhang and Sennrich 2019)."""
     return F.rms_norm(x, x.shape[-1:], weight, RMS_EPS)
 
 
 def rms_scale(x: Tensor) -> Tensor:
-    """1 / sqrt(mean of x^2 over the last dim + RMS_EPS), [..., 1]."""
+    """Returns 1 / sqrt(mean of x^2 over the last dim + RMS_EPS), [..., 1]."""
     return (x.square().mean(-1, keepdim=True) + RMS_EPS).rsqrt()
 
 
 def rms_pull(x: Tensor, t: Tensor) -> Tensor:
-    """The derivative of `rms_norm` at x, transposed, applied to t."""
+    """Returns the derivative of `rms_norm` at x, transposed, applied to t."""
     scale = rms_scale(x)
     unit = x * scale
     return scale * (t - unit * (t * unit).mean(-1, keepdim=True))
 
 
 def hidden(activation: str, pre: Sequence[Tensor]) -> Tensor:
-    """The hidden layer of an MLP from its inner products, [..., H]: act(first), or act(second) * first where there is a
-    gate (Shazeer 2020)."""
+    """Returns the hidden layer of an MLP from its inner products, [..., H].
+
+    That is act(first), or act(second) * first where there is a gate (Shazeer 2020).
+    """
     inner = ACTIVATIONS[activation](pre[-1])
     return inner * pre[0] if len(pre) == 2 else inner
 
 
 def hidden_slopes(activation: str, pre: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Derivatives of `hidden` by each of `pre`."""
+    """Returns the derivatives of `hidden` by each of `pre`."""
     slope = SLOPES[activation](pre[-1])
     return (slope,) if len(pre) == 1 else (ACTIVATIONS[activation](pre[1]), slope * pre[0])
 
 
 def mlp_inner(form, weights, biases, u: Tensor, z: Tensor) -> tuple[Tensor, ...]:
-    """Inner products of the hidden layer at rows z [B, D], each [B, H]: see mlp.py."""
+    """Returns the inner products of the hidden layer at rows z [B, D], each [B, H]: see rows/mlp.py."""
     x = z + u if form == "post" else rms_norm(z)
     return tuple(F.linear(x, weights[i], biases[i]) for i in range(len(weights)) if i != 1)
 
 
 def mlp_outer(form, activation, weights, biases, u: Tensor, z: Tensor, pre: Sequence[Tensor]) -> Tensor:
-    """u + W2 h + b2, and z too where `form` is "post", of these inner products."""
+    """Returns u + W2 h + b2 of these inner products, and z on top where `form` is "post"."""
     out = u + F.linear(hidden(activation, pre), weights[1], biases[1])
     return z + out if form == "post" else out
 
 
 def mlp(form, activation, weights, biases, scale: Tensor, u: Tensor, z: Tensor) -> Tensor:
-    """f of mlp.py at z [..., D]."""
+    """Returns f of rows/mlp.py at z [..., D]."""
     out = mlp_outer(form, activation, weights, biases, u, z, mlp_inner(form, weights, biases, u, z))
     return rms_norm(out, scale) if form == "post" else scale * z + out
 
 
 def gru(weights: Sequence[Tensor], inputs: Sequence[Tensor], z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(r, s, c) of a gated unit at rows z [B, D]: see gated.py."""
+    """Returns (r, s, c) of a gated unit at rows z [B, D]: see rows/gated.py."""
     wr, ws, wc = weights
     ur, us, uc = inputs
     r = torch.sigmoid(torch.addmm(ur, z, wr.mT))
@@ -98,5 +100,5 @@ def gru(weights: Sequence[Tensor], inputs: Sequence[Tensor], z: Tensor) -> tuple
 
 
 def gru_slopes(z: Tensor, r: Tensor, s: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-    """(1 - s, r, ks, kc, kr): see gated.py."""
+    """Returns (1 - s, r, ks, kc, kr): see rows/gated.py."""
     return 1 - s, r, (c - z) * (2 * s - 1) * (1 - s), s * (1 - c * c), z * r * (1 - r)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from . import tables
+from .dispatch import triton_version
 from .devices import SHARED as SHARED
 from .devices import gpu as gpu
 from .devices import limits as limits
@@ -90,6 +91,8 @@ def rows(
         BLOCK_B = 16
         if batch > LARGE and lone and not memory and not STREAM:
             large = (64, 32) if chip // 10 == 9 and (terms < 3 or wide < 128) else (32,)
+            if wide == 256 and triton_version() == (3, 4):
+                large = (32,)  # Triton 3.4 brings two tiles at a time into the tensor cores' layout
             BLOCK_B = next((rows for rows in large if row_bytes(shapes, rows, terms, terms) <= shared), 16)
     few = 4 if memory or not lone else 1
     warps = {16: few, 32: few, 64: 4, 128: 8 if memory or not lone else 4}.get(wide, 8)

@@ -8,15 +8,17 @@ from .rules import SAFEGUARD, Rules
 RIDGE = 4e-7  # least ridge in fp32: the rounding of a Gram matrix of unit diagonal
 
 
-def iterate(f, z: Tensor, *, tol, max_steps, damping=1.0, memory=0, ridge=1e-8) -> tuple[Tensor, Rules]:
-    """The loop of rows.py in torch: (kept z, rules) of z = f(z) for rows z [B, D]."""
+def iterate(
+    f, z: Tensor, *, tol, max_steps, damping=1.0, memory=0, ridge=1e-8
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Solves z = f(z) for rows z [B, D] as rows/skeleton.py does, with the options and results of `Rows.solve`."""
     rules = Rules(len(z), z.dtype, z.device, tol)
-    kept, pairs, step, last = z, [], None, None
+    best, pairs, step, last = z, [], None, None
     for k in range(1, max_steps + 1):
         image = f(z)
         defect = image - z
         rel, improved = rules.update(k, defect.norm(dim=-1), image.norm(dim=-1))
-        kept = torch.where(improved[:, None], z, kept)
+        best = torch.where(improved[:, None], z, best)
         if k == max_steps or not rules.active.any():
             break
         if memory and k > 1:
@@ -30,11 +32,11 @@ def iterate(f, z: Tensor, *, tol, max_steps, damping=1.0, memory=0, ridge=1e-8) 
             step = step - ((dx + damping * dg) @ gamma[..., None])[..., 0]
         step = torch.where(rules.active[:, None], step, 0.0)
         z = z + step
-    return kept, rules
+    return best, rules.steps, rules.best, rules.status()
 
 
 def anderson_weights(dg: Tensor, defect: Tensor, ridge: float) -> Tensor:
-    """argmin || defect - dg gamma || for dg [B, D, m], the Gram matrix scaled to a unit diagonal plus ridge."""
+    """Returns argmin || defect - dg gamma || for dg [B, D, m], its Gram matrix scaled to a unit diagonal plus ridge."""
     if dg.dtype == torch.float32:
         ridge = max(ridge, RIDGE)
     gram = dg.mT @ dg

@@ -1,9 +1,9 @@
-"""When a sample stops and what is said of it: for the torch loop here, and for the kernels by the constants.
+"""The rules by which a sample stops, and its outcome: for the torch loop here, and for the kernels by the constants.
 
 Evaluation k = 1, 2, ... of one sample gives f = f(z), the defect g = f - z, r = ||g||, s = ||f||, and
 
     rel = r / (s + EPS)                    the residual of z
-    rel < best:  best = rel, keep z        false for NaN, so a non-finite value never becomes the best
+    rel < best:  best = rel, z is best     false for NaN, so a non-finite value never becomes the best
     active = best > bar                    bar is tol until a window stops the sample
 
 At the end of every WINDOW evaluations bar becomes infinite, which stops the sample, where rel is not finite, or where
@@ -39,10 +39,17 @@ CONVERGED, PLATEAU, MAX_STEPS, GROWING, NONFINITE = range(5)
 
 
 class Rules:
-    """The state of these rules for a batch.
+    """Holds the state of these rules for a batch.
+
+    Attributes:
+        best, bar, first, peak, mark: What the rules store of each sample, [B]: `first` is s_1, and `mark` is the best of
+            a window ago. The last three exist from the first `update` on.
+        r, s, rel: Norms and residual of the last evaluation, [B]; they exist from the first `update` on.
+        active: Whether a sample goes on, bool [B].
+        all_improved: Whether the last evaluation is known to be the best of every sample; asked on a CPU only.
 
     Args:
-        batch: Number of samples B; every vector below is [B].
+        batch: Number of samples B.
         dtype: float32 or float64, the dtype of norms.
         device: Where the vectors live.
         tol: Relative residual at which a sample has converged.
@@ -57,11 +64,10 @@ class Rules:
         self.eps, self.safeguard = (torch.full((), value, dtype=dtype, device=device) for value in (EPS, SAFEGUARD))
         self.active = torch.ones(batch, dtype=torch.bool, device=device)
         self._asks = self.best.device.type == "cpu"
-        self._evaluated: list[Tensor] = []  # who was active, evaluation by evaluation
+        self._evaluated: list[Tensor] = []  # `active` before each evaluation
 
     def update(self, k: int, r: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes the norms of evaluation k; returns (rel, improved), and leaves who goes on in `active` and whether
-        the host knows that every sample improved, which it asks on a CPU only, in `all_improved`."""
+        """Takes the norms r, s [B] of evaluation k; returns (rel, whether it is the best so far), both [B]."""
         rel = r / (s + self.eps)
         self.r, self.s, self.rel = r, s, rel
         self._evaluated.append(self.active)
@@ -79,7 +85,7 @@ class Rules:
         return rel, improved
 
     def safe(self) -> Tensor:
-        """Where an accelerated step may be taken, bool [B]."""
+        """Returns where an accelerated step may be taken, bool [B]."""
         return self.rel <= self.safeguard * self.best
 
     @property
@@ -88,8 +94,8 @@ class Rules:
         return torch.stack(self._evaluated).sum(0, dtype=torch.int32)
 
     def status(self) -> Tensor:
-        """Outcome of each sample, int32 [B]."""
-        says = torch.where(self.best <= self.tol, CONVERGED, torch.where(self.bar.isinf(), PLATEAU, MAX_STEPS))
+        """Returns the outcome of each sample, int32 [B]."""
+        outcome = torch.where(self.best <= self.tol, CONVERGED, torch.where(self.bar.isinf(), PLATEAU, MAX_STEPS))
         growing = (self.s > GROWTH * self.first) & (self.r > STEADY * self.peak)
-        says = torch.where(growing, GROWING, says)
-        return torch.where(self.rel.isfinite(), says, NONFINITE).int()
+        outcome = torch.where(growing, GROWING, outcome)
+        return torch.where(self.rel.isfinite(), outcome, NONFINITE).int()

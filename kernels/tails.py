@@ -13,7 +13,7 @@ PARTS = 3  # most tensors that a tail takes
 
 @dataclass(frozen=True)
 class Tail:
-    """y = f(z), of z and of up to PARTS parts (a, b, c) of its shape:
+    """y = f(z), of z and of up to PARTS parts (a, b, c) of its shape.
 
         s = a + gamma_b b + gamma_c c,    n = act(s),    y = z + mix (n - z)
 
@@ -21,7 +21,7 @@ class Tail:
     are taken in the dtype of the state.
 
     Attributes:
-        act: "identity"; an activation that kernels/affine.py lists, in float32 only; or "rms", the norm
+        act: "identity"; an activation of `formulas.ACTIVATIONS`, in float32 only; or "rms", the norm
             n = s / sqrt(mean(s^2) + eps) * weight of each row (Zhang and Sennrich 2019).
         gains: gamma of each part but the first, [D], or None where it is 1; none where all are.
         weight: Of "rms", [D].
@@ -48,12 +48,12 @@ class Tail:
 
     @property
     def vectors(self) -> tuple[Tensor, ...]:
-        """gains and weight, all [D]."""
+        """All gains and the weight, each [D]."""
         return tuple(v for v in (*self.gains, self.weight) if v is not None)
 
     @property
     def scaled(self) -> tuple[bool, ...]:
-        """Of each part, whether it has a gain."""
+        """Whether each part has a gain."""
         scaled = tuple(gain is not None for gain in self.gains)
         return (False, *scaled, *[False] * (PARTS - 1 - len(scaled)))
 
@@ -63,7 +63,7 @@ class Tail:
         return len(self.vectors[0]) if self.vectors else 0
 
     def fits(self, op: str, z: Tensor) -> bool:
-        """Whether the steps of `op` take it, for a state z [B, N] whose rows have the `features`."""
+        """Returns whether the steps of `op` take it, for a state z [B, N] whose rows have the `features`."""
         if self.act not in ("identity", "rms") and z.dtype != torch.float32:
             return False
         if not all(v.is_contiguous() and v.is_floating_point() for v in self.vectors):
@@ -74,7 +74,7 @@ class Tail:
         return launch.parameters(op, z.device, **shape) is not None
 
     def __call__(self, z: Tensor, *parts: Tensor) -> Tensor:
-        """y in torch, the kernels' reference; z and parts are [..., D]."""
+        """Returns y in torch, the kernels' reference; z and parts are [..., D]."""
         s = parts[0].to(z.dtype)
         for i, part in enumerate(parts[1:]):
             s = s + (self.gains[i] * part if self.scaled[i + 1] else part)

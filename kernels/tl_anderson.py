@@ -12,7 +12,7 @@ GAMMA_MAX = constant(1e10)  # a mixing weight beyond it, or NaN, is no weight
 
 @triton.jit
 def cholesky_solve(a, b, N: tl.constexpr):
-    """x of A x = b for each row, unrolled; `a` is the lower triangle of A, row by row, as a tuple of vectors."""
+    """Returns x of A x = b for each row; `a` is the lower triangle of A, row by row, a tuple of vectors."""
     low = ()
     for i in tl.static_range(N):
         for j in tl.static_range(i + 1):
@@ -20,7 +20,7 @@ def cholesky_solve(a, b, N: tl.constexpr):
             for p in tl.static_range(j):
                 s = s - low[i * (i + 1) // 2 + p] * low[j * (j + 1) // 2 + p]
             if i == j:
-                low = low + (1.0 / tl.sqrt(s),)  # the diagonal is kept inverted
+                low = low + (1.0 / tl.sqrt(s),)  # the diagonal is stored inverted
             else:
                 low = low + (s * low[j * (j + 1) // 2 + j],)
     y = ()
@@ -43,13 +43,10 @@ def cholesky_solve(a, b, N: tl.constexpr):
 
 @triton.jit
 def anderson_weights(gram, dots, plain, ridge, N: tl.constexpr):
-    """Mixing weights of each row: argmin || g - sum_j gamma_j dG_j ||, the Gram matrix scaled to a unit diagonal.
+    """Returns the mixing weights of each row, argmin || g - sum_j gamma_j dG_j ||.
 
-    Args:
-        gram: <dG_i, dG_j>, lower triangle row by row.
-        dots: <dG_j, g>.
-        plain: Rows that take a plain step.
-        ridge: Added to the unit diagonal.
+    The Gram matrix is scaled to a unit diagonal, to which `ridge` is added. `gram` has <dG_i, dG_j>, the lower triangle
+    row by row, `dots` has <dG_j, g>, and `plain` marks rows that take a plain step.
     """
     scale = ()
     for i in tl.static_range(N):
@@ -75,13 +72,11 @@ def anderson_weights(gram, dots, plain, ridge, N: tl.constexpr):
 
 @triton.jit
 def anderson_step(g, dx, dg, gram, sums, rel, best, damping, ridge, N: tl.constexpr):
-    """Step of each row, damping g - sum_j gamma_j (dX_j + damping dG_j), and the history less its oldest pair.
+    """Returns damping g - sum_j gamma_j (dX_j + damping dG_j) of each row, and the history less its oldest pair.
 
-    Args:
-        g: Defects, a tile.
-        dx, dg: N tiles each, oldest first: increments of z and of g.
-        gram: <dG_i, dG_j> of all pairs but the newest, lower triangle.
-        sums: Row sums, <dG_j, g> from 2 on and <dG_j, dG_newest> from 2 + N on.
+    `g` is a tile of defects, `dx` and `dg` are N tiles each, oldest first: increments of z and of g. `gram` has
+    <dG_i, dG_j> of all pairs but the newest, the lower triangle, and `sums` has <dG_j, g> from 2 on and
+    <dG_j, dG_newest> from 2 + N on.
     """
     dots = ()
     for j in tl.static_range(N):
@@ -91,12 +86,12 @@ def anderson_step(g, dx, dg, gram, sums, rel, best, damping, ridge, N: tl.conste
     step = damping * g
     for j in tl.static_range(N):
         step -= gamma[j][:, None] * (dx[j].to(tl.float32) + damping * dg[j].to(tl.float32))
-    kept_x = ()
-    kept_g = ()
-    kept_gram = ()
+    less_x = ()
+    less_g = ()
+    less_gram = ()
     for i in tl.static_range(1, N):
-        kept_x = kept_x + (dx[i],)
-        kept_g = kept_g + (dg[i],)
+        less_x = less_x + (dx[i],)
+        less_g = less_g + (dg[i],)
         for j in tl.static_range(1, i + 1):
-            kept_gram = kept_gram + (gram[i * (i + 1) // 2 + j],)
-    return step, kept_x, kept_g, kept_gram
+            less_gram = less_gram + (gram[i * (i + 1) // 2 + j],)
+    return step, less_x, less_g, less_gram

@@ -12,7 +12,7 @@ from .dispatch import interpreting
 
 
 def constant(value):
-    """A module-level number for kernels to read.
+    """Returns a module-level number for kernels to read.
 
     The interpreter gets the plain number: from Triton 3.8 on, it makes no tensor of `constexpr * tensor`.
     """
@@ -36,7 +36,7 @@ INF = constant(float("inf"))
 
 @triton.jit
 def bf16_pair(x, INTERP: tl.constexpr):
-    """x rounded to nearest even, as bf16 (fp32 in the interpreter) and as fp32."""
+    """Returns x rounded to nearest even, as bf16 (fp32 in the interpreter) and as fp32."""
     if INTERP:
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -56,7 +56,7 @@ def bf16_pair(x, INTERP: tl.constexpr):
 
 @triton.jit
 def tanh(x, INTERP: tl.constexpr):
-    """Relative error about 1e-6 everywhere: 1 - 2 / (e^2x + 1) loses small x, where a polynomial takes over."""
+    """Returns tanh x to a relative 1e-6: 1 - 2 / (e^2x + 1) loses small x, where a polynomial takes over."""
     if INTERP:
         q = 1.0 / (tl.exp2(tl.where(x > 43.0, 126.0, x * 2.8853900817779268)) + 1.0)
     else:
@@ -72,7 +72,7 @@ def tanh(x, INTERP: tl.constexpr):
 
 @triton.jit
 def sine(x, COSINE: tl.constexpr):
-    """sin x, or cos x, to 1e-6 for |x| <= 1e4 (n * pi stays exact in parts to 3e4). libdevice's slow path spills."""
+    """Returns sin x or cos x to 1e-6 for |x| <= 1e4: n * pi is exact in parts to 3e4. libdevice's slow path spills."""
     if COSINE:
         whole = tl.floor(x * 0.3183098861837907)
         n = whole + 0.5
@@ -92,7 +92,7 @@ def sine(x, COSINE: tl.constexpr):
 
 @triton.jit
 def fast_tanh(x, INTERP: tl.constexpr):
-    """The hardware's, one instruction: relative error up to 2^-11 (PTX ISA, tanh.approx); exact in the interpreter."""
+    """Returns the hardware's tanh, one instruction, to a relative 2^-11 (PTX ISA); exact in the interpreter."""
     if INTERP:
         return tanh(x, INTERP)
     else:
@@ -101,18 +101,19 @@ def fast_tanh(x, INTERP: tl.constexpr):
 
 @triton.jit
 def fast_sigmoid(x, INTERP: tl.constexpr):
+    """Returns the sigmoid by the hardware's tanh: off by up to 2^-12."""
     return 0.5 + 0.5 * fast_tanh(0.5 * x, INTERP)
 
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + e^-x), 0 far to the left."""
+    """Returns 1 / (1 + e^-x), 0 far to the left."""
     return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
 def act(x, ACT: tl.constexpr, INTERP: tl.constexpr):
-    """The activation of that name. NaN stays NaN."""
+    """Returns the activation of that name. NaN stays NaN."""
     if ACT == "tanh":
         return tanh(x, INTERP)
     elif ACT == "fast_tanh":
@@ -139,7 +140,7 @@ def act(x, ACT: tl.constexpr, INTERP: tl.constexpr):
 
 @triton.jit
 def act_slope(x, ACT: tl.constexpr, INTERP: tl.constexpr):
-    """Derivative of `act`."""
+    """Returns the derivative of `act`."""
     if ACT == "tanh" or ACT == "fast_tanh":
         t = tanh(x, INTERP)
         return (1.0 - t) * (1.0 + t)
@@ -163,6 +164,7 @@ def act_slope(x, ACT: tl.constexpr, INTERP: tl.constexpr):
 
 @triton.jit
 def add2(a0, a1, b0, b1):
+    """Adds pairs, for tl.reduce."""
     return a0 + b0, a1 + b1
 
 
@@ -188,7 +190,7 @@ def _add10(a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, b0, b1, b2, b3, b4, b5, b6, b
 
 @triton.jit
 def row_sums(tiles, N: tl.constexpr, INTERP: tl.constexpr):
-    """Sums over columns of N tiles, N even and at most 10, in one reduction: one round of barriers for all."""
+    """Returns sums over columns of N tiles, N even and at most 10, in one reduction: one round of barriers for all."""
     if INTERP:
         sums = ()
         for i in tl.static_range(N):
@@ -208,7 +210,7 @@ def row_sums(tiles, N: tl.constexpr, INTERP: tl.constexpr):
 
 @triton.jit
 def rules_start(tol, BLOCK_B: tl.constexpr):
-    """(best, bar, first, peak, mark) of rows that nothing is known of: see rules.py."""
+    """Returns (best, bar, first, peak, mark) of rows before their first evaluation: see rules.py."""
     unknown = tl.full((BLOCK_B,), INF, tl.float32)
     zero = tl.zeros((BLOCK_B,), tl.float32)
     return unknown, zero + tol, zero, zero, unknown
@@ -238,8 +240,8 @@ def rules_update(state, k, r, s, live, counts, FLOOR: tl.constexpr):
 
 @triton.jit
 def rules_status(state, r, s, tol):
-    """Outcome of each row, from its last norms."""
+    """Returns the outcome of each row, from its last norms."""
     best, bar, first, peak, mark = state
-    says = tl.where(best <= tol, CONVERGED, tl.where(bar == INF, PLATEAU, MAX_STEPS))
-    says = tl.where((s > GROWTH * first) & (r > STEADY * peak), GROWING, says)
-    return tl.where(r / (s + EPS) < INF, says, NONFINITE)
+    outcome = tl.where(best <= tol, CONVERGED, tl.where(bar == INF, PLATEAU, MAX_STEPS))
+    outcome = tl.where((s > GROWTH * first) & (r > STEADY * peak), GROWING, outcome)
+    return tl.where(r / (s + EPS) < INF, outcome, NONFINITE)

@@ -162,7 +162,7 @@ def test_a_triton_that_is_too_old_is_said(monkeypatch, device):
     import triton
 
     monkeypatch.setattr(triton, "__version__", "3.2.0")
-    dispatch.too_old.cache_clear()
+    dispatch.triton_version.cache_clear()
     try:
         assert dispatch.pick("steps.picard", torch.device("cuda"), width=3, dtype=torch.float32) == (
             None,
@@ -171,10 +171,10 @@ def test_a_triton_that_is_too_old_is_said(monkeypatch, device):
         with tdeq.backend("triton"), pytest.raises(RuntimeError, match="can't run: triton 3.2.0.*need 3.4"):
             DEQ(Affine(4).to(device))(torch.zeros(2, 4, device=device))
         monkeypatch.setattr(triton, "__version__", "3.10.1+git1")
-        dispatch.too_old.cache_clear()
+        dispatch.triton_version.cache_clear()
         assert dispatch.too_old() is None
     finally:
-        dispatch.too_old.cache_clear()
+        dispatch.triton_version.cache_clear()
 
 
 def test_whole_solve_ops_hear_of_the_device(monkeypatch):
@@ -186,44 +186,3 @@ def test_whole_solve_ops_hear_of_the_device(monkeypatch):
     monkeypatch.setattr(dispatch, "too_old", lambda: None)
     assert dispatch.pick("probe", torch.device("cuda", 1), width=3) == (None, "no")
     assert asked == {"device": torch.device("cuda", 1), "width": 3}
-
-
-def test_kernels_whose_programs_wait_are_asked_for(monkeypatch):
-    """First, and only where they may be taken; why not is said beside what is done instead."""
-    monkeypatch.setattr(dispatch, "has_triton", lambda: True)
-    monkeypatch.setattr(dispatch, "too_old", lambda: None)
-    reasons = {"plain": None, "waiting": None}
-    for name in reasons:
-        op = dispatch.Op(None, None, None, None, lambda name=name, **_: reasons[name], f"done by {name}")
-        monkeypatch.setitem(dispatch._ops, name, op)
-    whole = dispatch.WholeSolve("plain", {}, (), None, lambda tol: {"terms": 1}, grid="waiting")
-
-    def answer(**switch):
-        with tdeq.backend("auto", **switch):
-            op, how = whole.pick(torch.device("cuda"), 0, 1e-3)
-        return op and op.says, how
-
-    assert answer() == answer(barriers=False) == ("done by plain", "done by plain")
-    assert answer(barriers=True) == ("done by waiting", "done by waiting")
-    reasons["waiting"] = "too many rows"
-    assert answer(barriers=True) == ("done by plain", "done by plain; without a grid barrier: too many rows")
-    reasons["plain"] = "too wide"
-    assert answer(barriers=True) == (None, "too wide; without a grid barrier: too many rows")
-    assert answer() == (None, "too wide")
-    with tdeq.backend("torch", barriers=True):
-        assert whole.pick(torch.device("cuda"), 0, 1e-3) == (None, "the torch backend is chosen")
-
-
-def test_the_switch_for_barriers():
-    assert not dispatch.barriers()
-    tdeq.set_backend("auto", barriers=True)
-    try:
-        assert dispatch.barriers()
-        with tdeq.backend("torch"):
-            assert not dispatch.barriers()
-        assert dispatch.barriers() and dispatch.chosen() == "auto"
-    finally:
-        tdeq.set_backend("auto")
-    assert not dispatch.barriers()
-    with pytest.raises(TypeError, match="barriers must be a bool, got 1"):
-        tdeq.set_backend("auto", barriers=1)

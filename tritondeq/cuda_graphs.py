@@ -304,7 +304,7 @@ class _Solve:
     def __call__(self, mask: Tensor | None) -> tuple[Tensor, Solution]:
         """Replays, and copies the results."""
         if mask is not None:
-            self.steps.keep.copy_(mask)
+            self.steps.mask.copy_(mask)
         self.replay()
         value, *outcome = (x.clone() for x in self.outcome)
         return value, Solution(None, *outcome)

@@ -1,0 +1,1 @@
+"""Norms of what a cell evaluates, one launch each."""

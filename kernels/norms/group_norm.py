@@ -30,12 +30,15 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def group_norm_ref(
     a: Tensor, b: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, relu: str | None
 ) -> Tensor:
-    """The op in torch.
+    """Does in torch what `group_norm` does.
 
     Args:
         a: [B, C, *size].
         b: What is added to it, of its shape, or None.
-        weight, bias: [C].
+        weight: [C].
+        bias: [C].
+        groups: Number of groups, which divides C.
+        eps: Added to the variance.
         relu: "before" (of the sum), "after" (of the result) or None.
     """
     x = a if b is None else a + b
@@ -61,8 +64,7 @@ def _tile(
     RELU: tl.constexpr,
     INTERP: tl.constexpr,
 ):
-    """(a + b or its ReLU for one part of one group, which elements there are, the place of the first in a sample, and
-    of all from there)."""
+    """Returns (a + b or its ReLU for one part of one group, which exist, offset of the first, of the others)."""
     offs_p, offs_d = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
     mask = (offs_p < P - part * BLOCK_P)[:, None] & (offs_d < D)[None, :]
     start = part * BLOCK_P * C + group * D
@@ -77,7 +79,7 @@ def _tile(
 
 @triton.jit
 def _moments(x, mask, n, INTERP: tl.constexpr):
-    """(m, o, squared deviations from m + o, summed), m + o the mean of the n elements under the mask."""
+    """Returns (m, o, squared deviations from m + o, summed), m + o the mean of the n elements under the mask."""
     first = tl.sum(tl.sum(x, 1), 0) / n
     d = tl.where(mask, x - first, 0.0)
     if INTERP:
@@ -146,19 +148,19 @@ def _normalise_kernel(
     x, mask, start, offs = _tile(
         a_ptr, b_ptr, stride_ab, stride_bb, sample, group, part, P, C, D, BLOCK_P, BLOCK_D, HAS_B, RELU, INTERP
     )
-    n = (P * D).to(tl.float32)
+    n = P * D * 1.0  # P is a plain number where it is 1
     if BLOCK_S == 0:
         first, off, squares = _moments(x, mask, n, INTERP)
     else:
         parts = tl.arange(0, BLOCK_S)
-        there = parts < SPLITS
+        mask_s = parts < SPLITS
         at = part_ptr + 3 * ((pid - part) + parts)
-        firsts = tl.load(at, mask=there, other=0.0)
+        firsts = tl.load(at, mask=mask_s, other=0.0)
         first = tl.sum(tl.where(parts == 0, firsts, 0.0), 0)
-        away = tl.where(there, firsts - first, 0.0) + tl.load(at + 1, mask=there, other=0.0)
-        sizes = tl.where(there, tl.minimum(BLOCK_P, P - parts * BLOCK_P) * D, 0).to(tl.float32)
+        away = tl.where(mask_s, firsts - first, 0.0) + tl.load(at + 1, mask=mask_s, other=0.0)
+        sizes = tl.where(mask_s, tl.minimum(BLOCK_P, P - parts * BLOCK_P) * D, 0).to(tl.float32)
         off = tl.sum(sizes * away, 0) / n
-        squares = tl.sum(tl.load(at + 2, mask=there, other=0.0) + sizes * (away - off) * (away - off), 0)
+        squares = tl.sum(tl.load(at + 2, mask=mask_s, other=0.0) + sizes * (away - off) * (away - off), 0)
     known = tl.arange(0, BLOCK_D) < D
     channels = group * D + tl.arange(0, BLOCK_D)
     weight = tl.load(weight_ptr + channels, mask=known, other=0.0).to(tl.float32)
@@ -174,7 +176,7 @@ def _normalise_kernel(
 def group_norm(
     a: Tensor, b: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, relu: str | None
 ) -> Tensor:
-    """As `group_norm_ref`, for what `refuses` lets pass; channels_last, in the wider dtype of a and b."""
+    """Returns what `group_norm_ref` does, where `refuses` is None; channels_last, in the wider dtype of a and b."""
     batch, channels, *size = a.shape
     pixels, width = a[0, 0].numel() if batch else 0, channels // groups
     dtype = a.dtype if b is None else torch.promote_types(a.dtype, b.dtype)
@@ -201,6 +203,7 @@ def group_norm(
 
 
 def refuses(*, a: Tensor, b: Tensor | None, groups: int) -> str | None:
+    """Returns why torch must do this, or None."""
     for x in (a,) if b is None else (a, b):
         if x.dtype not in FLOATS:
             return f"GroupNorm in {str(x.dtype).removeprefix('torch.')} is torch's"

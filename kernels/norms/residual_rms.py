@@ -1,4 +1,4 @@
-"""A residual sum and its root-mean-square norm, row by row, for evaluations without gradients:
+"""A residual sum and its root-mean-square norm, row by row, for evaluations without gradients.
 
     s = a + gamma b,    n = s / sqrt(mean(s^2) + eps) * weight           (Zhang and Sennrich 2019, equation 4)
 
@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 def residual_rms_ref(
     a: Tensor, b: Tensor, gamma: Tensor | None, weight: Tensor | None, eps: float, keep_sum: bool = True
 ) -> tuple[Tensor | None, Tensor]:
-    """(s or None, n), in the dtype of s."""
+    """Returns (s or None, n) in torch, in the dtype of s."""
     s = a + b if gamma is None else a + gamma * b
     n = s * torch.rsqrt(s.square().mean(-1, keepdim=True) + eps)
     return s if keep_sum else None, n if weight is None else n * weight
@@ -74,7 +74,7 @@ def _rms_kernel(
 def residual_rms(
     a: Tensor, b: Tensor, gamma: Tensor | None, weight: Tensor | None, eps: float, keep_sum: bool = True
 ) -> tuple[Tensor | None, Tensor]:
-    """As `residual_rms_ref`, for a and b of one shape; without gradients."""
+    """Returns what `residual_rms_ref` does, for a and b of one shape; without gradients."""
     if a.shape != b.shape:
         raise ValueError(f"a and b must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
     a, b = a.contiguous(), b.contiguous()
@@ -97,14 +97,14 @@ def residual_rms(
 
 
 def sum_dtype(a: Tensor, b: Tensor, gamma: Tensor | None) -> torch.dtype:
+    """Returns the dtype that torch promotes the sum to."""
     dtype = torch.promote_types(a.dtype, b.dtype)
     return dtype if gamma is None else torch.promote_types(dtype, gamma.dtype)
 
 
 def refuses(*, a: Tensor, b: Tensor, gamma: Tensor | None, weight: Tensor | None, autocast: bool) -> str | None:
-    """Why torch must do this, or None."""
-    found = [t for t in (a, b, gamma, weight) if t is not None]
-    strange = [t.dtype for t in found if t.dtype not in DTYPES]
+    """Returns why torch must do this, or None."""
+    strange = [t.dtype for t in (a, b, gamma, weight) if t is not None and t.dtype not in DTYPES]
     if strange:
         return f"norms of {str(strange[0]).removeprefix('torch.')}"
     if not 0 < a.shape[-1] <= MOST:

@@ -4,7 +4,7 @@
     u* = W' (s u*) + g,  s = act'(pre)          its adjoint, pre = W z* + u; iterated as v = s (v W + g), v = s u
 
 acc = W z + u is carried, so a step is one product with W and one activation. Bytes per call: u and z once (plus pre in
-the adjoint), W once per program; nothing per step. rows.py has the loop around it.
+the adjoint), W once per program; nothing per step. skeleton.py has the loop around it.
 """
 
 import torch
@@ -16,30 +16,29 @@ from ..dispatch import Op, register
 from ..formulas import ACTIVATIONS, SLOPES
 from ..reference import iterate
 from ..tl_common import act, act_slope
-from .skeleton import MEMORY, Rows
+from .skeleton import Rows
+from .skeleton import refuses as rows_refuses
 from .tl_rows import dot
 
 
 def affine_solve_ref(w, u, z0=None, *, activation, terms=2, **options):
-    """`affine_solve` in torch, in the dtype of `u`; `terms` means nothing here."""
+    """Does what `affine_solve` does in torch, in the dtype of `u`; `terms` means nothing here."""
 
     def f(z):
         return ACTIVATIONS[activation](torch.addmm(u, z, w.T))
 
-    z0 = torch.zeros_like(u) if z0 is None else z0
-    z, rules = iterate(f, z0, **options)
-    return z, rules.steps, rules.best, rules.status()
+    return iterate(f, torch.zeros_like(u) if z0 is None else z0, **options)
 
 
 def affine_adjoint_ref(w, pre, g, *, activation, terms=2, **options):
-    """`affine_adjoint` in torch, in the dtype of `g`; `terms` means nothing here."""
+    """Does what `affine_adjoint` does in torch, in the dtype of `g`; `terms` means nothing here."""
     slope = SLOPES[activation](pre)
 
     def f(v):
         return slope * torch.addmm(g, v, w)
 
-    v, rules = iterate(f, torch.zeros_like(g), **options)
-    return torch.addmm(g, v, w), rules.steps, rules.best, rules.status()
+    v, *outcome = iterate(f, torch.zeros_like(g), **options)
+    return torch.addmm(g, v, w), *outcome
 
 
 @triton.jit
@@ -64,49 +63,49 @@ def _adjoint_step(z, d, go, inputs, vectors, carry, w, D: tl.constexpr, ACT: tl.
     return carry[1] * acc, (acc, carry[1])
 
 
-SOLVE = Rows(_start, _step)
-ADJOINT = Rows(_adjoint_start, _adjoint_step, transpose=False, from_carry=True)
+SOLVE = Rows("rows.affine", _start, _step)
+ADJOINT = Rows("rows.affine", _adjoint_start, _adjoint_step, transpose=False, from_carry=True)
 
 
 def affine_solve(w, u, z0=None, *, activation, **options):
-    """z* = act(W z* + u) for rows u.
+    """Solves z* = act(W z* + u) for rows u.
 
     Args:
         w: W, [D, D] fp32; row n gives output n.
         u: [B, D] fp32.
         z0: Start, [B, D] fp32; zero if None.
         activation: A name of ACTIVATIONS; gelu is the exact one.
-        options: tol, max_steps, damping, memory, ridge and terms, as `Rows.solve` has them.
+        options: Those of `Rows.solve`.
+
     Returns:
-        z [B, D] with the lowest residual seen, steps [B] int32, residual [B] of that z, status [B] int32 (rules.py).
+        z [B, D], steps, residual and status, as `Rows.solve` does.
     """
-    return SOLVE.solve("rows.affine", activation, len(w), (w,), (), (u,), z0, **options)
+    return SOLVE.solve(activation, (w,), (), (u,), z0, **options)
 
 
 def affine_adjoint(w, pre, g, *, activation, **options):
-    """u* = W' (act'(pre) u*) + g for rows g; residuals are those of v = act'(pre) u.
+    """Solves u* = W' (act'(pre) u*) + g for rows g; residuals are those of v = act'(pre) u.
 
     Args:
-        w: As in `affine_solve`, and so are the options.
+        w: As in `affine_solve`.
         pre: W z* + u, [B, D] fp32.
         g: [B, D] fp32.
+        activation: As in `affine_solve`.
+        options: Those of `Rows.solve`.
+
     Returns:
-        u* [B, D], steps, residual and status as `affine_solve`'s.
+        u* [B, D], steps, residual and status, as `Rows.solve` does.
     """
-    return ADJOINT.solve("rows.affine", activation, len(w), (w,), (), (g, pre), **options)
+    return ADJOINT.solve(activation, (w,), (), (g, pre), **options)
 
 
 def refuses(*, features, dtype, activation="tanh", terms=3, solver_memory=0, device=None) -> str | None:
-    """Why torch must solve this problem, or None; `device` for the size of its shared memory."""
+    """Returns why torch must solve this problem, or None; `device` for the size of its shared memory."""
     if features > launch.FEATURES:
         return f"{features} features, and a multiprocessor holds W up to {launch.FEATURES}"
-    if dtype == torch.float64:
-        return "float64 state, and the kernel's is float32"
     if activation not in ACTIVATIONS:
         return f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}"
-    if solver_memory > MEMORY:
-        return f"Anderson memory {solver_memory}, and the registers hold {MEMORY}"
-    return launch.too_large("rows.affine", [(features, features)], terms, solver_memory, device)
+    return rows_refuses("rows.affine", [(features, features)], dtype, terms, solver_memory, device)
 
 
 affine = register("rows.affine", Op(affine_solve, affine_adjoint, affine_solve_ref, affine_adjoint_ref, refuses))

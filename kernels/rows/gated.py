@@ -16,37 +16,35 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import launch
 from ..dispatch import Op, register
 from ..formulas import gru
 from ..reference import iterate
 from ..tl_common import act, fast_sigmoid, sigmoid
-from .skeleton import MEMORY, Rows
+from .skeleton import Rows
+from .skeleton import refuses as rows_refuses
 from .tl_rows import dot, feed
 
 
 def gated_solve_ref(weights, inputs, z0=None, *, activation="tanh", terms=2, **options):
-    """`gated_solve` in torch, in the dtype of the inputs; `terms` means nothing here, nor does `activation`."""
+    """Does what `gated_solve` does in torch, in the dtype of the inputs; `terms` and `activation` mean nothing here."""
 
     def f(z):
         _, s, c = gru(weights, inputs, z)
         return z + s * (c - z)
 
-    z, rules = iterate(f, torch.zeros_like(inputs[0]) if z0 is None else z0, **options)
-    return z, rules.steps, rules.best, rules.status()
+    return iterate(f, torch.zeros_like(inputs[0]) if z0 is None else z0, **options)
 
 
 def gated_adjoint_ref(weights, saved, g, *, activation="tanh", terms=2, **options):
-    """`gated_adjoint` in torch, in the dtype of `g`; `terms` means nothing here, nor does `activation`."""
+    """Does what `gated_adjoint` does in torch, in the dtype of `g`; `terms` and `activation` mean nothing here."""
     wr, ws, wc = weights
-    keep, r, ks, kc, kr = saved
+    stay, r, ks, kc, kr = saved
 
     def f(u):
         q = (kc * u) @ wc
-        return g + keep * u + r * q + (kr * q) @ wr + (ks * u) @ ws
+        return g + stay * u + r * q + (kr * q) @ wr + (ks * u) @ ws
 
-    u, rules = iterate(f, torch.zeros_like(g), **options)
-    return u, rules.steps, rules.best, rules.status()
+    return iterate(f, torch.zeros_like(g), **options)
 
 
 @triton.jit
@@ -80,52 +78,52 @@ def _adjoint_start(inputs, vectors, D: tl.constexpr, ACT: tl.constexpr, INTERP: 
 @triton.jit
 def _adjoint_step(z, d, go, inputs, vectors, carry, w, D: tl.constexpr, ACT: tl.constexpr, INTERP: tl.constexpr):
     out, q, by_r, by_s, by_c = carry  # g + Wr' (kr q) + Ws' (ks u), q, and what has been pushed into them
-    g, keep, r, ks, kc, kr = inputs
+    g, stay, r, ks, kc, kr = inputs
     q, by_c = feed(q, kc * z, by_c, go, w[2], INTERP)
     out, by_s = feed(out, ks * z, by_s, go, w[1], INTERP)
     out, by_r = feed(out, kr * q, by_r, go, w[0], INTERP)
-    return keep * z + r * q + out, (out, q, by_r, by_s, by_c)
+    return stay * z + r * q + out, (out, q, by_r, by_s, by_c)
 
 
-SOLVE = Rows(_start, _step)
-ADJOINT = Rows(_adjoint_start, _adjoint_step, transpose=False)
+SOLVE = Rows("rows.gated", _start, _step)
+ADJOINT = Rows("rows.gated", _adjoint_start, _adjoint_step, transpose=False)
 
 
 def gated_solve(weights, inputs, z0=None, *, activation="tanh", **options):
-    """The solution z* for rows of `inputs`.
+    """Solves z* = (1 - s) z* + s c for rows of `inputs`.
 
     Args:
         weights: Wr, Ws and Wc, each [D, D] fp32.
         inputs: ur, us and uc, each [B, D] fp32.
         z0: Start, [B, D] fp32; zero if None.
         activation: "tanh", or "fast_tanh": the hardware's, for the sigmoids too.
-        options: tol, max_steps, damping, memory, ridge and terms, as `Rows.solve` has them.
+        options: Those of `Rows.solve`.
+
     Returns:
-        z [B, D] with the lowest residual seen, steps [B] int32, residual [B] of that z, status [B] int32 (rules.py).
+        z [B, D], steps, residual and status, as `Rows.solve` does.
     """
-    return SOLVE.solve("rows.gated", activation, inputs[0].shape[1], weights, (), inputs, z0, **options)
+    return SOLVE.solve(activation, weights, (), inputs, z0, **options)
 
 
 def gated_adjoint(weights, saved, g, *, activation="tanh", **options):
-    """The solution u* of u = J' u + g for rows g.
+    """Solves u = J' u + g for rows g.
 
     Args:
-        weights: As in `gated_solve`, and so are the options.
+        weights: As in `gated_solve`.
         saved: `formulas.gru_slopes` at the solution, each [B, D].
         g: [B, D] fp32.
+        activation: As in `gated_solve`.
+        options: Those of `Rows.solve`.
+
     Returns:
-        As `gated_solve`.
+        u* [B, D], steps, residual and status, as `Rows.solve` does.
     """
-    return ADJOINT.solve("rows.gated", activation, g.shape[1], weights, (), (g, *saved), **options)
+    return ADJOINT.solve(activation, weights, (), (g, *saved), **options)
 
 
 def refuses(*, shapes, dtype, terms, solver_memory=0, device=None) -> str | None:
-    """Why torch must solve this problem, or None; `shapes` of all weights, `device` for its shared memory."""
-    if dtype == torch.float64:
-        return "float64 state, and the kernel's is float32"
-    if solver_memory > MEMORY:
-        return f"Anderson memory {solver_memory}, and the registers hold {MEMORY}"
-    return launch.too_large("rows.gated", shapes, terms, solver_memory, device)
+    """Returns why torch must solve this problem, or None; `shapes` of all weights, `device` for its shared memory."""
+    return rows_refuses("rows.gated", shapes, dtype, terms, solver_memory, device)
 
 
 gated = register("rows.gated", Op(gated_solve, gated_adjoint, gated_solve_ref, gated_adjoint_ref, refuses))

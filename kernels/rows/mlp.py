@@ -17,12 +17,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import launch
 from ..dispatch import Op, register
 from ..formulas import RMS_EPS, mlp, rms_pull
 from ..reference import iterate
 from ..tl_common import act, constant
-from .skeleton import MEMORY, Rows
+from .skeleton import Rows
+from .skeleton import refuses as rows_refuses
 from .tl_rows import dot, feed
 
 EPS = constant(RMS_EPS)
@@ -30,14 +30,13 @@ ACTS = ("relu", "gelu", "silu", "fast_gelu", "fast_silu")
 
 
 def mlp_solve_ref(weights, biases, scale, u, z0=None, *, form, activation, terms=2, **options):
-    """`mlp_solve` in torch, in the dtype of `u`; `terms` means nothing here."""
+    """Does what `mlp_solve` does in torch, in the dtype of `u`; `terms` means nothing here."""
     z = torch.zeros_like(u) if z0 is None else z0
-    z, rules = iterate(lambda z: mlp(form, activation, weights, biases, scale, u, z), z, **options)
-    return z, rules.steps, rules.best, rules.status()
+    return iterate(lambda z: mlp(form, activation, weights, biases, scale, u, z), z, **options)
 
 
 def mlp_adjoint_ref(weights, scale, saved, g, *, form, activation, terms=2, **options):
-    """`mlp_adjoint` in torch, in the dtype of `g`; `terms` means nothing here."""
+    """Does what `mlp_adjoint` does in torch, in the dtype of `g`; `terms` means nothing here."""
     up, down, *gate = weights
     at, *slopes = saved
 
@@ -50,8 +49,7 @@ def mlp_adjoint_ref(weights, scale, saved, g, *, form, activation, terms=2, **op
             return g + dy + into(dy)
         return g + scale * u + rms_pull(at, into(u))
 
-    u, rules = iterate(f, torch.zeros_like(g), **options)
-    return u, rules.steps, rules.best, rules.status()
+    return iterate(f, torch.zeros_like(g), **options)
 
 
 @triton.jit
@@ -61,7 +59,7 @@ def _rms(x, D: tl.constexpr):
 
 @triton.jit
 def _rms_pull(t, unit, scale, D: tl.constexpr):
-    """p' t where rms(x) is `unit` = x * `scale`."""
+    """Returns p' t where rms(x) is `unit` = x * `scale`."""
     return scale * (t - unit * (tl.sum(t * unit, 1) / D)[:, None])
 
 
@@ -124,7 +122,7 @@ def _adjoint_start(inputs, vectors, D: tl.constexpr, ACT: tl.constexpr, INTERP: 
 
 @triton.jit
 def _back(t, seen, acc, into, up, gate, go, inputs, w, INTERP: tl.constexpr):
-    """Goes on with into = W1' (s W2' t): `seen` is the t in acc = W2' t, `up` and `gate` are what is in `into`."""
+    """Continues into = W1' (s W2' t): `seen` is the t in acc = W2' t, `up` and `gate` are what is in `into`."""
     acc, seen = feed(acc, t, seen, go, w[1], INTERP)
     into, up = feed(into, inputs[2] * acc, up, go, w[0], INTERP)
     if len(w) == 3:
@@ -148,15 +146,15 @@ def _pre_adjoint_step(z, d, go, inputs, vectors, carry, w, D: tl.constexpr, ACT:
     return f, (into, seen, acc, up, gate, unit, scale)
 
 
-SOLVE = {"post": Rows(_post_start, _post_step), "pre": Rows(_pre_start, _pre_step)}
+SOLVE = {"post": Rows("rows.mlp", _post_start, _post_step), "pre": Rows("rows.mlp", _pre_start, _pre_step)}
 ADJOINT = {
-    "post": Rows(_adjoint_start, _post_adjoint_step, transpose=False),
-    "pre": Rows(_adjoint_start, _pre_adjoint_step, transpose=False),
+    "post": Rows("rows.mlp", _adjoint_start, _post_adjoint_step, transpose=False),
+    "pre": Rows("rows.mlp", _adjoint_start, _pre_adjoint_step, transpose=False),
 }
 
 
 def mlp_solve(weights, biases, scale, u, z0=None, *, form, activation, **options):
-    """The solution z* for rows of `u`.
+    """Solves for z* given rows u.
 
     Args:
         weights: W1 [H, D] and W2 [D, H], and W3 [H, D] if there is a gate; fp32.
@@ -166,9 +164,10 @@ def mlp_solve(weights, biases, scale, u, z0=None, *, form, activation, **options
         z0: Start, [B, D] fp32; zero if None.
         form: "post" or "pre".
         activation: "relu", "gelu" (exact) or "silu".
-        options: tol, max_steps, damping, memory, ridge and terms, as `Rows.solve` has them.
+        options: Those of `Rows.solve`.
+
     Returns:
-        z [B, D] with the lowest residual seen, steps [B] int32, residual [B] of that z, status [B] int32 (rules.py).
+        z [B, D], steps, residual and status, as `Rows.solve` does.
     """
     into = [(w, b) for i, (w, b) in enumerate(zip(weights, biases, strict=True)) if i != 1]
     inputs, vectors = (u + biases[1],), (scale,)
@@ -176,31 +175,32 @@ def mlp_solve(weights, biases, scale, u, z0=None, *, form, activation, **options
         inputs += tuple(torch.addmm(b, u, w.mT) for w, b in into)
     else:
         vectors += tuple(b for _, b in into)
-    return SOLVE[form].solve("rows.mlp", activation, u.shape[1], weights, vectors, inputs, z0, **options)
+    return SOLVE[form].solve(activation, weights, vectors, inputs, z0, **options)
 
 
 def mlp_adjoint(weights, scale, saved, g, *, form, activation, **options):
-    """The solution u* of u = J' u + g for rows g.
+    """Solves u = J' u + g for rows g.
 
     Args:
-        weights: As in `mlp_solve`; so are `scale`, `form`, `activation` and the options.
+        weights: As in `mlp_solve`.
+        scale: As in `mlp_solve`.
         saved: What rms is taken of, y or z*, [B, D], then `formulas.hidden_slopes` at the solution, each [B, H].
         g: [B, D] fp32.
+        form: As in `mlp_solve`.
+        activation: As in `mlp_solve`.
+        options: Those of `Rows.solve`.
+
     Returns:
-        As `mlp_solve`.
+        u* [B, D], steps, residual and status, as `Rows.solve` does.
     """
-    return ADJOINT[form].solve("rows.mlp", activation, g.shape[1], weights, (scale,), (g, *saved), **options)
+    return ADJOINT[form].solve(activation, weights, (scale,), (g, *saved), **options)
 
 
 def refuses(*, shapes, dtype, terms, activation="gelu", solver_memory=0, device=None) -> str | None:
-    """Why torch must solve this problem, or None; `shapes` of all weights, `device` for its shared memory."""
-    if dtype == torch.float64:
-        return "float64 state, and the kernel's is float32"
+    """Returns why torch must solve this problem, or None; `shapes` of all weights, `device` for its shared memory."""
     if activation not in ACTS:
         return f"activation {activation!r} is not one of {', '.join(ACTS)}"
-    if solver_memory > MEMORY:
-        return f"Anderson memory {solver_memory}, and the registers hold {MEMORY}"
-    return launch.too_large("rows.mlp", shapes, terms, solver_memory, device)
+    return rows_refuses("rows.mlp", shapes, dtype, terms, solver_memory, device)
 
 
 op = register("rows.mlp", Op(mlp_solve, mlp_adjoint, mlp_solve_ref, mlp_adjoint_ref, refuses))

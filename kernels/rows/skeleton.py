@@ -3,14 +3,13 @@
 A program keeps the cell's weights in shared memory and a tile of rows in registers, and iterates each row until it has
 stopped. When all but REFILL rows of a tile have, they are stored and their lanes take the next of the program's share
 of the batch, so that cost follows the mean number of steps and not the largest. A row depends on no other, so this
-changes no result. Bytes per call: what is told of a row and what comes out once, weights once per program; nothing per
-step.
+changes no result. Bytes per call: inputs and results of a row once, weights once per program; nothing per step.
 
 A cell is two pairs of jitted functions, for the solve and for its adjoint:
 
     start(inputs, vectors, D, ACT, INTERP) -> carry
-        what the cell keeps of a row whose z is 0: a tuple of tiles [BLOCK_B, .] and vectors [BLOCK_B]. Inputs are tiles
-        of the injection; in the adjoint, of the cotangent and of what the cell saved at the solution.
+        what the cell carries of a row whose z is 0: a tuple of tiles [BLOCK_B, .] and vectors [BLOCK_B]. Inputs are
+        tiles of the injection; in the adjoint, of the cotangent and of what the cell saved at the solution.
     step(z, d, go, inputs, vectors, carry, w, D, ACT, INTERP) -> f, carry
         f at z, an increment d (bf16) after its last call; z is the sum of all d to the bit. Where `go` is False, d is
         zero and nothing that f is made of may change.
@@ -38,7 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import launch
-from ..dispatch import interpreting
+from ..dispatch import interpreting, triton_version
 from ..reference import RIDGE
 from ..tl_anderson import anderson_step
 from ..tl_common import FLOOR, WINDOW, bf16_pair, constant, row_sums, rules_start, rules_status, rules_update
@@ -68,7 +67,7 @@ def rows_kernel(
     STEP: tl.constexpr,
     D: tl.constexpr,
     ACT: tl.constexpr,
-    MATRICES: tl.constexpr,  # sizes, as tl_rows.py says
+    MATRICES: tl.constexpr,  # sizes, as in tl_rows.py
     VECTORS: tl.constexpr,
     INPUTS: tl.constexpr,
     TRANSPOSE: tl.constexpr,  # whether dots take W', as solves do, or W
@@ -83,6 +82,7 @@ def rows_kernel(
     BLOCK_K: tl.constexpr,
     INTERP: tl.constexpr,
 ):
+    """Solves rows pid, pid + programs, ... of the batch, a tile at a time."""
     RESIDENT: tl.constexpr = 1 if STREAM else TERMS
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -107,7 +107,7 @@ def rows_kernel(
     d, near = bf16_pair(z, INTERP)
     none = d
     k = zero
-    kept = zero  # evaluation of the best z
+    best = zero  # evaluation of the best z
     limit = zero  # evaluation at which a row stops at the latest
     state = rules_start(tol, BLOCK_B)
     r = tl.zeros((BLOCK_B,), tl.float32)
@@ -133,13 +133,13 @@ def rows_kernel(
         taken += tl.sum(new.to(tl.int32), 0)
         begin = new | again
         rows = tl.where(new, pid + number * programs, rows)
-        limit = tl.where(again, kept, tl.where(new, max_steps, limit))
+        limit = tl.where(again, best, tl.where(new, max_steps, limit))
         fresh = load_inputs(x_ptrs, rows, begin, INPUTS)
         inputs = choose(begin, fresh, inputs)
         carry = choose(begin, START(fresh, vectors, D, ACT, INTERP), carry)
         state = choose(begin, rules_start(tol, BLOCK_B), state)
         z, d = choose(begin, (tl.zeros_like(z), none), (z, d))
-        k, kept = choose(begin, (zero, zero), (k, kept))
+        k, best = choose(begin, (zero, zero), (k, best))
         mask = begin[:, None] & (offs_d < D)
         if HAS_Z0:
             rest = tl.load(z0_ptr + rows.to(tl.int64)[:, None] * D + offs_d, mask=mask, other=0.0)
@@ -181,12 +181,12 @@ def rows_kernel(
                     tiles = tiles + (dg[j].to(tl.float32) * near,)
             sums = row_sums(tiles, 2 * MEMORY + 2, INTERP)
             r, s = choose(go, (tl.sqrt(sums[0]), tl.sqrt(sums[1])), (r, s))
-            counts = go
+            exact = go
             if STREAM:
                 scale = tl.maximum(r, tol * s)
-                counts = go & (drift <= LAG * scale)
-            rel, improved, state = rules_update(state, k, r, s, go, counts, FLOOR)
-            kept = tl.where(improved, k, kept)
+                exact = go & (drift <= LAG * scale)
+            rel, improved, state = rules_update(state, k, r, s, go, exact, FLOOR)
+            best = tl.where(improved, k, best)
             go = go & (state[0] > state[1]) & (k < limit)
             if MEMORY > 0:
                 step, dx, dg, gram = anderson_step(g, dx, dg, gram, sums, rel, state[0], damping, ridge, MEMORY)
@@ -223,11 +223,11 @@ def rows_kernel(
         tl.store(steps_ptr + rows, k, mask=first)
         tl.store(residual_ptr + rows, state[0], mask=first)
         tl.store(status_ptr + rows, rules_status(state, r, s, tol), mask=first)
-        again = first & (kept < k)
+        again = first & (best < k)
 
 
 def bf16_terms(w: Tensor, terms: int) -> Tensor:
-    """[terms, *w.shape] in bf16 whose sum is w up to 2^(-8 * terms)."""
+    """Returns [terms, *w.shape] in bf16 whose sum is w up to 2^(-8 * terms)."""
     parts = w.new_empty((terms, *w.shape), dtype=torch.bfloat16)
     parts[0] = w
     for t in range(1, terms):
@@ -238,29 +238,29 @@ def bf16_terms(w: Tensor, terms: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Rows:
-    """One direction of a cell.
+    """One direction of a cell: the solve, or its adjoint.
 
     Attributes:
+        op: Name of the op, by which launch parameters are found.
         start, step: Jitted functions.
         transpose: Whether dots take W', or W.
         from_carry: Whether carry[0] is the result, and not z.
     """
 
+    op: str
     start: Any
     step: Any
     transpose: bool = True
     from_carry: bool = False
 
     def solve(
-        self, op, act, features, matrices, vectors, inputs, z0=None, *,
+        self, act, matrices, vectors, inputs, z0=None, *,
         tol, max_steps, damping=1.0, memory=0, ridge=1e-8, terms=2,
     ):  # fmt: skip
-        """Solves all rows.
+        """Solves all rows in one launch; D is the width of z, the inputs of the first matrix.
 
         Args:
-            op: Whose launch parameters to take.
-            act: What `start` and `step` are told.
-            features: Width D of z.
+            act: ACT of `start` and `step`.
             matrices: fp32, each [out, in].
             vectors: fp32.
             inputs: fp32, each [B, .].
@@ -271,17 +271,18 @@ class Rows:
             memory: 0 for Picard, 1 to 4 for Anderson with as many stored differences.
             ridge: Of Anderson's Gram matrix scaled to a unit diagonal; at least 4e-7 in fp32.
             terms: bf16 terms of each matrix: 1 (its values are bf16), 2 or 3.
+
         Returns:
-            z [B, D] with the lowest residual seen, steps [B] int32, residual [B] of that z, status [B] int32.
+            z [B, D] of the lowest residual seen, steps [B] int32, residual [B] of that z, status [B] int32 (rules.py).
         """
-        z = inputs[0].new_empty(len(inputs[0]), features)
+        shapes = tuple(tuple(w.shape) for w in matrices)
+        z = inputs[0].new_empty(len(inputs[0]), shapes[0][1])
         residual = z.new_empty(len(z))
         steps, status = (z.new_empty(len(z), dtype=torch.int32) for _ in range(2))
         if len(z) == 0:
             return z, steps, residual, status
-        shapes = tuple(tuple(w.shape) for w in matrices)
-        of = {"shapes": shapes, "terms": terms, "memory": memory} | launch.limits(z.device)
-        config = launch.parameters(op, z.device, batch=len(z), **of)
+        problem = {"batch": len(z), "shapes": shapes, "terms": terms, "memory": memory}
+        config = launch.parameters(self.op, z.device, **problem, **launch.limits(z.device))
         programs = config.pop("programs") * launch.multiprocessors(z.device)
         programs = min(triton.cdiv(len(z), config["BLOCK_B"]), programs)
         scratch = z
@@ -292,29 +293,47 @@ class Rows:
         vector_tensors = tuple(v.contiguous() for v in vectors) or (z,)  # an empty tuple may be no argument of a launch
         tensors = (tuple(bf16_terms(w, terms) for w in matrices), vector_tensors, inputs)
         tensors += (z if z0 is None else z0.contiguous(), scratch, z, steps, residual, status)
-        inputs_at = [(x.shape[1], x.stride(0)) for x in inputs]
-        config |= self.constants(features, shapes, [len(v) for v in vectors], inputs_at)
-        config |= {"ACT": act, "HAS_Z0": z0 is not None, "TERMS": terms, "MEMORY": memory, "INTERP": interpreting()}
-        numbers = (len(z), tol, max_steps, damping, max(ridge, RIDGE))
         with launch.on(z.device):
-            rows_kernel[(programs,)](*tensors, *numbers, enable_fp_fusion=True, **config)
+            rows_kernel[(programs,)](
+                *tensors,
+                *(len(z), tol, max_steps, damping, max(ridge, RIDGE)),
+                START=self.start,
+                STEP=self.step,
+                D=z.shape[1],
+                ACT=act,
+                MATRICES=tuple((*shape, *map(launch.block, shape)) for shape in shapes),
+                VECTORS=tuple((len(v), launch.block(len(v))) for v in vectors),
+                INPUTS=tuple((x.shape[1], launch.block(x.shape[1]), x.stride(0)) for x in inputs),
+                TRANSPOSE=self.transpose,
+                FROM_CARRY=self.from_carry,
+                HAS_Z0=z0 is not None,
+                TERMS=terms,
+                MEMORY=memory,
+                INTERP=interpreting(),
+                enable_fp_fusion=True,
+                **config,
+            )
         return z, steps, residual, status
 
-    def constants(self, features, shapes, vectors, inputs) -> dict[str, Any]:
-        """What the kernel is told of the cell.
 
-        Args:
-            shapes: Of matrices.
-            vectors: Widths.
-            inputs: (width, stride) of each.
-        """
-        return {
-            "START": self.start,
-            "STEP": self.step,
-            "TRANSPOSE": self.transpose,
-            "FROM_CARRY": self.from_carry,
-            "D": features,
-            "MATRICES": tuple((*shape, *map(launch.block, shape)) for shape in shapes),
-            "VECTORS": tuple((width, launch.block(width)) for width in vectors),
-            "INPUTS": tuple((width, launch.block(width), stride) for width, stride in inputs),
-        }
+def refuses(op, shapes, dtype, terms, solver_memory, device) -> str | None:
+    """Returns why torch must solve a cell with weights [out, in] of these shapes, or None.
+
+    Args:
+        op: Name of the op.
+        shapes: Of all weights.
+        dtype: Of the state.
+        terms: bf16 terms of each weight.
+        solver_memory: Differences that Anderson stores, 0 for Picard.
+        device: Where it would run, for the size of its shared memory.
+    """
+    if dtype == torch.float64:
+        return "float64 state, and the kernel's is float32"
+    if solver_memory > MEMORY:
+        return f"Anderson memory {solver_memory}, and the registers hold {MEMORY}"
+    if triton_version() < (3, 5) and not interpreting():
+        shared = launch.shared_memory(device)
+        config = launch.SHAPES[op](batch=1, shapes=shapes, terms=terms, memory=solver_memory, shared=shared)
+        if config and config["STREAM"]:
+            return f"{terms} terms of W, of which Triton 3.4 compiles no kernel that reads them from memory"
+    return launch.too_large(op, shapes, terms, solver_memory, device)

@@ -1,6 +1,6 @@
 """Jitted helpers of the row-tile skeleton: loads of weights and rows, and tuples of tiles.
 
-Sizes are told in tuples of constants: of a matrix (out, in, block of out, block of in), of a vector (width, block), of
+Sizes are tuples of constants: of a matrix (out, in, block of out, block of in), of a vector (width, block), of
 a tensor of rows (width, block, stride from row to row).
 """
 
@@ -12,7 +12,7 @@ from ..tl_common import bf16_pair
 
 @triton.jit
 def load_matrix(w_ptr, rows, cols, OUT: tl.constexpr, IN: tl.constexpr, TRANSPOSE: tl.constexpr, INTERP: tl.constexpr):
-    """Tile [rows, cols] of W [OUT, IN], or of W', zero beyond them: what tl.dot multiplies by from the right."""
+    """Loads tile [rows, cols] of W [OUT, IN], or of W', zero beyond them: what tl.dot multiplies by from the right."""
     if TRANSPOSE:
         offs = cols[None, :] * IN + rows[:, None]
         mask = (rows[:, None] < IN) & (cols[None, :] < OUT)
@@ -27,7 +27,7 @@ def load_matrix(w_ptr, rows, cols, OUT: tl.constexpr, IN: tl.constexpr, TRANSPOS
 def load_terms(
     w_ptr, SIZES: tl.constexpr, NTH: tl.constexpr, TERMS: tl.constexpr, TRANSPOSE: tl.constexpr, INTERP: tl.constexpr
 ):
-    """The first terms of matrix NTH, whole."""
+    """Loads the first terms of matrix NTH, whole."""
     OUT: tl.constexpr = SIZES[NTH][0]
     IN: tl.constexpr = SIZES[NTH][1]
     rows = tl.arange(0, SIZES[NTH][3] if TRANSPOSE else SIZES[NTH][2])
@@ -40,14 +40,14 @@ def load_terms(
 
 @triton.jit
 def load_vector(v_ptr, SIZES: tl.constexpr, NTH: tl.constexpr):
-    """Vector NTH, zero beyond its width."""
+    """Loads vector NTH, zero beyond its width."""
     offs = tl.arange(0, SIZES[NTH][1])
     return tl.load(v_ptr + offs, mask=offs < SIZES[NTH][0], other=0.0)
 
 
 @triton.jit
 def load_rows(x_ptr, rows, mask, SIZES: tl.constexpr, NTH: tl.constexpr):
-    """A tile of these rows of tensor NTH, zero beyond their width and where the mask is False."""
+    """Loads a tile of these rows of tensor NTH, zero beyond their width and where the mask is False."""
     offs = tl.arange(0, SIZES[NTH][1])[None, :]
     at = rows.to(tl.int64)[:, None] * SIZES[NTH][2] + offs
     return tl.load(x_ptr + at, mask=mask[:, None] & (offs < SIZES[NTH][0]), other=0.0)
@@ -55,7 +55,7 @@ def load_rows(x_ptr, rows, mask, SIZES: tl.constexpr, NTH: tl.constexpr):
 
 @triton.jit
 def load_inputs(x_ptrs, rows, mask, SIZES: tl.constexpr):
-    """A tile of these rows of every tensor."""
+    """Loads a tile of these rows of every tensor."""
     tiles = ()
     for i in tl.static_range(len(SIZES)):
         tiles = tiles + (load_rows(x_ptrs[i], rows, mask, SIZES, i),)
@@ -64,7 +64,7 @@ def load_inputs(x_ptrs, rows, mask, SIZES: tl.constexpr):
 
 @triton.jit
 def choose(mask, a, b):
-    """Row by row of tiles and vectors, those of `a` where the mask is True, else those of `b`."""
+    """Returns tiles and vectors with the rows of `a` where the mask is True, else those of `b`."""
     out = ()
     for i in tl.static_range(len(a)):
         if len(a[i].shape) == 2:
@@ -76,7 +76,7 @@ def choose(mask, a, b):
 
 @triton.jit
 def copies(x, N: tl.constexpr):
-    """N times x."""
+    """Returns a tuple of N times x."""
     out = ()
     for _ in tl.static_range(N):
         out = out + (x,)
@@ -85,7 +85,7 @@ def copies(x, N: tl.constexpr):
 
 @triton.jit
 def dot(acc, d, w):
-    """acc + d W, for all terms of W in shared memory."""
+    """Returns acc + d W, for all terms of W in shared memory."""
     for t in tl.static_range(len(w)):
         acc = tl.dot(d, w[t], acc)
     return acc
@@ -93,8 +93,10 @@ def dot(acc, d, w):
 
 @triton.jit
 def feed(acc, x, pushed, go, w, INTERP: tl.constexpr):
-    """acc + (x - pushed) W in bf16 for rows that go on, and what has been pushed by then: `acc` follows x W, and what
-    rounding takes from one increment comes back in the next."""
+    """Returns acc + (x - pushed) W in bf16 for rows that go on, and what has been pushed by then.
+
+    So `acc` follows x W, and what rounding takes from one increment comes back in the next.
+    """
     d, near = bf16_pair(tl.where(go[:, None], x - pushed, 0.0), INTERP)
     return dot(acc, d, w), pushed + near
 
@@ -112,7 +114,7 @@ def dot_streamed(
     BLOCK_K: tl.constexpr,
     INTERP: tl.constexpr,
 ):
-    """acc + d W, for all terms of the lone W but the first, read from memory."""
+    """Returns acc + d W, for all terms of the lone W but the first, read from memory."""
     D: tl.constexpr = SIZES[0][0]
     BLOCK_D: tl.constexpr = SIZES[0][2]
     offs_b = tl.arange(0, BLOCK_B)[:, None] * BLOCK_D

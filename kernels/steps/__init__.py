@@ -1,0 +1,1 @@
+"""Steps of solvers, one or two launches each."""

@@ -5,22 +5,22 @@
 
 Delta form, as in affine.py: acc = W z + u and z are float32, and only the bf16 increments d of z go through the tensor
 cores, so that the fixed point is accurate to fp32 at their speed. W is a sum of TERMS bf16 terms. The launch of
-evaluation k, by programs that own a tile of the output each, computes
+evaluation k, by programs with a tile of the output each, computes
 
     acc_k = acc_(k-1) + d_k W',   z_k = z_(k-1) + d_k,   g = act(acc_k) - z_k,   d_(k+1) = bf16(damping g)
 
 and the sums of g^2 and act(acc_k)^2 over the tile's columns. The last program of a row tile to end adds these in a
 fixed order and applies `rules.py` to its rows: bits do not depend on timing, the parts are read once, and what is known
-after the launch is known of its own evaluation. Rows that have stopped are stored no more, and tiles of them return.
+after the launch is known of its evaluation. Rows that have stopped are stored no more, and tiles of them return.
 
 d alternates between two buffers, for a program reads whole rows of d_k and writes its tile of d_(k+1); so does what is
 returned, z or in the adjoint acc, whose value of evaluation k-2 is saved before it is overwritten if it is the best.
-Which buffer it is follows from the row's own count of steps: every launch has the same arguments, as a graph needs.
+Which buffer it is follows from the row's count of steps: every launch has the same arguments, as a graph needs.
 
 Bytes of a launch: 22 B D (acc, z read and written, d read twice and written; 26 in the adjoint, which reads pre) and W
 once. No GEMM is done for a start at zero; another start is multiplied as three bf16 parts, which hold all its bits.
 A row's bits do not depend on its batch mates, but through the tile that launch.py picks on how many they are.
-The reference is affine.py's, step by step.
+The reference is that of rows/affine.py, step by step.
 """
 
 import torch
@@ -41,30 +41,39 @@ LARGE = 1 << 20  # elements of a state from which cuBLAS and a second launch are
 
 
 @triton.jit
-def _columns(x, SUB: tl.constexpr):
-    """x [M, N] as a tuple of SUB tiles [M, N / SUB], left to right; SUB is a power of two."""
+def _halves(x):
     M: tl.constexpr = x.shape[0]
     N: tl.constexpr = x.shape[1]
-    if SUB == 1:
-        return (x,)
-    else:
-        left, right = tl.split(tl.permute(tl.reshape(x, (M, 2, N // 2)), (0, 2, 1)))
-        return _columns(left, SUB // 2) + _columns(right, SUB // 2)
+    left, right = tl.split(tl.permute(tl.reshape(x, (M, 2, N // 2)), (0, 2, 1)))
+    return (left, right)
+
+
+@triton.jit
+def _columns(x, SUB: tl.constexpr):
+    """Returns x [M, N] as a tuple of SUB tiles [M, N / SUB], left to right; SUB is a power of two up to 32."""
+    tiles = (x,)
+    for i in tl.static_range(5):
+        if SUB > 2**i:
+            finer = ()
+            for j in tl.static_range(len(tiles)):
+                finer = finer + _halves(tiles[j])
+            tiles = finer
+    return tiles
 
 
 @triton.jit(do_not_specialize=["B", "limit"])
 def _step_kernel(
     d_ptr,  # [2, B, WIDTH] bf16
     w_ptr,  # [TERMS, WIDTH, WIDTH] bf16, zero beyond D
-    kept_ptr,  # [2, B, D]: z; acc in the adjoint
+    value_ptr,  # [2, B, D]: z; acc in the adjoint
     other_ptr,  # [B, D]: acc; v in the adjoint
     pre_ptr,  # [B, D], adjoint only
-    best_ptr,  # [B, D]: of kept
+    best_ptr,  # [B, D]: of value
     moved_ptr,  # []: whether the start is not zero, if START
     stats_ptr,  # [8, B]
     flags_ptr,  # [5, B]
     part_ptr,  # [2, SPLITS, B]
-    left_ptr,  # []
+    count_ptr,  # []
     B,
     limit,
     depth,  # D, or up to the end of its last BLOCK_K
@@ -116,7 +125,7 @@ def _step_kernel(
         pass  # v starts at zero
     elif START:
         if tl.load(moved_ptr) != 0:
-            z_rows = kept_ptr + last * B * D + inside * D
+            z_rows = value_ptr + last * B * D + inside * D
             for i in range(0, DEPTH if INTERP else depth, BLOCK_K):
                 cols = i + offs_k[None, :]
                 rest = tl.load(z_rows + cols, mask=cols < D, other=0.0)
@@ -143,8 +152,8 @@ def _step_kernel(
 
     # offsets in a tile are 32 bits wide: 64 of each element would take its registers
     origin = tile.to(tl.int64) * BLOCK_M
-    fresh_ptr = kept_ptr + (now * B + origin) * D
-    kept_ptr += (last * B + origin) * D
+    fresh_ptr = value_ptr + (now * B + origin) * D
+    value_ptr += (last * B + origin) * D
     other_ptr += origin * D
     pre_ptr += origin * D
     best_ptr += origin * D
@@ -160,23 +169,23 @@ def _step_kernel(
         offs = offs_m * D + cols[None, :]
         offs_d = offs_m * WIDTH + cols[None, :]
         near = tl.load(d_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)
-        kept = tl.load(kept_ptr + offs, mask=mask, other=0.0)
+        value = tl.load(value_ptr + offs, mask=mask, other=0.0)
         other = tl.load(other_ptr + offs, mask=mask, other=0.0)
         if ADJ:
-            kept += dots[i]
+            value += dots[i]
             other += near
-            f = act_slope(tl.load(pre_ptr + offs, mask=mask, other=0.0), ACT, INTERP) * kept
+            f = act_slope(tl.load(pre_ptr + offs, mask=mask, other=0.0), ACT, INTERP) * value
             g = f - other
         else:
             other += dots[i]
-            kept += near
+            value += near
             f = act(other, ACT, INTERP)
-            g = f - kept
+            g = f - value
         onward, near = bf16_pair(damping * g, INTERP)
         if fades:
             old = fading[:, None] & (cols < D)[None, :]
             tl.store(best_ptr + offs, tl.load(fresh_ptr + offs, mask=old, other=0.0), mask=old)
-        tl.store(fresh_ptr + offs, kept, mask=mask)
+        tl.store(fresh_ptr + offs, value, mask=mask)
         tl.store(other_ptr + offs, other, mask=mask)
         tl.store(onward_ptr + offs_d, onward, mask=mask)
         sums = row_sums((g * g, f * f), 2, INTERP)
@@ -189,12 +198,12 @@ def _step_kernel(
     arrived = flags_ptr + ARRIVED * B + tile
     if tl.atomic_add(arrived, 1, sem="acq_rel") == SPLITS - 1:
         tl.store(arrived, 0)
-        judge_rows(stats_ptr, flags_ptr, part_ptr, left_ptr, rows, active, k, B, limit, SPLITS, BLOCK_S)
+        judge_rows(stats_ptr, flags_ptr, part_ptr, count_ptr, rows, active, k, B, limit, SPLITS, BLOCK_S)
 
 
 @triton.jit(do_not_specialize=["B"])
 def _finish_kernel(
-    kept_ptr,  # [2, B, D]
+    value_ptr,  # [2, B, D]
     best_ptr,  # [B, D]
     flags_ptr,  # [5, B]
     B,
@@ -208,14 +217,14 @@ def _finish_kernel(
         steps = tl.load(flags_ptr + STEPS * B + row)
         where = tl.where(improved, steps, steps + 1) % 2
         cols = tl.arange(0, BLOCK_D)
-        kept = tl.load(kept_ptr + (where.to(tl.int64) * B + row) * D + cols, mask=cols < D, other=0.0)
-        tl.store(best_ptr + row * D + cols, kept, mask=cols < D)
+        value = tl.load(value_ptr + (where.to(tl.int64) * B + row) * D + cols, mask=cols < D, other=0.0)
+        tl.store(best_ptr + row * D + cols, value, mask=cols < D)
 
 
 class AffineSteps(Samples):
-    """The steps of one solve, evaluation and all; steps.py documents the protocol, in which `take` needs no y here.
+    """The steps of one solve with their evaluations: `take` needs no y, and `onward` returns none.
 
-    What is kept of u and W is read again by `reset`, so that a captured solve sees them change.
+    `reset` reads u and W again, so that a captured solve sees them change.
     """
 
     def __init__(self, w, u, start, pre, activation, tol, limit, damping, terms):
@@ -225,19 +234,21 @@ class AffineSteps(Samples):
         configs = [launch.parameters("steps.affine", u.device, start=start, **shape) for start in (False, True)]
         wide = max(config[block] for config in configs for block in ("BLOCK_N", "BLOCK_K"))
         width = triton.cdiv(features, wide) * wide
-        known = {"D": features, "WIDTH": width, "ACT": activation, "ADJ": pre is not None, "TERMS": terms}
-        self.launches, splits = [], []
+        self.known = {"B": batch, "limit": limit, "damping": damping, "D": features, "WIDTH": width, "TERMS": terms}
+        self.known |= {"ACT": activation, "ADJ": pre is not None, "INTERP": interpreting()}
+        self.launches = []  # of a later step, of the first
         for config in configs:
-            splits.append(triton.cdiv(features, config["BLOCK_N"]))
-            grid = (triton.cdiv(batch, config["BLOCK_M"]) * splits[-1],)
-            numbers = (batch, limit, triton.cdiv(features, config["BLOCK_K"]) * config["BLOCK_K"], damping)
-            known |= {"BLOCK_S": triton.next_power_of_2(splits[-1]), "INTERP": interpreting()}
-            self.launches.append((grid, numbers, config | known))
-        self.weight, self.u, self.pre = w, u, None if pre is None else pre.contiguous()
+            splits = triton.cdiv(features, config["BLOCK_N"])
+            depth = triton.cdiv(features, config["BLOCK_K"]) * config["BLOCK_K"]
+            grid = (triton.cdiv(batch, config["BLOCK_M"]) * splits,)
+            self.launches.append((grid, config | {"depth": depth, "BLOCK_S": triton.next_power_of_2(splits)}))
+        self.weight, self.u = w, u
         self.w = u.new_zeros((terms, width, width), dtype=torch.bfloat16)
         self.d = u.new_zeros((2, batch, width), dtype=torch.bfloat16)
-        self.kept, self.other, self.best = u.new_empty((2, *u.shape)), *(u.new_empty(u.shape) for _ in range(2))
-        self.part = u.new_empty(2, max(splits), batch)
+        self.value, self.other, self.best = u.new_empty((2, *u.shape)), *(u.new_empty(u.shape) for _ in range(2))
+        self.pre = self.best if pre is None else pre.contiguous()
+        least = min(config["BLOCK_N"] for config in configs)
+        self.part = u.new_empty(2, triton.cdiv(features, least), batch)
         self.moved = torch.empty((), dtype=torch.bool, device=u.device)
         self.reset(start)
 
@@ -246,39 +257,34 @@ class AffineSteps(Samples):
         features = self.u.shape[1]
         self.w[:, :features, :features] = bf16_terms(self.weight, len(self.w))
         self.d[1].zero_()
-        self.kept[0] = self.u if z is None else z
-        self.best.copy_(self.kept[0])
+        self.value[0] = self.u if z is None else z
+        self.best.copy_(self.value[0])
         if z is None:
             self.other.zero_()
         else:
             self.other.copy_(self.u)
-            torch.any(self.kept[0], out=self.moved)
+            torch.any(self.value[0], out=self.moved)
         self.start = True
         self.forget()
 
     def take(self, y: None = None) -> None:
         """Launches an evaluation, and the step before it."""
-        tensors = (self.d, self.w, self.kept, self.other, self.best if self.pre is None else self.pre, self.best)
-        tensors += (self.moved, self.stats, self.flags, self.part, self.count)
-        grid, numbers, config = self.launches[self.start]
-        with launch.on(self.u.device):
-            _step_kernel[grid](*tensors, *numbers, START=self.start, enable_fp_fusion=True, **config)
+        grid, config = self.launches[self.start]
+        self.launch_kernel(_step_kernel, grid, **self.known, **config, START=self.start)
         self.start = False
 
     def onward(self, left: int | None = None) -> None:
-        """Nothing: the next evaluation knows its iterate."""
+        """Does nothing: the next evaluation makes its iterate."""
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(z or u* [B, D], status, steps, residual, each [B]) after the last `take`."""
-        batch, features = self.u.shape
-        with launch.on(self.u.device):
-            block = triton.next_power_of_2(features)
-            _finish_kernel[(batch,)](self.kept, self.best, self.flags, batch, features, block, num_warps=4)
+        """Returns (z or u* [B, D], status, steps, residual, each [B]) after the last `take`."""
+        block = triton.next_power_of_2(self.u.shape[1])
+        self.launch_kernel(_finish_kernel, (len(self.u),), **self.known, BLOCK_D=block, num_warps=4)
         return self.best, *self.outcome()
 
 
 def affine_steps_solve(w, u, z0, *, activation, tol, max_steps, damping=1.0, memory=0, terms=2) -> AffineSteps:
-    """The steps of z* = act(W z* + u) from z0; what they end with is what affine.py's `affine_solve` returns.
+    """Returns the steps of z* = act(W z* + u) from z0; they end with what rows/affine.py's `affine_solve` returns.
 
     Args:
         w: W, [D, D] fp32; row n gives output n.
@@ -295,18 +301,17 @@ def affine_steps_solve(w, u, z0, *, activation, tol, max_steps, damping=1.0, mem
 
 
 def affine_steps_adjoint(w, pre, g, *, activation, tol, max_steps, damping=1.0, memory=0, terms=2) -> AffineSteps:
-    """The steps of u* = W' (act'(pre) u*) + g; residuals are those of v = act'(pre) u, which starts at zero.
+    """Returns the steps of u* = W' (act'(pre) u*) + g for g [B, D], with the options of `affine_steps_solve`.
 
-    Args:
-        w: As in `affine_steps_solve`, and so are the options.
-        pre: W z* + u, [B, D] fp32.
-        g: [B, D] fp32.
+    Residuals are those of v = act'(pre) u, which starts at zero; pre = W z* + u is [B, D].
     """
     return AffineSteps(w, g, None, pre, activation, tol, max_steps, damping, terms)
 
 
 def refuses(*, rows, features, dtype, terms, cell, activation="tanh", solver_memory=0) -> str | None:
-    """Why the loop must call the cell, or None; `cell` is what torch would multiply in: "fp32", "tf32" or "bf16".
+    """Returns why the loop must call the cell, or None.
+
+    `cell` is the precision in which torch would multiply: "fp32", "tf32" or "bf16".
 
     Torch's float32 product runs beside the tensor cores and is the slower one at any size. Of the others, cuBLAS has
     the better product, and one launch fewer is worth more than that up to LARGE elements of the state; no GPU has

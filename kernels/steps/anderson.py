@@ -1,14 +1,14 @@
 """An Anderson step of any cell in one or two launches; `tritondeq.solvers.Anderson` has the equation, the reference.
 
-`_measure_kernel`, after evaluation k: g = y - z_k, and into the rings dG = g_k - g_(k-1) and
+After evaluation k a launch to MEASURE makes g = y - z_k, and into the rings dG = g_k - g_(k-1) and
 dH = z_k - z_(k-1) + damping dG; one new row of the Gram matrix, <dG_i, dG>, and <dG_i, g>; the rules, as in picard.py;
-and each sample's small system, in registers. Then z_(k+1) = z_k + damping g - sum_i gamma_i dH_i. Samples wider than
-BLOCK_N are split over several programs; the last of them sums the parts, in one order always, and does what is done
-once a sample, and `_mix_kernel` makes z_(k+1). So it does in float64, and of more differences than `launch.one_launch`
-allows, where registers would spill.
+and each sample's small system, in registers. One to MIX makes z_(k+1) = z_k + damping g - sum_i gamma_i dH_i. They are
+one launch, but for samples wider than BLOCK_N, in float64, and for more differences than `launch.one_launch` allows,
+where registers would spill. Several programs share a wide sample; the last of them sums the parts, in one order always,
+and does what is done once a sample.
 
-Kept are 2 m + 3 states: z_k, z_(k-1), the best iterate and the rings. g_k waits in dG where the next difference goes;
-with `half` it has a state of its own, and dG takes m / 2.
+The steps hold 2 m + 3 states: z_k, z_(k-1), the best iterate and the rings. g_k waits in dG where the next difference
+goes; with `half` it has a separate state, and dG takes m / 2.
 
 Bytes of a step, in states B N of the dtype, memory m: (2m + 2) read and 4 written, and what has just been written of dH
 read again; in two launches (m + 3) read and 3 written, then (m + 2) read and 1 written.
@@ -19,14 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import launch
 from ..dispatch import StepsOp, interpreting, register
 from ..rules import SAFEGUARD
 from ..tails import Tail
 from ..tl_anderson import anderson_weights
 from ..tl_common import bf16_pair, constant
 from . import base as steps
-from .base import Steps, contiguous
+from .base import Steps
 from .tl_steps import (
     ACTIVE,
     BEFORE,
@@ -35,7 +34,6 @@ from .tl_steps import (
     PHASE,
     STEPS,
     STOPPED,
-    columns,
     dot2,
     evaluation,
     image,
@@ -43,6 +41,7 @@ from .tl_steps import (
     last_to_arrive,
     leave,
     make_way,
+    part_of_sample,
     part_sums,
 )
 
@@ -51,23 +50,23 @@ SAFE = constant(SAFEGUARD)
 
 
 @triton.jit(do_not_specialize=["limit"])
-def _measure_kernel(
+def _step_kernel(
     z_ptr,  # [B, N]: z_k
     y_ptrs,  # parts of y, each [B, N], any floating dtype
     v_ptrs,  # gains and weight of the tail, each [D]
-    next_ptr,  # [B, N]: z_(k-1), then z_(k+1) if ONE_LAUNCH
+    next_ptr,  # [B, N]: z_(k-1), then z_(k+1) if MIX
     best_ptr,  # [B, N]
-    keep_ptr,  # [B, N] uint8, if HAS_KEEP
+    mask_ptr,  # [B, N] uint8, if HAS_MASK
     g_ptr,  # [B, N]: g_(k-1), then g_k, if HALF; else both are in dG
     dg_ptr,  # [B, M, N], or bf16 if HALF
     dh_ptr,  # [B, M, N]
     gram_ptr,  # [B, M, M]: <dG_i, dG_j>
-    gamma_ptr,  # [B, M]: mixing weights, unless ONE_LAUNCH
+    gamma_ptr,  # [B, M]: mixing weights, unless one launch does both
     numbers_ptr,  # [2]: damping, ridge
     stats_ptr,  # [8, B]
     flags_ptr,  # [5, B]
     part_ptr,  # [B, 2 + 2 M, SPLITS]
-    left_ptr,  # []
+    count_ptr,  # []
     B,
     N,
     D,
@@ -76,8 +75,9 @@ def _measure_kernel(
     limit,
     M: tl.constexpr,
     HALF: tl.constexpr,
-    ONE_LAUNCH: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
+    MEASURE: tl.constexpr,
+    MIX: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -86,81 +86,90 @@ def _measure_kernel(
     INTERP: tl.constexpr,
 ):
     WIDTH: tl.constexpr = 2 + 2 * M
-    pid = tl.program_id(0)
-    b = pid // SPLITS
+    b, split, cols, mask, d = part_of_sample(N, D, SPLITS, BLOCK_N, TAIL)
     flags = flags_ptr + b
     phase = tl.load(flags + PHASE * B)
-    if phase != DONE:
-        if phase == STOPPED:
-            leave(flags, B, SPLITS)
-        else:
-            cols, mask, d = columns(pid % SPLITS, N, D, BLOCK_N, TAIL)
-            row = b.to(tl.int64) * N
-            offs = row + cols
-            dgs = dg_ptr + row * M + cols
-            dhs = dh_ptr + row * M + cols
-            k = tl.load(flags + STEPS * B) + 1
-            slot = (k + M - 2) % M
-            z, y, g, seen = evaluation(
-                z_ptr, y_ptrs, v_ptrs, keep_ptr, offs, mask, d, D, eps, mix, HAS_KEEP, TAIL, INTERP
-            )
-            dg = tl.zeros_like(g)
-            damping = tl.load(numbers_ptr)
-            onward = tl.where(damping == 1.0, y, z + damping * (y - z))
-            if k > 1:
-                if HALF:
-                    dg = g - tl.load(g_ptr + offs, mask=mask, other=0.0)
-                else:
-                    dg = g - tl.load(dgs + slot * N, mask=mask, other=0.0)
-                dh = z - tl.load(next_ptr + offs, mask=mask, other=0.0) + damping * dg
-                tl.store(dhs + slot * N, dh, mask=mask)
-                if HALF:
-                    dg_half, near = bf16_pair(dg.to(tl.float32), INTERP)
-                    tl.store(dgs + slot * N, dg_half, mask=mask)
-                    dg = near.to(g.dtype)
-                elif M > 1:
-                    tl.store(dgs + slot * N, dg, mask=mask)
+    row = b.to(tl.int64) * N
+    offs = row + cols
+    dhs = dh_ptr + row * M + cols
+    damping = tl.load(numbers_ptr)
+    if not MEASURE:
+        if phase != DONE:
+            onward = tl.load(z_ptr + offs, mask=mask, other=0.0)
+            improved = tl.load(flags + IMPROVED * B) != 0
+            before = tl.load(flags + BEFORE * B) != 0
+            make_way(z_ptr, next_ptr, best_ptr, phase == ACTIVE, improved, before, offs, mask)
+            if phase == ACTIVE:
+                y = image(y_ptrs, v_ptrs, offs, mask, d, onward, D, eps, mix, TAIL, INTERP)
+                onward = tl.where(damping == 1.0, y, onward + damping * (y - onward))
+                gamma = ()
+                for i in tl.static_range(M):
+                    gamma = gamma + (tl.load(gamma_ptr + b * M + i),)
+                onward = _mixed(onward, gamma, dhs, mask, N, M)
+            tl.store(next_ptr + offs, onward, mask=mask)
+    elif phase == STOPPED:
+        leave(flags, B, SPLITS)
+    elif phase != DONE:
+        dgs = dg_ptr + row * M + cols
+        k = tl.load(flags + STEPS * B) + 1
+        slot = (k + M - 2) % M
+        z, y, g, seen = evaluation(z_ptr, y_ptrs, v_ptrs, mask_ptr, offs, mask, d, D, eps, mix, HAS_MASK, TAIL, INTERP)
+        dg = tl.zeros_like(g)
+        onward = tl.where(damping == 1.0, y, z + damping * (y - z))
+        if k > 1:
             if HALF:
-                tl.store(g_ptr + offs, g, mask=mask)
-            part = part_ptr + b.to(tl.int64) * WIDTH * SPLITS + pid % SPLITS
-            sums = dot2(g, g, seen, seen, INTERP)
-            if not ONE_LAUNCH:
-                tl.store(part, sums[0])
-                tl.store(part + SPLITS, sums[1])
-            for i in tl.static_range(M):
-                old = tl.load(dgs + i * N, mask=mask & (cols < tl.where(i == slot, 0, N)), other=0.0)
-                old = tl.where(i == slot, dg, old.to(g.dtype))
-                more = dot2(old, g, old, dg, INTERP)
-                if ONE_LAUNCH:
-                    sums = sums + more
+                dg = g - tl.load(g_ptr + offs, mask=mask, other=0.0)
+            else:
+                dg = g - tl.load(dgs + slot * N, mask=mask, other=0.0)
+            dh = z - tl.load(next_ptr + offs, mask=mask, other=0.0) + damping * dg
+            tl.store(dhs + slot * N, dh, mask=mask)
+            if HALF:
+                dg_half, near = bf16_pair(dg.to(tl.float32), INTERP)
+                tl.store(dgs + slot * N, dg_half, mask=mask)
+                dg = near.to(g.dtype)
+            elif M > 1:
+                tl.store(dgs + slot * N, dg, mask=mask)
+        if HALF:
+            tl.store(g_ptr + offs, g, mask=mask)
+        part = part_ptr + b.to(tl.int64) * WIDTH * SPLITS + split
+        sums = dot2(g, g, seen, seen, INTERP)
+        if not MIX:
+            tl.store(part, sums[0])
+            tl.store(part + SPLITS, sums[1])
+        for i in tl.static_range(M):
+            old = tl.load(dgs + i * N, mask=mask & (cols < tl.where(i == slot, 0, N)), other=0.0)
+            old = tl.where(i == slot, dg, old.to(g.dtype))
+            more = dot2(old, g, old, dg, INTERP)
+            if MIX:
+                sums = sums + more
+            else:
+                tl.store(part + (2 + 2 * i) * SPLITS, more[0])
+                tl.store(part + (3 + 2 * i) * SPLITS, more[1])
+        if not HALF:  # where the oldest difference has been read for the last time
+            tl.store(dgs + (k - 1) % M * N, g, mask=mask)
+        if last_to_arrive(flags, B, SPLITS):
+            if MIX:
+                total = sums
+            else:
+                total = part_sums(part_ptr, b, SPLITS, WIDTH, BLOCK_S)
+            rr, ss = total[0], total[1]
+            go, rel, best, improved, before = judge(stats_ptr, flags_ptr, count_ptr, b, B, limit, rr, ss, FLOOR)
+            gamma = _weigh(total, gram_ptr, numbers_ptr, b, slot, rel, best, M)
+            if MIX:
+                make_way(z_ptr, next_ptr, best_ptr, go, improved, before, offs, mask)
+                if go:  # a barrier lies between the store of dH and its loads, which other threads may do
+                    onward = _mixed(onward, gamma, dhs, mask, N, M)
                 else:
-                    tl.store(part + (2 + 2 * i) * SPLITS, more[0])
-                    tl.store(part + (3 + 2 * i) * SPLITS, more[1])
-            if not HALF:  # where the oldest difference has been read for the last time
-                tl.store(dgs + (k - 1) % M * N, g, mask=mask)
-            if last_to_arrive(flags, B, SPLITS):
-                if ONE_LAUNCH:
-                    found = sums
-                else:
-                    found = part_sums(part_ptr, b, SPLITS, WIDTH, BLOCK_S)
-                rr, ss = found[0], found[1]
-                go, rel, best, improved, before = judge(stats_ptr, flags_ptr, left_ptr, b, B, limit, rr, ss, FLOOR)
-                gamma = _weigh(found, gram_ptr, numbers_ptr, b, slot, rel, best, M)
-                if ONE_LAUNCH:
-                    make_way(z_ptr, next_ptr, best_ptr, go, improved, before, offs, mask)
-                    if go:  # a barrier lies between the store of dH and its loads, which other threads may do
-                        onward = _mixed(onward, gamma, dhs, mask, N, M)
-                    else:
-                        onward = tl.load(z_ptr + offs, mask=mask, other=0.0)
-                    tl.store(next_ptr + offs, onward, mask=mask)
-                else:
-                    for i in tl.static_range(M):
-                        tl.store(gamma_ptr + b * M + i, gamma[i])
+                    onward = tl.load(z_ptr + offs, mask=mask, other=0.0)
+                tl.store(next_ptr + offs, onward, mask=mask)
+            else:
+                for i in tl.static_range(M):
+                    tl.store(gamma_ptr + b * M + i, gamma[i])
 
 
 @triton.jit
 def _weigh(sums, gram_ptr, numbers_ptr, b, slot, rel, best, M: tl.constexpr):
-    """The new row of a sample's Gram matrix, and its mixing weights."""
+    """Stores the new row of a sample's Gram matrix; returns its mixing weights."""
     one = tl.arange(0, 1)  # the helpers want vectors
     gram_ptr += b.to(tl.int64) * M * M + one
     dots = ()
@@ -173,7 +182,7 @@ def _weigh(sums, gram_ptr, numbers_ptr, b, slot, rel, best, M: tl.constexpr):
         for j in tl.static_range(i + 1):
             old = tl.load(gram_ptr + i * M + j)
             gram = gram + (tl.where(slot == i, new[j], tl.where(slot == j, new[i], old)),)
-    for i in tl.static_range(M):  # of the lower triangle: nobody reads the other
+    for i in tl.static_range(M):  # of the lower triangle, the one that is read
         tl.store(gram_ptr + tl.where(slot > i, slot * M + i, i * M + slot), new[i])
     plain = ~(rel + one * 0.0 <= SAFE * best)
     weights = anderson_weights(gram, dots, plain, tl.load(numbers_ptr + 1), M)
@@ -185,95 +194,41 @@ def _weigh(sums, gram_ptr, numbers_ptr, b, slot, rel, best, M: tl.constexpr):
 
 @triton.jit
 def _mixed(z, gamma, dhs, mask, N, M: tl.constexpr):
-    """z_(k+1) of the plain step z."""
+    """Returns z_(k+1), from where the plain step leads."""
     for i in tl.static_range(M):
         z -= gamma[i] * tl.load(dhs + i * N, mask=mask, other=0.0)
     return z
 
 
-@triton.jit
-def _mix_kernel(
-    z_ptr,  # [B, N]: z_k
-    y_ptrs,  # parts of y, each [B, N], any floating dtype
-    v_ptrs,  # gains and weight of the tail, each [D]
-    next_ptr,  # [B, N]: z_(k-1), then z_(k+1)
-    best_ptr,  # [B, N]
-    dh_ptr,  # [B, M, N]
-    gamma_ptr,  # [B, M]
-    numbers_ptr,  # [2]: damping, ridge
-    flags_ptr,  # [5, B]
-    B,
-    N,
-    D,
-    eps,
-    mix,
-    M: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TAIL: tl.constexpr,
-    INTERP: tl.constexpr,
-):
-    pid = tl.program_id(0)
-    b = pid // SPLITS
-    flags = flags_ptr + b
-    phase = tl.load(flags + PHASE * B)
-    if phase != DONE:
-        cols, mask, d = columns(pid % SPLITS, N, D, BLOCK_N, TAIL)
-        row = b.to(tl.int64) * N
-        offs = row + cols
-        onward = tl.load(z_ptr + offs, mask=mask, other=0.0)
-        improved = tl.load(flags + IMPROVED * B) != 0
-        before = tl.load(flags + BEFORE * B) != 0
-        make_way(z_ptr, next_ptr, best_ptr, phase == ACTIVE, improved, before, offs, mask)
-        if phase == ACTIVE:
-            damping = tl.load(numbers_ptr)
-            y = image(y_ptrs, v_ptrs, offs, mask, d, onward, D, eps, mix, TAIL, INTERP)
-            onward = tl.where(damping == 1.0, y, onward + damping * (y - onward))
-            gamma = ()
-            for i in tl.static_range(M):
-                gamma = gamma + (tl.load(gamma_ptr + b * M + i),)
-            onward = _mixed(onward, gamma, dh_ptr + row * M + cols, mask, N, M)
-        tl.store(next_ptr + offs, onward, mask=mask)
-
-
 class AndersonSteps(Steps):
+    """The steps of `tritondeq.solvers.Anderson`, with its options."""
+
     period = 2
+    kernel, apart = _step_kernel, True
 
     def __init__(
-        self, z: Tensor, keep: Tensor | None, tol: float, limit: int, tail: Tail, *, memory, damping, ridge, half
+        self, z: Tensor, mask: Tensor | None, tol: float, limit: int, tail: Tail, *, memory, damping, ridge, half
     ):
         numbers = damping, max(ridge, 4 * torch.finfo(z.dtype).eps)
         batch, width = z.shape
-        self.memory, self.half = memory, half
         self.dh = z.new_empty(batch, memory, width)
         # the interpreter has no bf16: there a rounded value is held in the dtype of the state
         self.dg = self.dh.new_empty(self.dh.shape, dtype=torch.bfloat16 if half and not interpreting() else z.dtype)
         self.g = z.new_empty(z.shape) if half else self.dg
         self.gram, self.gamma = z.new_empty(batch, memory, memory), z.new_empty(batch, memory)
-        super().__init__("steps.anderson", z, keep, tol, limit, tail, numbers, parts=2 + 2 * memory)
-        self.one_launch = launch.one_launch("steps.anderson", self.config, itemsize=z.element_size(), memory=memory)
+        super().__init__(
+            "steps.anderson", z, mask, tol, limit, tail, numbers, parts=2 + 2 * memory, memory=memory, HALF=half
+        )
 
     def reset(self, z: Tensor) -> None:
+        """Begins a solve at `z` without a history."""
         super().reset(z)
         for history in (self.dg, self.dh, self.gram, self.gamma):
             history.zero_()
 
-    def take(self, *parts: Tensor) -> None:
-        y, shape, m = contiguous(parts), self.shape, self.memory
-        known = {"M": m, "HALF": self.half, "ONE_LAUNCH": self.one_launch}
-        measured = (self.z, y, self.vectors, self.next, self.best, self.keep)
-        measured += (self.g, self.dg, self.dh, self.gram, self.gamma)
-        measured += (self.numbers, self.stats, self.flags, self.part, self.count)
-        mixed = (self.z, y, self.vectors, self.next, self.best, self.dh, self.gamma, self.numbers, self.flags)
-        mixing = {name: self.config[name] for name in ("SPLITS", "BLOCK_N", "TAIL", "INTERP", "num_warps")}
-        with launch.on(self.z.device):
-            _measure_kernel[self.grid](*measured, *shape, self.limit, enable_fp_fusion=True, **known, **self.config)
-            if not self.one_launch:
-                _mix_kernel[self.grid](*mixed, *shape, M=m, enable_fp_fusion=True, **mixing)
-
 
 def refuses(*, memory: int, **problem) -> str | None:
-    """Why torch must take these steps, or None."""
+    """Returns why torch must take these steps, or None."""
     if memory > MEMORY:
         return f"Anderson memory {memory}, and the registers hold a system of {MEMORY}"
     return steps.refuses(memory=memory, **problem)

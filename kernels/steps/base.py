@@ -1,6 +1,7 @@
-"""What the fused steps of every solver keep on the device: iterates, statistics and flags of each sample."""
+"""What the fused steps of every solver hold on the device: iterates, statistics and flags of each sample."""
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -14,10 +15,14 @@ from .tl_steps import ACTIVE, BAR, BEST, MARK, PHASE, REL, STEPS, finish_kernel
 
 
 class Samples:
-    """What is known of each of B samples, on the device: statistics, flags and how many go on.
+    """The statistics and flags of B samples on the device, which kernels write and the loop reads.
 
     Attributes:
         period: Evaluations after which all buffers are in the same places again.
+        stats, flags: As tl_steps.py numbers their rows, [8, B] and [5, B] int32.
+        count: How many samples go on, int32 scalar.
+        rules: The rules' fields, which are rows of `stats`.
+        rel: Residual of the last evaluation, [B].
     """
 
     period = 1
@@ -27,14 +32,12 @@ class Samples:
         self.stats = torch.empty(8, batch, dtype=dtype, device=device)
         self.flags = torch.empty(5, batch, dtype=torch.int32, device=device)
         self.count = torch.empty((), dtype=torch.int32, device=device)
-        self.rules = Rules(batch, dtype, device, tol)
-        names = ("best", "bar", "first", "peak", "mark", "r", "s", "rel")  # as tl_steps.py numbers them
-        for name, row in zip(names, self.stats, strict=True):
-            setattr(self.rules, name, row)
+        self.rules = rules = Rules(batch, dtype, device, tol)
+        rules.best, rules.bar, rules.first, rules.peak, rules.mark, rules.r, rules.s, rules.rel = self.stats
         self.rel = self.stats[int(REL)]
 
     def forget(self) -> None:
-        """Nothing is known, and all are active."""
+        """Makes all samples active, as before the first evaluation."""
         self.stats.zero_()
         self.stats[int(BEST)].fill_(math.inf)
         self.stats[int(MARK)].fill_(math.inf)
@@ -44,19 +47,26 @@ class Samples:
         self.count.fill_(self.flags.shape[1])
 
     def left(self) -> Tensor:
-        """Samples that go on, a scalar tensor of the caller's own."""
+        """Returns how many samples go on, a scalar tensor that no launch changes."""
         return self.count.clone()
 
     def outcome(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(status, steps, residual), each [B]."""
+        """Returns (status, steps, residual), each [B]."""
         return self.rules.status(), self.flags[int(STEPS)], self.stats[int(BEST)]
 
+    def launch_kernel(self, kernel, grid: tuple[int, ...], **known: Any) -> None:
+        """Launches a kernel whose arguments are constants among `known`, or attributes: `z_ptr` is `self.z`."""
+        given = {name: known[name] if name in known else getattr(self, name[:-4]) for name in kernel.arg_names}
+        options = {name: known[name] for name in ("num_warps", "num_stages") if name in known}
+        with launch.on(self.count.device):
+            kernel[grid](**given, **options, enable_fp_fusion=True)
+
     def estimate(self) -> tuple[Tensor, Tensor] | None:
-        """As the solver's."""
+        """Returns the estimate of the inverse Jacobian as the solver has it, or None."""
         return None
 
     def resume(self, estimate: tuple[Tensor, Tensor]) -> None:
-        """As the solver's."""
+        """Begins with the transpose of an estimate that `estimate` returned."""
         raise NotImplementedError(f"{type(self).__name__} make no estimate")
 
 
@@ -66,40 +76,60 @@ class Steps(Samples):
     `take` launches what follows an evaluation and `onward` hands out the next iterate. As many iterates rotate as the
     `period` has evaluations, 2 or 3: what `onward` returned is overwritten by the last `take` of such a turn.
 
+    A subclass has the `kernel`, whose launch may do all of a step or, if `apart`, MEASURE or MIX.
+
     Args:
+        op: Name of the op, by which launch parameters are found.
         z: Start, [B, N] in float32 or float64; only read.
-        keep: Elements that count in norms and inner products, [B, N] bool, or None.
+        mask: Elements that count in norms and inner products, [B, N] bool, or None.
         tol: Relative residual at which a sample has converged.
         limit: Evaluations of a sample at most.
         tail: What f leaves to these kernels; it `fits`.
-        numbers: What the kernels want of the solver's options, in the dtype of the state.
+        numbers: The solver's options that kernels read, in the dtype of the state.
         parts: Sums that the programs of a sample hand over.
+        memory: Differences or updates that the solver stores, M of its kernels; 0 if none.
+        flags: More constants of the kernel.
     """
 
-    def __init__(self, op: str, z: Tensor, keep: Tensor | None, tol: float, limit: int, tail: Tail, numbers, parts):
+    kernel: triton.JITFunction
+    apart = False
+
+    def __init__(
+        self, op: str, z: Tensor, mask: Tensor | None, tol: float, limit: int, tail: Tail,
+        numbers: tuple[float, ...], parts: int, memory: int = 0, **flags,
+    ):  # fmt: skip
         batch, width = z.shape
         super().__init__(batch, z.dtype, z.device, tol)
-        self.limit = limit
         self.z, self.next, self.best = (z.new_empty(z.shape) for _ in range(3))
         self.prev = z.new_empty(z.shape) if self.period == 3 else self.best
-        self.keep = self.z if keep is None else keep.to(torch.uint8)
+        self.mask = self.z if mask is None else mask.to(torch.uint8)
         self.numbers = z.new_empty(len(numbers))
         for i, number in enumerate(numbers):
             self.numbers[i].fill_(number)
         shape = {"width": width, "itemsize": z.element_size(), "features": tail.features}
         config = launch.parameters(op, z.device, **shape)
         self.grid = (batch * config["SPLITS"],)
-        self.config = config | {
-            "HAS_KEEP": keep is not None,
+        self.part = z.new_empty(batch, parts, config["SPLITS"])
+        self.stages = [{"MEASURE": True, "MIX": True}]
+        if self.apart and not launch.one_launch(op, config, itemsize=z.element_size(), memory=memory):
+            self.stages = [{"MEASURE": True, "MIX": False}, {"MEASURE": False, "MIX": True}]
+        self.known = flags | config
+        self.known |= {
+            # z stands for a vector that no kernel reads
+            "v_ptrs": tuple(z if v is None else v.detach() for v in (*tail.gains, tail.weight)),
+            "B": batch,
+            "N": width,
+            "D": tail.features,
+            "eps": tail.eps,
+            "mix": tail.mix,
+            "limit": limit,
+            "M": memory,
+            "HAS_MASK": mask is not None,
             "TAIL": (tail.act, tail.scaled, tail.mix != 1, launch.power_of_two(tail.features) if tail.features else 0),
             "INTERP": interpreting(),
             "BLOCK_S": triton.next_power_of_2(config["SPLITS"]),
             "FLOOR": FLOOR_FP64 if z.dtype == torch.float64 else FLOOR,
         }
-        self.part = z.new_empty(batch, parts, config["SPLITS"])
-        vectors = *tail.gains, tail.weight
-        self.vectors = tuple(z if v is None else v.detach() for v in vectors)  # z: a pointer that nobody reads
-        self.shape = batch, width, tail.features, tail.eps, tail.mix
         self.reset(z)
 
     def reset(self, z: Tensor) -> None:
@@ -110,10 +140,12 @@ class Steps(Samples):
 
     def take(self, *parts: Tensor) -> None:
         """Launches the step after y = f(z), which the tail makes of these, each [B, N]."""
-        raise NotImplementedError
+        y = tuple(part.contiguous() for part in parts)
+        for stage in self.stages:
+            self.launch_kernel(self.kernel, self.grid, **self.known, **stage, y_ptrs=y)
 
     def onward(self, left: int | None = None) -> Tensor:
-        """The next iterate, [B, N]."""
+        """Returns the next iterate, [B, N]."""
         if self.period == 3:
             self.z, self.prev, self.next = self.next, self.z, self.prev
         else:
@@ -121,18 +153,11 @@ class Steps(Samples):
         return self.z
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(best iterate [B, N], status, steps, residual, each [B]) after the last `take`."""
-        config = {"SPLITS": self.config["SPLITS"], "BLOCK_N": self.config["BLOCK_N"]}
-        config["num_warps"] = self.config["num_warps"]
-        with launch.on(self.best.device):
-            finish_kernel[self.grid](self.z, self.prev, self.best, self.flags, *self.best.shape, **config)
+        """Returns (best iterate [B, N], status, steps, residual, each [B]) after the last `take`."""
+        self.launch_kernel(finish_kernel, self.grid, **self.known)
         return self.best, *self.outcome()
 
 
-def contiguous(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(part.contiguous() for part in parts)
-
-
 def refuses(*, width: int, dtype: torch.dtype, memory: int = 0) -> str | None:
-    """Why torch must take these steps, or None."""
+    """Returns why torch must take these steps, or None."""
     return None if width else "an empty state"

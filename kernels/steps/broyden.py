@@ -6,12 +6,12 @@ The inverse Jacobian of g is H = -I + sum_i u_i v_i'. After evaluation k, with d
     right = H dg = sum_i b_i u_i - dg       b_i = <v_i, dg>      new = <left, g>  = sum_i a_i c_i - <dz, g>
     u, v <- (dz - right) / den, left        c_i = <v_i, g>       z+  = y - sum_i c_i u_i - new u
 
-`_measure_kernel` takes all inner products, which only need the old rings, and applies the rules as in picard.py. Then
-the new update is made in the slots of the oldest, and z+: where several programs share a sample, and in float64, by
-`_mix_kernel`.
+A launch to MEASURE takes all inner products, which only need the old rings, and applies the rules as in picard.py. One
+to MIX makes the new update in the slots of the oldest, and z+. They are one launch, but where several programs share a
+sample and in float64.
 
-Kept are 2 m + 3 states: z_k, z_(k-1), the best iterate and the rings. The oldest update leaves H before the newest is
-made, and its v makes room for g_k until then; a sample that stops has an update less.
+The steps hold 2 m + 3 states: z_k, z_(k-1), the best iterate and the rings. The oldest update leaves H before the
+newest is made, and its v makes room for g_k until then; a sample that stops has an update less.
 
 Bytes of a step, in states B N of the dtype, memory m: (2m + 2) read, then (2m - 2) of them again and 4
 written; in two launches (2m + 2) read, then (2m + 2) read and 4 written.
@@ -22,12 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import launch
 from ..dispatch import StepsOp, register
 from ..rules import SAFEGUARD
 from ..tails import Tail
 from ..tl_common import constant
-from .base import Steps, contiguous, refuses
+from .base import Steps, refuses
 from .tl_steps import (
     ACTIVE,
     BEFORE,
@@ -36,13 +35,13 @@ from .tl_steps import (
     PHASE,
     STEPS,
     STOPPED,
-    columns,
     dot2,
     evaluation,
     judge,
     last_to_arrive,
     leave,
     make_way,
+    part_of_sample,
     part_sum,
 )
 
@@ -52,13 +51,13 @@ COEFS = constant(2)  # coefficients that are not: 1 / den and <left, g>
 
 
 @triton.jit(do_not_specialize=["limit"])
-def _measure_kernel(
+def _step_kernel(
     z_ptr,  # [B, N]: z_k
     y_ptrs,  # parts of y, each [B, N], any floating dtype
     v_ptrs,  # gains and weight of the tail, each [D]
-    next_ptr,  # [B, N]: z_(k-1), then z_(k+1) if ONE_LAUNCH
+    next_ptr,  # [B, N]: z_(k-1), then z_(k+1) if MIX
     best_ptr,  # [B, N]
-    keep_ptr,  # [B, N] uint8, if HAS_KEEP
+    mask_ptr,  # [B, N] uint8, if HAS_MASK
     u_ptr,  # [B, M, N]
     v_ptr,  # [B, M, N]
     coef_ptr,  # [B, 2 + 3 M]
@@ -66,7 +65,7 @@ def _measure_kernel(
     stats_ptr,  # [8, B]
     flags_ptr,  # [5, B]
     part_ptr,  # [B, 6 + 3 M, SPLITS]
-    left_ptr,  # []
+    count_ptr,  # []
     B,
     N,
     D,
@@ -74,8 +73,9 @@ def _measure_kernel(
     mix,
     limit,
     M: tl.constexpr,
-    ONE_LAUNCH: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
+    MEASURE: tl.constexpr,
+    MIX: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -84,26 +84,28 @@ def _measure_kernel(
     INTERP: tl.constexpr,
 ):
     WIDTH: tl.constexpr = PARTS + 3 * M
-    pid = tl.program_id(0)
-    b = pid // SPLITS
+    b, split, cols, mask, d = part_of_sample(N, D, SPLITS, BLOCK_N, TAIL)
     flags = flags_ptr + b
     phase = tl.load(flags + PHASE * B)
-    if phase != DONE:
+    row = b.to(tl.int64) * N
+    offs = row + cols
+    us = u_ptr + row * M + cols
+    vs = v_ptr + row * M + cols
+    coef = coef_ptr + b * (COEFS + 3 * M)
+    k = tl.load(flags + STEPS * B)
+    if MEASURE:
+        k += 1
         if phase == STOPPED:
             leave(flags, B, SPLITS)
-        else:
-            cols, mask, d = columns(pid % SPLITS, N, D, BLOCK_N, TAIL)
-            row = b.to(tl.int64) * N
-            offs = row + cols
-            us = u_ptr + row * M + cols
-            vs = v_ptr + row * M + cols
-            k = tl.load(flags + STEPS * B) + 1
-            slot = tl.where(k > 1, (k + M - 2) % M, M)  # none at first
-            z, y, g, seen = evaluation(
-                z_ptr, y_ptrs, v_ptrs, keep_ptr, offs, mask, d, D, eps, mix, HAS_KEEP, TAIL, INTERP
-            )
-            dz, dg = _changes(z, g, next_ptr, vs + slot * N, keep_ptr, offs, mask, k, HAS_KEEP)
-            part = part_ptr + b.to(tl.int64) * WIDTH * SPLITS + pid % SPLITS
+        go = phase == ACTIVE
+    else:
+        go = phase != DONE
+    if go:
+        slot = tl.where(k > 1, (k + M - 2) % M, M)  # none at first
+        z, y, g, seen = evaluation(z_ptr, y_ptrs, v_ptrs, mask_ptr, offs, mask, d, D, eps, mix, HAS_MASK, TAIL, INTERP)
+        dz, dg = _changes(z, g, next_ptr, vs + slot * N, mask_ptr, offs, mask, k, HAS_MASK)
+        if MEASURE:
+            part = part_ptr + b.to(tl.int64) * WIDTH * SPLITS + split
             rr, ss = dot2(g, g, seen, seen, INTERP)
             zg, zz = dot2(dz, g, dz, dz, INTERP)
             zd, dd = dot2(dz, dg, dg, dg, INTERP)
@@ -124,25 +126,32 @@ def _measure_kernel(
             if last_to_arrive(flags, B, SPLITS):
                 rr = part_sum(part_ptr, b, 0, SPLITS, WIDTH, BLOCK_S)
                 ss = part_sum(part_ptr, b, 1, SPLITS, WIDTH, BLOCK_S)
-                go, rel, best, improved, before = judge(stats_ptr, flags_ptr, left_ptr, b, B, limit, rr, ss, FLOOR)
+                go, rel, best, improved, before = judge(stats_ptr, flags_ptr, count_ptr, b, B, limit, rr, ss, FLOOR)
                 if go:
-                    _weigh(part_ptr, coef_ptr, numbers_ptr, b, rel <= SAFE * best, SPLITS, WIDTH, M, BLOCK_S)
-                if ONE_LAUNCH:
+                    _weigh(part_ptr, coef, numbers_ptr, b, rel <= SAFE * best, SPLITS, WIDTH, M, BLOCK_S)
+                if MIX:
                     tl.debug_barrier()  # every warp sees the coefficients that one thread wrote
                     make_way(z_ptr, next_ptr, best_ptr, go, improved, before, offs, mask)
-                    z = _mixed(z, y, g, dz, dg, coef_ptr + b * (COEFS + 3 * M), us, vs, slot, k, go, cols, mask, N, M)
+                    z = _mixed(z, y, g, dz, dg, coef, us, vs, slot, k, go, cols, mask, N, M)
                     tl.store(next_ptr + offs, z, mask=mask)
+        else:
+            go = phase == ACTIVE
+            improved = tl.load(flags + IMPROVED * B) != 0
+            before = tl.load(flags + BEFORE * B) != 0
+            make_way(z_ptr, next_ptr, best_ptr, go, improved, before, offs, mask)
+            z = _mixed(z, y, g, dz, dg, coef, us, vs, slot, k, go, cols, mask, N, M)
+            tl.store(next_ptr + offs, z, mask=mask)
 
 
 @triton.jit
-def _changes(z, g, prev_ptr, before_ptr, keep_ptr, offs, mask, k, HAS_KEEP: tl.constexpr):
-    """(dz, dg), zero at first; g_(k-1) is at `before_ptr`."""
+def _changes(z, g, prev_ptr, before_ptr, mask_ptr, offs, mask, k, HAS_MASK: tl.constexpr):
+    """Returns (dz, dg), zero at first; g_(k-1) is at `before_ptr`."""
     dz = tl.zeros_like(z)
     dg = tl.zeros_like(z)
     if k > 1:
         dz = z - tl.load(prev_ptr + offs, mask=mask, other=0.0)
-        if HAS_KEEP:
-            dz = tl.where(tl.load(keep_ptr + offs, mask=mask, other=0) != 0, dz, 0.0)
+        if HAS_MASK:
+            dz = tl.where(tl.load(mask_ptr + offs, mask=mask, other=0) != 0, dz, 0.0)
         dg = g - tl.load(before_ptr, mask=mask, other=0.0)
     return dz, dg
 
@@ -150,7 +159,7 @@ def _changes(z, g, prev_ptr, before_ptr, keep_ptr, offs, mask, k, HAS_KEEP: tl.c
 @triton.jit
 def _weigh(
     part_ptr,
-    coef_ptr,
+    coef,
     numbers_ptr,
     b,
     safe,
@@ -159,13 +168,12 @@ def _weigh(
     M: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Coefficients of a sample's update and of its step; 1 / den is zero where there is no update to make."""
+    """Stores the coefficients of a sample's update and of its step; 1 / den is zero where no update is to be made."""
     new = -part_sum(part_ptr, b, 2, SPLITS, WIDTH, BLOCK_S)
     zz = part_sum(part_ptr, b, 3, SPLITS, WIDTH, BLOCK_S)
     den = -part_sum(part_ptr, b, 4, SPLITS, WIDTH, BLOCK_S)
     dd = part_sum(part_ptr, b, 5, SPLITS, WIDTH, BLOCK_S)
     size = tl.sqrt(zz) * tl.sqrt(dd)
-    coef = coef_ptr + b * (COEFS + 3 * M)
     for i in range(M):
         along_u = part_sum(part_ptr, b, PARTS + i, SPLITS, WIDTH, BLOCK_S)
         along_v = part_sum(part_ptr, b, PARTS + M + i, SPLITS, WIDTH, BLOCK_S)
@@ -183,8 +191,10 @@ def _weigh(
 
 @triton.jit
 def _mixed(z, y, g, dz, dg, coef, us, vs, slot, k, go, cols, mask, N, M: tl.constexpr):
-    """z_(k+1), or z_k of a sample that stops, after the new update has taken the place of the oldest, and g_k that of
-    the next."""
+    """Puts the new update in the place of the oldest, and g_k in that of the next.
+
+    Returns z_(k+1), or z_k of a sample that stops.
+    """
     new = tl.zeros_like(z)
     left = tl.zeros_like(z)
     if go:
@@ -210,88 +220,34 @@ def _mixed(z, y, g, dz, dg, coef, us, vs, slot, k, go, cols, mask, N, M: tl.cons
     return z
 
 
-@triton.jit
-def _mix_kernel(
-    z_ptr,  # [B, N]: z_k
-    y_ptrs,  # parts of y, each [B, N], any floating dtype
-    v_ptrs,  # gains and weight of the tail, each [D]
-    next_ptr,  # [B, N]: z_(k-1), then z_(k+1)
-    best_ptr,  # [B, N]
-    keep_ptr,  # [B, N] uint8, if HAS_KEEP
-    u_ptr,  # [B, M, N]
-    v_ptr,  # [B, M, N]
-    coef_ptr,  # [B, 2 + 3 M]
-    flags_ptr,  # [5, B]
-    B,
-    N,
-    D,
-    eps,
-    mix,
-    M: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TAIL: tl.constexpr,
-    INTERP: tl.constexpr,
-):
-    pid = tl.program_id(0)
-    b = pid // SPLITS
-    flags = flags_ptr + b
-    phase = tl.load(flags + PHASE * B)
-    if phase != DONE:
-        cols, mask, d = columns(pid % SPLITS, N, D, BLOCK_N, TAIL)
-        row = b.to(tl.int64) * N
-        offs = row + cols
-        us = u_ptr + row * M + cols
-        vs = v_ptr + row * M + cols
-        k = tl.load(flags + STEPS * B)
-        slot = tl.where(k > 1, (k + M - 2) % M, M)
-        z, y, g, seen = evaluation(z_ptr, y_ptrs, v_ptrs, keep_ptr, offs, mask, d, D, eps, mix, HAS_KEEP, TAIL, INTERP)
-        dz, dg = _changes(z, g, next_ptr, vs + slot * N, keep_ptr, offs, mask, k, HAS_KEEP)
-        go = phase == ACTIVE
-        improved = tl.load(flags + IMPROVED * B) != 0
-        before = tl.load(flags + BEFORE * B) != 0
-        make_way(z_ptr, next_ptr, best_ptr, go, improved, before, offs, mask)
-        z = _mixed(z, y, g, dz, dg, coef_ptr + b * (COEFS + 3 * M), us, vs, slot, k, go, cols, mask, N, M)
-        tl.store(next_ptr + offs, z, mask=mask)
-
-
 class BroydenSteps(Steps):
-    period = 2
+    """The steps of `tritondeq.solvers.Broyden`, with its options."""
 
-    def __init__(self, z: Tensor, keep: Tensor | None, tol: float, limit: int, tail: Tail, *, memory: int):
-        numbers = (torch.finfo(z.dtype).eps,)
+    period = 2
+    kernel, apart = _step_kernel, True
+
+    def __init__(self, z: Tensor, mask: Tensor | None, tol: float, limit: int, tail: Tail, *, memory: int):
         batch, width = z.shape
-        self.memory = memory
         self.u, self.v = (z.new_empty(batch, memory, width) for _ in range(2))
         self.coef = z.new_empty(batch, int(COEFS) + 3 * memory)
-        super().__init__("steps.broyden", z, keep, tol, limit, tail, numbers, parts=int(PARTS) + 3 * memory)
-        self.one_launch = launch.one_launch("steps.broyden", self.config, itemsize=z.element_size(), memory=memory)
+        numbers, parts = (torch.finfo(z.dtype).eps,), int(PARTS) + 3 * memory
+        super().__init__("steps.broyden", z, mask, tol, limit, tail, numbers, parts, memory)
 
     def reset(self, z: Tensor) -> None:
+        """Begins a solve at `z` without any updates."""
         super().reset(z)
         for history in (self.u, self.v, self.coef):
             history.zero_()
 
     def estimate(self) -> tuple[Tensor, Tensor]:
+        """Returns the rings (u, v) of the estimate."""
         return self.u, self.v
 
     def resume(self, estimate: tuple[Tensor, Tensor]) -> None:
+        """Begins with the transpose of this estimate."""
         u, v = estimate
         self.u.copy_(v)
         self.v.copy_(u)
-
-    def take(self, *parts: Tensor) -> None:
-        y, shape, m = contiguous(parts), self.shape, self.memory
-        known = {"M": m, "ONE_LAUNCH": self.one_launch}
-        measured = (self.z, y, self.vectors, self.next, self.best, self.keep)
-        measured += (self.u, self.v, self.coef, self.numbers, self.stats, self.flags, self.part, self.count)
-        mixed = (self.z, y, self.vectors, self.next, self.best, self.keep, self.u, self.v, self.coef, self.flags)
-        mixing = {name: self.config[name] for name in ("HAS_KEEP", "SPLITS", "BLOCK_N", "TAIL", "INTERP", "num_warps")}
-        with launch.on(self.z.device):
-            _measure_kernel[self.grid](*measured, *shape, self.limit, enable_fp_fusion=True, **known, **self.config)
-            if not self.one_launch:
-                _mix_kernel[self.grid](*mixed, *shape, M=m, enable_fp_fusion=True, **mixing)
 
 
 broyden = register("steps.broyden", StepsOp(BroydenSteps, refuses, "one or two launches a step"))

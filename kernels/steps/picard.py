@@ -1,4 +1,4 @@
-"""A Picard step of any cell in one launch: z+ = z + damping (y - z), y = f(z), and all that is decided about it.
+"""A Picard step of any cell in one launch: z+ = z + damping (y - z), y = f(z), and whether a sample goes on.
 
 The launch after evaluation k takes z_k and y = f(z_k), each [B, N], makes z_(k+1) and the squared norms of y - z_k and
 y, and applies `rules.py` to every sample: residual, best, window, freeze, count. Samples wider than BLOCK_N are split
@@ -16,19 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import launch
 from ..dispatch import StepsOp, register
 from ..tails import Tail
-from .base import Steps, contiguous, refuses
+from .base import Steps, refuses
 from .tl_steps import (
     DONE,
     PHASE,
     STOPPED,
-    columns,
     dot2,
     evaluation,
     judge,
     last_to_arrive,
+    part_of_sample,
     part_sum,
     save_best,
     settle,
@@ -43,19 +42,19 @@ def _step_kernel(
     prev_ptr,  # [B, N]: z_(k-1)
     next_ptr,  # [B, N]: z_(k-2), then z_(k+1)
     best_ptr,  # [B, N]
-    keep_ptr,  # [B, N] uint8, if HAS_KEEP
+    mask_ptr,  # [B, N] uint8, if HAS_MASK
     numbers_ptr,  # [1]: damping
     stats_ptr,  # [8, B]
     flags_ptr,  # [5, B]
     part_ptr,  # [B, 2, SPLITS]
-    left_ptr,  # []
+    count_ptr,  # []
     B,
     N,
     D,
     eps,
     mix,
     limit,
-    HAS_KEEP: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -63,48 +62,43 @@ def _step_kernel(
     TAIL: tl.constexpr,
     INTERP: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    b = pid // SPLITS
+    b, split, cols, mask, d = part_of_sample(N, D, SPLITS, BLOCK_N, TAIL)
     flags = flags_ptr + b
     phase = tl.load(flags + PHASE * B)
     if phase != DONE:
-        cols, mask, d = columns(pid % SPLITS, N, D, BLOCK_N, TAIL)
         offs = b.to(tl.int64) * N + cols
         if phase == STOPPED:
             settle(z_ptr, prev_ptr, next_ptr, best_ptr, flags, B, offs, mask, SPLITS)
         else:
             z, y, g, seen = evaluation(
-                z_ptr, y_ptrs, v_ptrs, keep_ptr, offs, mask, d, D, eps, mix, HAS_KEEP, TAIL, INTERP
+                z_ptr, y_ptrs, v_ptrs, mask_ptr, offs, mask, d, D, eps, mix, HAS_MASK, TAIL, INTERP
             )
             rr, ss = dot2(g, g, seen, seen, INTERP)
             damping = tl.load(numbers_ptr)
             onward = tl.where(damping == 1.0, y, z + damping * (y - z))
             save_best(next_ptr, best_ptr, flags, B, offs, mask)
             if SPLITS == 1:
-                go, rel, best, improved, before = judge(stats_ptr, flags_ptr, left_ptr, b, B, limit, rr, ss, FLOOR)
+                go, rel, best, improved, before = judge(stats_ptr, flags_ptr, count_ptr, b, B, limit, rr, ss, FLOOR)
                 tl.store(next_ptr + offs, tl.where(go, onward, z), mask=mask)
             else:
                 tl.store(next_ptr + offs, onward, mask=mask)
-                part = part_ptr + b.to(tl.int64) * 2 * SPLITS + pid % SPLITS
+                part = part_ptr + b.to(tl.int64) * 2 * SPLITS + split
                 tl.store(part, rr)
                 tl.store(part + SPLITS, ss)
                 if last_to_arrive(flags, B, SPLITS):
                     rr = part_sum(part_ptr, b, 0, SPLITS, 2, BLOCK_S)
                     ss = part_sum(part_ptr, b, 1, SPLITS, 2, BLOCK_S)
-                    judge(stats_ptr, flags_ptr, left_ptr, b, B, limit, rr, ss, FLOOR)
+                    judge(stats_ptr, flags_ptr, count_ptr, b, B, limit, rr, ss, FLOOR)
 
 
 class PicardSteps(Steps):
+    """The steps of `tritondeq.solvers.Picard`, with its options."""
+
     period = 3
+    kernel = _step_kernel
 
-    def __init__(self, z: Tensor, keep: Tensor | None, tol: float, limit: int, tail: Tail, *, damping: float):
-        super().__init__("steps.picard", z, keep, tol, limit, tail, numbers=(damping,), parts=2)
-
-    def take(self, *parts: Tensor) -> None:
-        tensors = (self.z, contiguous(parts), self.vectors, self.prev, self.next, self.best, self.keep)
-        tensors += (self.numbers, self.stats, self.flags, self.part, self.count)
-        with launch.on(self.z.device):
-            _step_kernel[self.grid](*tensors, *self.shape, self.limit, enable_fp_fusion=True, **self.config)
+    def __init__(self, z: Tensor, mask: Tensor | None, tol: float, limit: int, tail: Tail, *, damping: float):
+        super().__init__("steps.picard", z, mask, tol, limit, tail, numbers=(damping,), parts=2)
 
 
 picard = register("steps.picard", StepsOp(PicardSteps, refuses, "one launch a step"))

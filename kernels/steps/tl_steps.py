@@ -18,21 +18,25 @@ ACT, SCALED, MIXED, ROW = (constant(i) for i in range(4))
 
 
 @triton.jit
-def columns(split, N, D, BLOCK_N: tl.constexpr, TAIL: tl.constexpr):
-    """(columns of a program, which there are, feature of each); whole rows of D features where the tail wants them."""
+def part_of_sample(N, D, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr):
+    """Returns what this program does: (its sample, which part of it, columns, which of them exist, feature of each).
+
+    A part has whole rows where the tail wants them.
+    """
+    pid = tl.program_id(0)
     i = tl.arange(0, BLOCK_N)
     if TAIL[ROW] == 0:
-        cols = split * BLOCK_N + i
-        return cols, cols < N, i
+        cols = pid % SPLITS * BLOCK_N + i
+        return pid // SPLITS, pid % SPLITS, cols, cols < N, i
     else:
         d = i % TAIL[ROW]
-        cols = (split * (BLOCK_N // TAIL[ROW]) + i // TAIL[ROW]) * D + d
-        return cols, (d < D) & (cols < N), d
+        cols = (pid % SPLITS * (BLOCK_N // TAIL[ROW]) + i // TAIL[ROW]) * D + d
+        return pid // SPLITS, pid % SPLITS, cols, (d < D) & (cols < N), d
 
 
 @triton.jit
 def image(y_ptrs, v_ptrs, offs, mask, d, z, D, eps, mix, TAIL: tl.constexpr, INTERP: tl.constexpr):
-    """y = f(z), from the parts that f gave, in the dtype of z; as `tails.Tail`."""
+    """Returns y = f(z) from the parts that f gave, in the dtype of z, as `tails.Tail` does."""
     y = tl.load(y_ptrs[0] + offs, mask=mask, other=0.0).to(z.dtype)
     for i in tl.static_range(1, len(y_ptrs)):
         part = tl.load(y_ptrs[i] + offs, mask=mask, other=0.0).to(z.dtype)
@@ -41,7 +45,7 @@ def image(y_ptrs, v_ptrs, offs, mask, d, z, D, eps, mix, TAIL: tl.constexpr, INT
         y += part
     if TAIL[ACT] == "rms":
         weight = tl.load(v_ptrs[len(v_ptrs) - 1] + d, mask=d < D, other=0.0).to(z.dtype)
-        y = tl.where(mask, rms(y, D, eps, TAIL[ROW]) * weight, 0.0)  # of a row that is not there, eps may be 0
+        y = tl.where(mask, rms(y, D, eps, TAIL[ROW]) * weight, 0.0)  # beyond the last row, where eps may be 0, too
     elif TAIL[ACT] != "identity":
         NAME: tl.constexpr = TAIL[ACT]  # Triton 3.4 takes no part of a tuple for a constant
         y = act(y, NAME, INTERP)
@@ -52,7 +56,7 @@ def image(y_ptrs, v_ptrs, offs, mask, d, z, D, eps, mix, TAIL: tl.constexpr, INT
 
 @triton.jit
 def rms(s, D, eps, ROW: tl.constexpr):
-    """Each row of D values over the root of its mean square; what is not there is 0."""
+    """Returns each row of D values over the root of its mean square; columns beyond D are 0."""
     if s.shape[0] == ROW:
         return s * (1.0 / tl.sqrt(tl.sum(s * s, 0) / D + eps))
     else:
@@ -66,107 +70,98 @@ def evaluation(
     z_ptr,
     y_ptrs,
     v_ptrs,
-    keep_ptr,
+    mask_ptr,
     offs,
     mask,
     d,
     D,
     eps,
     mix,
-    HAS_KEEP: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     TAIL: tl.constexpr,
     INTERP: tl.constexpr,
 ):
-    """(z, y, y - z where it counts, y where it counts) of y = f(z)."""
+    """Returns (z, y, y - z where it counts, y where it counts) of y = f(z)."""
     z = tl.load(z_ptr + offs, mask=mask, other=0.0)
     y = image(y_ptrs, v_ptrs, offs, mask, d, z, D, eps, mix, TAIL, INTERP)
     g = y - z
     seen = y
-    if HAS_KEEP:
-        keep = tl.load(keep_ptr + offs, mask=mask, other=0) != 0
-        g = tl.where(keep, g, 0.0)
-        seen = tl.where(keep, y, 0.0)
+    if HAS_MASK:
+        counted = tl.load(mask_ptr + offs, mask=mask, other=0) != 0
+        g = tl.where(counted, g, 0.0)
+        seen = tl.where(counted, y, 0.0)
     return z, y, g, seen
 
 
 @triton.jit
-def judge(stats_ptr, flags_ptr, left_ptr, b, B, limit, rr, ss, FLOOR: tl.constexpr):
-    """Applies the rules to the squared norms of one sample's evaluation, the last one if it is number `limit`; returns
-    (whether it goes on, rel, best, whether this evaluation became it, whether the one before did)."""
-    stats = stats_ptr + b
+def _apply_rules(stats, flags, B, k, r, s, mask, FLOOR: tl.constexpr):
+    """Applies the rules to evaluation k of the samples under the mask, whose norms are r and s.
+
+    Returns (rel, best, bar, whether this evaluation became the best, whether the one before did).
+    """
+    before = tl.load(flags + IMPROVED * B, mask=mask, other=0)
+    best = tl.load(stats + BEST * B, mask=mask, other=0.0)
+    bar = tl.load(stats + BAR * B, mask=mask, other=0.0)
+    first = tl.load(stats + FIRST * B, mask=mask, other=0.0)
+    peak = tl.load(stats + PEAK * B, mask=mask, other=0.0)
+    mark = tl.load(stats + MARK * B, mask=mask, other=0.0)
+    tl.debug_barrier()  # every warp has read what another is about to overwrite
+    rel, improved, state = rules_update((best, bar, first, peak, mark), k, r, s, mask, mask, FLOOR)
+    best, bar, first, peak, mark = state
+    tl.store(stats + BEST * B, best, mask=mask)
+    tl.store(stats + BAR * B, bar, mask=mask)
+    tl.store(stats + FIRST * B, first, mask=mask)
+    tl.store(stats + PEAK * B, peak, mask=mask)
+    tl.store(stats + MARK * B, mark, mask=mask)
+    tl.store(stats + R * B, r, mask=mask)
+    tl.store(stats + S * B, s, mask=mask)
+    tl.store(stats + REL * B, rel, mask=mask)
+    tl.store(flags + STEPS * B, k, mask=mask)
+    tl.store(flags + BEFORE * B, before, mask=mask)
+    tl.store(flags + IMPROVED * B, improved.to(tl.int32), mask=mask)
+    return rel, best, bar, improved, before != 0
+
+
+@triton.jit
+def judge(stats_ptr, flags_ptr, count_ptr, b, B, limit, rr, ss, FLOOR: tl.constexpr):
+    """Applies the rules to the squared norms of one sample's evaluation, the last one if it is number `limit`.
+
+    Returns (whether it goes on, rel, best, whether this evaluation became it, whether the one before did).
+    """
     flags = flags_ptr + b
     k = tl.load(flags + STEPS * B) + 1
-    before = tl.load(flags + IMPROVED * B)
-    best = tl.load(stats + BEST * B)
-    bar = tl.load(stats + BAR * B)
-    first = tl.load(stats + FIRST * B)
-    peak = tl.load(stats + PEAK * B)
-    mark = tl.load(stats + MARK * B)
-    tl.debug_barrier()  # every warp has read what one thread is about to overwrite
-    r = tl.sqrt(rr)
-    s = tl.sqrt(ss)
-    rel, improved, state = rules_update((best, bar, first, peak, mark), k, r, s, k > 0, k > 0, FLOOR)
-    best, bar, first, peak, mark = state
+    r, s = tl.sqrt(rr), tl.sqrt(ss)
+    rel, best, bar, improved, before = _apply_rules(stats_ptr + b, flags, B, k, r, s, k > 0, FLOOR)
     go = (best > bar) & (k < limit)
-    tl.store(stats + BEST * B, best)
-    tl.store(stats + BAR * B, bar)
-    tl.store(stats + FIRST * B, first)
-    tl.store(stats + PEAK * B, peak)
-    tl.store(stats + MARK * B, mark)
-    tl.store(stats + R * B, r)
-    tl.store(stats + S * B, s)
-    tl.store(stats + REL * B, rel)
-    tl.store(flags + STEPS * B, k)
-    tl.store(flags + BEFORE * B, before)
-    tl.store(flags + IMPROVED * B, improved.to(tl.int32))
     if not go:
         tl.store(flags + PHASE * B, STOPPED)
-        tl.atomic_add(left_ptr, -1)
-    return go, rel, best, improved, before != 0
+        tl.atomic_add(count_ptr, -1)
+    return go, rel, best, improved, before
 
 
 @triton.jit
 def judge_rows(
-    stats_ptr, flags_ptr, part_ptr, left_ptr, rows, active, k, B, limit, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr
+    stats_ptr, flags_ptr, part_ptr, count_ptr, rows, active, k, B, limit, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr
 ):
-    """As `judge`, for evaluation k of the active rows, in float32: adds up their parts [2, SPLITS, B], always in the
-    same order, and marks as DONE who stopped."""
+    """Judges evaluation k of the active rows, in float32, and marks those that stop as DONE.
+
+    Their parts [2, SPLITS, B] are added up always in the same order.
+    """
     offs_s = tl.arange(0, BLOCK_S)
     parts = part_ptr + offs_s[:, None].to(tl.int64) * B + rows[None, :]
     mask = (offs_s < SPLITS)[:, None] & active[None, :]
     r = tl.sqrt(tl.sum(tl.load(parts, mask=mask, other=0.0), 0))
     s = tl.sqrt(tl.sum(tl.load(parts + SPLITS * B, mask=mask, other=0.0), 0))
-    stats = stats_ptr + rows
     flags = flags_ptr + rows
-    before = tl.load(flags + IMPROVED * B, mask=active, other=0)
-    best = tl.load(stats + BEST * B, mask=active, other=0.0)
-    bar = tl.load(stats + BAR * B, mask=active, other=0.0)
-    first = tl.load(stats + FIRST * B, mask=active, other=0.0)
-    peak = tl.load(stats + PEAK * B, mask=active, other=0.0)
-    mark = tl.load(stats + MARK * B, mask=active, other=0.0)
-    tl.debug_barrier()  # every warp has read what another is about to overwrite
-    rel, improved, state = rules_update((best, bar, first, peak, mark), k, r, s, active, active, FLOOR_FP32)
-    best, bar, first, peak, mark = state
-    count = tl.zeros_like(before) + k
-    stopped = active & ((best <= bar) | (count >= limit))
-    tl.store(stats + BEST * B, best, mask=active)
-    tl.store(stats + BAR * B, bar, mask=active)
-    tl.store(stats + FIRST * B, first, mask=active)
-    tl.store(stats + PEAK * B, peak, mask=active)
-    tl.store(stats + MARK * B, mark, mask=active)
-    tl.store(stats + R * B, r, mask=active)
-    tl.store(stats + S * B, s, mask=active)
-    tl.store(stats + REL * B, rel, mask=active)
-    tl.store(flags + STEPS * B, count, mask=active)
-    tl.store(flags + BEFORE * B, before, mask=active)
-    tl.store(flags + IMPROVED * B, improved.to(tl.int32), mask=active)
-    tl.store(flags + PHASE * B, tl.zeros_like(before) + DONE, mask=stopped)
-    tl.atomic_add(left_ptr, -tl.sum(stopped.to(tl.int32), 0))
+    rel, best, bar, improved, before = _apply_rules(stats_ptr + rows, flags, B, k, r, s, active, FLOOR_FP32)
+    stopped = active & ((best <= bar) | (k >= limit))
+    tl.store(flags + PHASE * B, DONE, mask=stopped)
+    tl.atomic_add(count_ptr, -tl.sum(stopped.to(tl.int32), 0))
 
 
 @triton.jit
 def last_to_arrive(flags, B, SPLITS: tl.constexpr):
-    """Whether every other program of this sample has come here before; all have read its flags then."""
+    """Returns whether every other program of this sample has come here before; all have read its flags then."""
     tl.debug_barrier()
     last = True
     if SPLITS > 1:
@@ -201,7 +196,7 @@ def save_best(next_ptr, best_ptr, flags, B, offs, mask):
 
 
 @triton.jit
-def keep_best(z_ptr, prev_ptr, best_ptr, flags, B, offs, mask):
+def save_last_best(z_ptr, prev_ptr, best_ptr, flags, B, offs, mask):
     """Saves the best iterate if it is z_k or, next, z_(k-1); else it has been saved."""
     if tl.load(flags + IMPROVED * B) != 0:
         tl.store(best_ptr + offs, tl.load(z_ptr + offs, mask=mask), mask=mask)
@@ -211,8 +206,8 @@ def keep_best(z_ptr, prev_ptr, best_ptr, flags, B, offs, mask):
 
 @triton.jit
 def settle(z_ptr, prev_ptr, next_ptr, best_ptr, flags, B, offs, mask, SPLITS: tl.constexpr):
-    """For a sample that stopped at z_(k-1): keeps its best iterate, and leaves all buffers where it stopped."""
-    keep_best(prev_ptr, next_ptr, best_ptr, flags, B, offs, mask)
+    """Saves the best iterate of a sample that stopped at z_(k-1), and leaves all buffers where it stopped."""
+    save_last_best(prev_ptr, next_ptr, best_ptr, flags, B, offs, mask)
     at = tl.load(prev_ptr + offs, mask=mask)
     tl.store(z_ptr + offs, at, mask=mask)
     tl.store(next_ptr + offs, at, mask=mask)
@@ -221,7 +216,7 @@ def settle(z_ptr, prev_ptr, next_ptr, best_ptr, flags, B, offs, mask, SPLITS: tl
 
 @triton.jit
 def part_sum(part_ptr, b, i, SPLITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Sum i of a sample over the programs that share it, always in the same order; parts are [B, WIDTH, SPLITS]."""
+    """Returns sum i of a sample over its programs, always in the same order; parts are [B, WIDTH, SPLITS]."""
     offs = tl.arange(0, BLOCK_S)
     row = part_ptr + (b.to(tl.int64) * WIDTH + i) * SPLITS
     return tl.sum(tl.load(row + offs, mask=offs < SPLITS, other=0.0), 0)
@@ -229,7 +224,7 @@ def part_sum(part_ptr, b, i, SPLITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_S:
 
 @triton.jit
 def part_sums(part_ptr, b, SPLITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr):
-    """All sums of a sample, a tuple."""
+    """Returns all sums of a sample, a tuple."""
     sums = ()
     for i in tl.static_range(WIDTH):
         sums = sums + (part_sum(part_ptr, b, i, SPLITS, WIDTH, BLOCK_S),)
@@ -238,7 +233,7 @@ def part_sums(part_ptr, b, SPLITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_S: t
 
 @triton.jit
 def dot2(a, b, c, d, INTERP: tl.constexpr):
-    """(<a, b>, <c, d>) in one reduction."""
+    """Returns (<a, b>, <c, d>) in one reduction."""
     if INTERP:
         return tl.sum(a * b, 0), tl.sum(c * d, 0)
     else:
@@ -262,4 +257,4 @@ def finish_kernel(
     flags = flags_ptr + b
     if tl.load(flags + PHASE * B) != DONE:
         cols = (pid % SPLITS) * BLOCK_N + tl.arange(0, BLOCK_N)
-        keep_best(z_ptr, prev_ptr, best_ptr, flags, B, b.to(tl.int64) * N + cols, cols < N)
+        save_last_best(z_ptr, prev_ptr, best_ptr, flags, B, b.to(tl.int64) * N + cols, cols < N)

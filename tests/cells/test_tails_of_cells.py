@@ -33,7 +33,7 @@ def made(name, device, dtype=torch.float32):
 def none_fits(monkeypatch):
     """No MLP fits in one launch."""
     real = launch.too_large
-    monkeypatch.setattr(launch, "too_large", lambda op, *of: "too wide here" if op == "mlp" else real(op, *of))
+    monkeypatch.setattr(launch, "too_large", lambda op, *of: "too wide here" if op == "rows.mlp" else real(op, *of))
 
 
 def forwards(cell):

@@ -17,7 +17,7 @@ CUDA = torch.cuda.is_available()
 
 
 @pytest.mark.parametrize(
-    "activation, tol, narrow, told",
+    "activation, tol, narrow, taken",
     [
         ("tanh", 1e-2, True, "fast_tanh"),
         ("tanh", FAST_TANH, True, "fast_tanh"),
@@ -31,21 +31,21 @@ CUDA = torch.cuda.is_available()
         ("reflected_tanh", 1e-2, True, "reflected_tanh"),
     ],
 )
-def test_where_it_is_taken(activation, tol, narrow, told):
+def test_where_it_is_taken(activation, tol, narrow, taken):
     """With weights in one bfloat16 term, to tolerances that are ten times its error."""
-    assert kernel_options(activation, tol, narrow)["activation"] == told
+    assert kernel_options(activation, tol, narrow)["activation"] == taken
 
 
 @pytest.mark.parametrize("kind, name", [(Affine, "tanh"), (Gated, "tanh"), (MLP, "gelu")])
-def test_what_cells_tell(kind, name):
-    def told(tol, **options):
+def test_what_cells_ask_for(kind, name):
+    def taken(tol, **options):
         cell = kind(8, **options)
         return cell.whole_solve(cell.inject(torch.randn(2, 8))).options(tol)["activation"]
 
-    assert told(1e-2) == told(1e-3, operands="bf16") == name
-    assert told(1e-2, operands="bf16") == f"fast_{name}"
+    assert taken(1e-2) == taken(1e-3, operands="bf16") == name
+    assert taken(1e-2, operands="bf16") == f"fast_{name}"
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert told(1e-2) == f"fast_{name}" and told(1e-3) == name
+        assert taken(1e-2) == f"fast_{name}" and taken(1e-3) == name
 
 
 @triton.jit
@@ -75,5 +75,5 @@ def test_a_solve_with_its_worst_error(monkeypatch, kind, solver):
     true = torch.autograd.grad(y.sin().sum(), [x64, *truth.parameters()])
     off = (z.double() - y).norm(dim=1) / y.norm(dim=1)
     assert 1e-5 < off.max() < 10 * FAST_TANH, "it took part, and a contraction of 0.9 makes it ten times as much"
-    mine, right = (torch.cat([g.double().flatten() for g in found]) for found in (grads, true))
+    mine, right = (torch.cat([g.double().flatten() for g in each]) for each in (grads, true))
     assert (mine - right).norm() <= 10 * FAST_TANH * right.norm()

@@ -127,7 +127,7 @@ def test_empty(shape, device):
 
 
 @pytest.mark.parametrize(
-    "a, b, groups, says",
+    "a, b, groups, why",
     [
         (torch.zeros(2, 4, 3, 3), None, 2, "not channels_last"),
         (torch.zeros(2, 4, 3, 3).double(), None, 2, "float64"),
@@ -138,9 +138,9 @@ def test_empty(shape, device):
         (torch.zeros(2, 4, 5), None, 2, "not channels_last"),
     ],
 )
-def test_what_it_refuses(a, b, groups, says):
+def test_what_it_refuses(a, b, groups, why):
     reason = refuses(a=a, b=b, groups=groups)
-    assert reason is None if says is None else says in reason
+    assert reason is None if why is None else why in reason
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_what_it_refuses(a, b, groups, says):
 def test_cells_solve_alike_and_differentiate_in_torch(cell, scales, device, monkeypatch):
     calls, op = [], dispatch.load("norms.group_norm")
     watched = dispatch.RowOp(lambda *given: calls.append(1) or op.run(*given), op.ref, op.refuses)
-    monkeypatch.setitem(dispatch._ops, "group_norm", watched)
+    monkeypatch.setitem(dispatch._ops, "norms.group_norm", watched)
     layer, x = DEQ(cell().to(device), tol=1e-5, max_steps=100), torch.randn(2, 3, 4, 4, device=device)
     results, counts = [], []
     for name in ("torch", "triton"):

@@ -1,6 +1,7 @@
 """The fused residual sum and norm: against float64, row by row, and where the transformer cell takes it."""
 
 import itertools
+import re
 
 import close
 import pytest
@@ -105,7 +106,7 @@ def test_the_reference_is_torchs_norm():
 
 
 @pytest.mark.parametrize(
-    "change, autocast, says",
+    "change, autocast, why",
     [
         ({}, False, None),
         ({}, True, None),
@@ -120,15 +121,13 @@ def test_the_reference_is_torchs_norm():
     ],
     ids=str,
 )
-def test_what_is_refused(change, autocast, says, device):
+def test_what_is_refused(change, autocast, why, device):
     operands = problem(**({"rows": 2, "features": 8} | change), device=device)
     names = dict(zip(("a", "b", "gamma", "weight"), operands, strict=True))
     with tdeq.backend("triton"):
-        op, why = dispatch.pick("norms.residual_rms", torch.device(device), autocast=autocast, **names)
-    assert (op is None) == (says is not None)
-    if says:
-        with pytest.raises(AssertionError, match=says):
-            raise AssertionError(why)
+        op, reason = dispatch.pick("norms.residual_rms", torch.device(device), autocast=autocast, **names)
+    assert (op is None) == (why is not None)
+    assert why is None or re.search(why, reason)
 
 
 def test_shapes_that_differ():
@@ -145,7 +144,7 @@ def test_launch_parameters_are_total():
 
 
 def launches(monkeypatch):
-    """A list of the sums that the kernel has made, and was not asked to keep."""
+    """Returns a list that grows at every launch by whether the sum was wanted."""
     seen, run = [], dispatch.load("norms.residual_rms").run
 
     def spy(*args, **kwargs):
@@ -153,14 +152,14 @@ def launches(monkeypatch):
         return run(*args, **kwargs)
 
     op = dispatch.RowOp(spy, residual_rms_ref, residual_rms.refuses, "spied")
-    monkeypatch.setitem(dispatch._ops, "residual_rms", op)
+    monkeypatch.setitem(dispatch._ops, "norms.residual_rms", op)
     return seen
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("decay", [False, True])
-@pytest.mark.parametrize("wiring, kept", [("outer", [True, True]), ("damped", [False]), ("head", [True, False])])
-def test_the_transformer_takes_it(monkeypatch, wiring, kept, decay, autocast, device):
+@pytest.mark.parametrize("wiring, sums", [("outer", [True, True]), ("damped", [False]), ("head", [True, False])])
+def test_the_transformer_takes_it(monkeypatch, wiring, sums, decay, autocast, device):
     """In the solve, not where the gradient is taken; with the same solution, steps and gradient. The last sum and norm
     of a block are the step's."""
     seen = launches(monkeypatch)
@@ -175,7 +174,7 @@ def test_the_transformer_takes_it(monkeypatch, wiring, kept, decay, autocast, de
             grads = torch.autograd.grad(z.sin().sum(), list(layer.parameters()))
         results.append([z, *grads])
         assert bool(seen) == (name == "triton")
-    assert seen == kept * (len(seen) // len(kept)) and len(seen) == len(kept) * layer.last.steps.max()
+    assert seen == sums * (len(seen) // len(sums)) and len(seen) == len(sums) * layer.last.steps.max()
     tight = {"rtol": 5e-2, "atol": 5e-2} if autocast else {"rtol": 1e-3, "atol": 1e-4}
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, **tight)

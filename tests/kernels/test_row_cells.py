@@ -19,7 +19,7 @@ nonfinite = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, under
 
 @dataclass(frozen=True)
 class Problem:
-    """A cell's op and the tensors of one problem; `rows` are those that are told of each row."""
+    """A cell's op and the tensors of one problem; `rows` are those with a row of each problem."""
 
     op: object
     f: Callable[..., Tensor]  # (shared, rows, z)
@@ -209,11 +209,11 @@ def test_nonfinite_row_stays_alone(problem, memory):
     clean = problem.solve(memory=memory)
     rows = tuple(r.clone() for r in problem.rows)
     rows[0][2, 0] = torch.nan
-    found = problem.solve(rows=rows, memory=memory)
+    spoilt = problem.solve(rows=rows, memory=memory)
     others = torch.arange(len(rows[0])) != 2
-    for seen, expected in zip(found, clean, strict=True):
+    for seen, expected in zip(spoilt, clean, strict=True):
         assert torch.equal(seen[others], expected[others])
-    z, steps, _, status = found
+    z, steps, _, status = spoilt
     assert status[2] == NONFINITE and (z[2] == 0).all() and steps[2] == WINDOW
 
 
@@ -258,9 +258,9 @@ def test_lanes_take_new_rows(device, monkeypatch, make, memory):
     rows = launch.rows
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 1)
     for refill, programs in ((8, 1), (15, 2)):
-        for op in ("mlp", "gated"):
-            one = lambda shape, **c: rows(**shape) | c  # noqa: E731
-            monkeypatch.setitem(launch.SHAPES, op, lambda **s: one(s, programs=programs, REFILL=refill))  # noqa: B023
+        for op in ("rows.mlp", "rows.gated"):
+            one = {"programs": programs, "REFILL": refill}
+            monkeypatch.setitem(launch.SHAPES, op, lambda one=one, **shape: rows(**shape) | one)
         for seen, expected in zip(outcome(), whole, strict=True):
             assert torch.equal(seen, expected)
 

@@ -74,7 +74,7 @@ def test_float64(device):
     for number, tail in tails(24, device, torch.float64):
         z, *parts = torch.randn(1 + number, 2, 5, 24, device=device, dtype=torch.float64)
         if tail.act in ("tanh", "gelu"):
-            assert not tail.fits("picard", z.flatten(1))
+            assert not tail.fits("steps.picard", z.flatten(1))
             continue
         y, _ = image(tail, z, *parts)
         torch.testing.assert_close(y, tail(z, *parts), rtol=1e-7, atol=1e-7)  # eps and mix reach a kernel in float32
@@ -130,14 +130,14 @@ def test_solvers(solver, tokens, features, device):
     """The same solutions, masked and not, without a call of f itself."""
     b, c, weight = vectors(features, device)
     matrix = torch.randn(features, features, device=device) * 0.1 / features**0.5
-    keep = torch.rand(2, tokens, features, device=device) > 0.3 if isinstance(solver, Picard) else None
+    mask = torch.rand(2, tokens, features, device=device) > 0.3 if isinstance(solver, Picard) else None
     for tail in (Tail("rms", gains=(b, c), weight=weight, eps=EPS, mix=0.9), Tail(gains=(None, c)), PLAIN):
         f = Map(tail, matrix, torch.randn(2, tokens, features, device=device))
         found = []
         for name in ("torch", "triton"):
             f.calls = 0
             with tdeq.backend(name):
-                options = {"solver": solver, "tol": 1e-5, "max_steps": 80, "mask": keep}
+                options = {"solver": solver, "tol": 1e-5, "max_steps": 80, "mask": mask}
                 found.append(tdeq.fixed_point(f, torch.zeros_like(f.u), **options))
             assert bool(f.calls) == (name == "torch"), "the cell itself was called"
         eager, fused = found
@@ -210,7 +210,7 @@ def test_second_derivatives(device):
 
 def test_what_does_not_fit(device):
     def fits(tail, width, dtype=torch.float32):
-        return tail.fits("picard", torch.zeros(1, width, dtype=dtype, device=device))
+        return tail.fits("steps.picard", torch.zeros(1, width, dtype=dtype, device=device))
 
     def rms(features):
         return Tail("rms", weight=torch.ones(features, device=device), eps=EPS)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import tritondeq as tdeq
-from tritondeq.demo.common import one_thread, table
+from tritondeq.toolbox import one_thread, table
 
 BITS, WIDTH, RATE = 6, 32, 1e-2
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tritondeq as tdeq
-from tritondeq.demo.common import one_thread
+from tritondeq.toolbox import one_thread
 
 from .common import installed, markdown_table
 

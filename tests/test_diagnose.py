@@ -67,7 +67,7 @@ def test_advice_for_solves_that_fail(name):
         layer.solver, layer.max_steps = Picard(), 50
     radius = torch.linalg.eigvals(layer.cell.a).abs().max()
     torch.testing.assert_close(found.radius, radius.expand(16), rtol=1e-4, atol=0)
-    assert any("jacobian_penalty" in advice.says for advice in found.advice) == (radius > 1)
+    assert any("jacobian_penalty" in advice.text for advice in found.advice) == (radius > 1)
     assert not named(found, "adjoint"), "the backward solve goes as the forward one does"
 
 
@@ -88,7 +88,7 @@ def test_growing_needs_an_outer_norm():
     found = diagnose(DEQ(Residual(8)), x)
     assert (found.solution.status == Status.GROWING).all() and math.isnan(found.floor) and math.isnan(found.apart)
     (advice,) = found.advice
-    assert "16 of 16 samples GROWING" in advice.says and "outer norm" in advice.says and not advice.changes
+    assert "16 of 16 samples GROWING" in advice.text and "outer norm" in advice.text and not advice.changes
     found = diagnose(DEQ(Residual(8, outer=True)), x)
     assert found.solution.converged.all() and found.advice == []
 
@@ -96,7 +96,7 @@ def test_growing_needs_an_outer_norm():
 def test_not_finite():
     found = diagnose(DEQ(Block(torch.eye(4), torch.log)), torch.randn(8, 4))
     (advice,) = found.advice
-    assert "8 of 8 samples NONFINITE" in advice.says
+    assert "8 of 8 samples NONFINITE" in advice.text
     assert "floor" not in str(found)
 
 
@@ -104,7 +104,7 @@ def test_no_fixed_point_at_all():
     """1 below a half and 0 above it; damping looks well by the Jacobian, which is 0, and is tried in vain."""
     found = diagnose(DEQ(Block(torch.eye(4), lambda y: (y < 0.5) + 0 * y)), torch.zeros(8, 4))
     (advice,) = found.advice
-    assert "no solver tried finds a fixed point" in advice.says and not advice.changes
+    assert "no solver tried finds a fixed point" in advice.text and not advice.changes
 
 
 def test_slow_but_sure():
@@ -116,7 +116,7 @@ def test_slow_but_sure():
     layer.solver = advice.changes["solver"]
     layer(x)
     assert layer.last.converged.all() and layer.last.steps.median() <= 0.7 * before
-    assert f"a median of {layer.last.steps.median()} steps, not {before}" in advice.says
+    assert f"a median of {layer.last.steps.median()} steps, not {before}" in advice.text
 
 
 @pytest.mark.parametrize("width", [2, 64])
@@ -194,13 +194,13 @@ def test_two_equilibria():
     x = 0.1 * torch.randn(16, 8)
     two, one = DEQ(Block(3 * torch.eye(8), torch.tanh)), DEQ(Block(0.5 * torch.eye(8), torch.tanh))
     found = diagnose(two, x)
-    assert found.apart > 1 and any("random z0" in advice.says for advice in found.advice)
+    assert found.apart > 1 and any("random z0" in advice.text for advice in found.advice)
     z, other = two(x), two(x, z0=-two(x))
     assert (z + other).abs().max() < 0.1, "tanh(3 z) has an equilibrium of either sign"
     assert diagnose(one, x).apart < 1e-5
     repelled = diagnose(two, torch.zeros(4, 8))  # it starts at 0, which is one
     assert repelled.solution.converged.all() and (repelled.radius - 3).abs().max() < 1e-3
-    assert any("spectral radius is up to 3.00" in advice.says for advice in repelled.advice)
+    assert any("spectral radius is up to 3.00" in advice.text for advice in repelled.advice)
 
 
 LAYERS = {

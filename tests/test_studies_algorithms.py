@@ -11,7 +11,7 @@ from tritondeq.bench.studies import contestants as who
 from tritondeq.bench.studies.algorithms import MAZE, PARITY, TASKS, Contestant
 from tritondeq.bench.studies.mazes import Block, maze
 from tritondeq.demo import parity
-from tritondeq.demo.common import one_thread
+from tritondeq.toolbox import one_thread
 
 SETTINGS = algorithms.STUDY.settings["tiny"]
 

@@ -9,7 +9,7 @@ import torch
 from tritondeq.bench.studies import contestants as who
 from tritondeq.bench.studies import control, ppo
 from tritondeq.bench.studies.study import Job
-from tritondeq.demo.common import one_thread, parameters
+from tritondeq.toolbox import one_thread, parameters
 
 gymnasium = pytest.importorskip("gymnasium")
 CASES = (ppo.CARTPOLE, ppo.PENDULUM)

@@ -8,7 +8,7 @@ import tritondeq as tdeq
 from tritondeq.bench.studies import contestants as who
 from tritondeq.bench.studies import explain, images
 from tritondeq.bench.studies.study import Job
-from tritondeq.demo.common import one_thread
+from tritondeq.toolbox import one_thread
 
 CPU = torch.device("cpu")
 

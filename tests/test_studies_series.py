@@ -10,7 +10,7 @@ from tritondeq.bench.studies import contestants as who
 from tritondeq.bench.studies import effort, series
 from tritondeq.bench.studies.study import Job
 from tritondeq.bench.studies.verdict import against
-from tritondeq.demo.common import one_thread, parameters
+from tritondeq.toolbox import one_thread, parameters
 
 CPU = torch.device("cpu")
 

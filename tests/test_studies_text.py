@@ -12,7 +12,7 @@ import tritondeq as tdeq
 from tritondeq.bench.studies import contestants as who
 from tritondeq.bench.studies import effort, text
 from tritondeq.bench.studies.study import Job
-from tritondeq.demo.common import one_thread, parameters
+from tritondeq.toolbox import one_thread, parameters
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ import tritondeq as tdeq
 from tritondeq.bench.studies import contestants as who
 from tritondeq.bench.studies import train, verdict
 from tritondeq.bench.studies.study import Measure
-from tritondeq.demo.common import one_thread, parameters
+from tritondeq.toolbox import one_thread, parameters
 
 CPU = torch.device("cpu")
 

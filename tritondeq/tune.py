@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .demo.common import table, writable
 from .kernels import dispatch, launch, offline, tables, trials
+from .toolbox import table, writable
 from .works import Problem, Work, works
 
 FACTOR, FLOOR = 2.0, 1e-5  # a candidate's error may be this much above that of the pure function's parameters

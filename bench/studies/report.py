@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from tritondeq.demo.common import spread
+from tritondeq.toolbox import spread
 from tritondeq.demo.pictures import save
 
 from ..common import markdown_table

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .cells import Cell
-from .deq import DEQ
-from .dropout import FixedDropout
-from .layout import describe
-from .solvers import Picard, Solver
-from .solvers.base import count, number
-from .stacks import BATCH_NORM, convolves, leading_dims, one_block, refuse_batch_norm
+from ..cells import Cell
+from ..deq import DEQ
+from ..dropout import FixedDropout
+from ..layout import describe
+from ..solvers import Picard, Solver
+from ..solvers.base import count, number
+from .blocks import BATCH_NORM, convolves, leading_dims, one_block, refuse_batch_norm
 
 _NORMS = ("outer", "tokens", "sample")
 _EPS = 1e-12  # of mean squares; embeddings at initialisation have some of 1e-4

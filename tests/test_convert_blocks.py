@@ -94,7 +94,7 @@ def test_batch_norm_is_refused_or_replaced():
     class BatchNormAct(nn.BatchNorm2d):
         pass
 
-    with pytest.raises(ValueError, match="block 0.*torch's own BatchNorm.*BatchNormAct"):
+    with pytest.raises(ValueError, match="block 0.*torch's BatchNorm only.*BatchNormAct"):
         to_equilibrium(nn.Sequential(Basic(norm=BatchNormAct)), batch_norm="group")
     untracked = nn.Sequential(Basic(norm=lambda c: nn.BatchNorm2d(c, track_running_stats=False)))
     with pytest.raises(ValueError, match="frozen.*tracks none"):

@@ -27,7 +27,7 @@ PUBLIC = {
 # A module imports what stands before it or in its own folder; one not named here stands last and imports any.
 ORDER = ["kernels", "layout", "solution", "capture", "solvers", "adjoints", "dropout", "cells"]
 ORDER += ["loop", "recorder", "graphs", "fixed_point", "parametrized", "deq"]
-ORDER += ["stacks", "convert", "jacobian", "diagnose", "watch"]
+ORDER += ["convert", "inspect"]
 HIDE_TRITON = "import sys; sys.modules['triton'] = None\n"
 
 
@@ -98,7 +98,7 @@ def test_says_so_where_triton_is_absent():
         from tritondeq import doctor
         print(doctor.report())
     """
-    assert "triton   not installed" in run(HIDE_TRITON + textwrap.dedent(code))
+    assert "triton     not installed" in run(HIDE_TRITON + textwrap.dedent(code))
 
 
 @pytest.fixture(scope="module")

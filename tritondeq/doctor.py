@@ -18,7 +18,7 @@ from .toolbox import table
 EXTRAS = {"matplotlib": "matplotlib", "scikit-learn": "sklearn", "tqdm": "tqdm", "torchdeq": "torchdeq"}
 WIDTHS = (64, 128, 256, 512)
 TOL = 1e-3
-CELLS = {
+CELLS: dict[str, Any] = {
     "Affine": Affine,
     "Affine, bf16 operands": partial(Affine, operands="bf16"),
     "MLP": MLP,
@@ -31,8 +31,8 @@ BACKENDS = {
     "triton": "Triton, or an error where it can't run",
     "torch": "torch for everything",
 }
-LEGEND = """whole: one Triton launch for the solve; gemm: one launch a step, with its product; steps: the loop, whose steps are
-fused kernels; torch: the loop in torch. `Solution.path` of a solve has the reason."""
+LEGEND = """whole: one Triton launch for the solve; gemm: one launch a step, with its product; steps: the loop with
+fused kernels for its steps; torch: the loop in torch. `Solution.path` of a solve has the reason."""
 
 
 def report() -> str:
@@ -91,8 +91,7 @@ def _solves(device: torch.device) -> str:
             ]
             for solver in (Picard(), Anderson(memory=4)):
                 rows.append([f"{name}, {type(solver).__name__}", *(_solve(whole, solver, device) for whole in wholes)])
-        for solver in (Picard(), Anderson(), Broyden()):
-            rows.append([f"any cell, {type(solver).__name__}", *[_step(solver, device)] * len(WIDTHS)])
+        rows += [[f"any cell, {type(s).__name__}", *[_step(s, device)] * 4] for s in (Picard(), Anderson(), Broyden())]
     except (ImportError, RuntimeError) as error:
         return f"an error: {error}"
     return f"{table(['cell and solver', *map(str, WIDTHS)], rows)}\n{LEGEND}"

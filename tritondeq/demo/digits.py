@@ -6,6 +6,7 @@ and head, trained alike on the same batches.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import sqrt
 from pathlib import Path
 from statistics import mean
@@ -108,14 +109,9 @@ ACCURACY = "test accuracy, %"
 
 
 def run(seeds: range, out: Path, device: torch.device, quick: bool, finished: list[str]) -> None:
-    """Trains each model with each seed, prints the table and what follows from it, and saves the pictures.
+    """Trains each model with each seed, prints the table and what follows from it, and saves the pictures in `out`.
 
-    Args:
-        seeds: The seeds.
-        out: The folder of the pictures.
-        device: Where the nets are trained.
-        quick: Whether to run for seconds, only to show that all works.
-        finished: It gets a word on each run.
+    `quick` runs for seconds, only to show that all works. `finished` gets a word on each run.
     """
     epochs = 1 if quick else EPOCHS
     print(f"digits: 1,797 images, {TEST} of them for testing; epochs: {epochs}; device: {device}", flush=True)
@@ -154,7 +150,7 @@ def losses(net: Net, data: Data, seed: int, epochs: int) -> Iterator[Callable[[]
     for _ in range(epochs):
         order = torch.randperm(len(data.x), generator=generator).to(data.x.device)
         for batch in order[: len(order) // BATCH * BATCH].split(BATCH):
-            yield lambda batch=batch: F.cross_entropy(net(data.x[batch]), data.y[batch])
+            yield partial(lambda batch: F.cross_entropy(net(data.x[batch]), data.y[batch]), batch)
 
 
 @torch.no_grad()

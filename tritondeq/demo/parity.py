@@ -4,7 +4,9 @@ A step sees two positions to each side, so a longer string needs more steps: a D
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,11 +89,11 @@ class Net(nn.Module):
         return fixed_point(self.blocks[0], z, (u,), adjoint=Unrolled(steps)).value
 
     def loss(self, bits: Tensor, labels: Tensor, draw: Draw) -> Tensor:
-        """Returns the loss in training, of as many steps as it draws."""
+        """Returns the loss of as many steps as it draws."""
         raise NotImplementedError
 
     def answer(self, bits: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the logits in a test, and the steps for each string."""
+        """Returns the logits, and the steps for each string."""
         raise NotImplementedError
 
 
@@ -102,9 +104,11 @@ class Stack(Net):
         super().__init__(DEPTH)
 
     def loss(self, bits: Tensor, labels: Tensor, draw: Draw) -> Tensor:
+        """Returns the loss of as many steps as it draws."""
         return cross_entropy(self.answer(bits)[0], labels)
 
     def answer(self, bits: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the logits, and the steps for each string."""
         z, u = self.start(bits)
         for block in self.blocks:
             z = block(z, u)
@@ -115,9 +119,11 @@ class Loop(Net):
     """One block, applied a random number of times in training, and once per bit in a test."""
 
     def loss(self, bits: Tensor, labels: Tensor, draw: Draw) -> Tensor:
+        """Returns the loss of as many steps as it draws."""
         return cross_entropy(self.read(self.repeat(*self.start(bits), draw(*LOOP))), labels)
 
     def answer(self, bits: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the logits, and the steps for each string."""
         length = bits.shape[1]
         return self.read(self.repeat(*self.start(bits), length)), torch.full((len(bits),), length)
 
@@ -130,6 +136,7 @@ class Equilibrium(Net):
     """
 
     def loss(self, bits: Tensor, labels: Tensor, draw: Draw) -> Tensor:
+        """Returns the loss of as many steps as it draws."""
         z, u = self.start(bits)
         free, tracked = draw(0, FREE), draw(*TRACKED)
         if free:
@@ -141,6 +148,7 @@ class Equilibrium(Net):
         return cross_entropy(self.read(onward), labels) + SETTLE * residual.mean()
 
     def answer(self, bits: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the logits, and the steps for each string."""
         z, u = self.start(bits)
         solution = fixed_point(self.blocks[0], z, (u,), tol=TOL, max_steps=MAX_STEPS)
         return self.read(solution.value), solution.steps
@@ -173,7 +181,7 @@ def measure(model: str, seed: int, updates: int, lengths: dict[int, int], device
     torch.manual_seed(seed)
     net = MODELS[model]().to(device)
 
-    def tested() -> tuple[dict[str, float], dict[int, float]]:
+    def tested() -> tuple[dict[str, float], dict[Any, float]]:
         exact, steps = zip(*(test(net, seed, length, count) for length, count in lengths.items()), strict=True)
         names = [f"{length} bits" for length in lengths]
         return dict(zip([*names, "steps"], [*exact, steps[-1]], strict=True)), dict(zip(lengths, exact, strict=True))
@@ -184,15 +192,14 @@ def measure(model: str, seed: int, updates: int, lengths: dict[int, int], device
 def losses(net: Net, seed: int, updates: int, device: torch.device) -> Iterator[Callable[[], Tensor]]:
     """Yields the loss of one batch after another; strings and numbers of steps depend on the seed only."""
     first = strings(BATCH, TRAINED, torch.Generator().manual_seed(seed), device)
-    yield lambda: net.loss(*first, lambda low, high: high)
+    yield partial(net.loss, *first, lambda low, high: high)
     data, depths = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (), generator=depths))
 
     for _ in range(updates):
-        batch = strings(BATCH, TRAINED, data, device)
-        yield lambda batch=batch: net.loss(*batch, draw)
+        yield partial(net.loss, *strings(BATCH, TRAINED, data, device), draw)
 
 
 @torch.no_grad()

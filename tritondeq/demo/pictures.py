@@ -33,7 +33,8 @@ def digits(shown: dict[str, Any], data: "Data", tol: float, out: Path) -> list[P
         ax.set_title("Digits: the DEQ's residual on test images (median, middle 80 %)", fontsize=11)
 
     def steps(figure: Figure) -> None:
-        top, bottom = figure.subfigures(2, height_ratios=[1, 1.05])
+        parts: Any = figure.subfigures(2, height_ratios=[1, 1.05])
+        top, bottom = parts
         ax = plot.steps(shown["steps"], ax=top.subplots())
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set(ylabel="test images", xlabel="steps (evaluations of the cell; fewer is faster)")

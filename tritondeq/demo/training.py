@@ -44,15 +44,8 @@ def train(
 ) -> Run:
     """Trains a net by AdamW with a one-cycle schedule, under a progress bar, and tests it.
 
-    Args:
-        run: The model's name and the seed.
-        net: The net.
-        losses: Functions that return the loss of a batch: the one that memory is measured with, then one per update.
-        updates: How many updates there are.
-        test: Returns the scores of the trained net, and what pictures show.
-        lr: The highest learning rate.
-        decay: The weight decay.
-        warm_up: The share of the updates in which the learning rate rises.
+    `losses` yields functions that return the loss of a batch: that which memory is measured with, then one per update.
+    `test` returns the scores of the trained net, and what pictures show.
     """
     memory = training_memory(net, next(losses))
     optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=decay)

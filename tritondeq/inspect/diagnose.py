@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -144,7 +144,11 @@ class _Trials:
         best, changes = self.mend(solution) if _failed(solution) else (solution, {})
         rho = radius(self.hessenberg(best))
         floor = apart = math.nan
-        cosine = None if self.layer.adjoint.exact else self.cosine(gradient, changes)
+        cosine = None
+        if not self.layer.adjoint.exact:
+            gradient = self.differentiate(**changes)[1] if changes else gradient
+            exact = self.differentiate(**changes, adjoint=Implicit(max_steps=PATIENCE * self.layer.max_steps))[1]
+            cosine = torch.nn.functional.cosine_similarity(gradient, exact, dim=0).item()
         if not _failed(best):
             self.quicken(best, changes)
             if rho.max() >= 1:
@@ -161,8 +165,10 @@ class _Trials:
                     f"another start ends at another equilibrium, {apart:.1e} away: if there is to be one, train from "
                     "random z0 and with random max_steps"
                 )
+        tol = "auto" if self.layer.tol is None else f"{self.layer.tol:g}"
+        options = f"{_shown(self.layer.solver)}, {_shown(self.layer.adjoint)}"
         return Diagnosis(
-            layer=_line(self.layer),
+            layer=f"DEQ of {type(self.layer.cell).__name__}: {options}, tol {tol}, max_steps {self.layer.max_steps}",
             solution=replace(solution, value=None),
             adjoint=solution.adjoint and replace(solution.adjoint, value=None),
             cosine=cosine,
@@ -227,7 +233,7 @@ class _Trials:
 
     def mend_adjoint(self, solution: Solution, cosine: float | None, changes: dict[str, Any]) -> None:
         """Advises what would help the gradient, at the equilibria that a solve with these changes reaches."""
-        adjoint = self.layer.adjoint
+        adjoint: Any = self.layer.adjoint
         if cosine is not None:
             if cosine < CROOKED:
                 text = f"the gradient of {_shown(adjoint)} is at cosine {cosine:.2f} to the exact one"
@@ -240,17 +246,10 @@ class _Trials:
         for option in ({}, {"solver": Anderson(), "reuse": False}, {"solver": Broyden(), "reuse": False}):
             other = replace(adjoint, **patient, **option)
             backward = self.differentiate(**changes | {"adjoint": other})[0].adjoint
-            if not _failed(backward):
+            if backward is not None and not _failed(backward):
                 text = f"the backward solve makes it, in at most {backward.steps.max().item()} steps"
                 return self.advise(f"adjoint={_shown(other)}: {text}", adjoint=other)
         self.advise("no backward solver tried makes it: adjoint=Phantom(5, 0.8) has a fixed cost")
-
-    def cosine(self, gradient: Tensor, changes: dict[str, Any]) -> float:
-        """Returns the cosine of an approximate gradient to the exact one."""
-        if changes:
-            gradient = self.differentiate(**changes)[1]
-        exact = self.differentiate(**changes, adjoint=Implicit(**self.patient))[1]
-        return torch.nn.functional.cosine_similarity(gradient, exact, dim=0).item()
 
     def apart(self, finest: Solution, changes: dict[str, Any]) -> float:
         """Returns the largest relative distance of two equilibria of a sample."""
@@ -289,18 +288,9 @@ def _shown(value: Any) -> str:
     """Returns the repr; that of a dataclass leaves out what is at its default."""
     if not is_dataclass(value):
         return repr(value)
-    given = [(f.name, getattr(value, f.name)) for f in fields(value) if _given(f, value)]
-    return f"{type(value).__name__}({', '.join(f'{name}={_shown(option)}' for name, option in given)})"
-
-
-def _given(f: Any, value: Any) -> bool:
-    return f.default is MISSING or getattr(value, f.name) != f.default
-
-
-def _line(layer: DEQ) -> str:
-    tol = "auto" if layer.tol is None else f"{layer.tol:g}"
-    options = f"{_shown(layer.solver)}, {_shown(layer.adjoint)}, tol {tol}, max_steps {layer.max_steps}"
-    return f"DEQ of {type(layer.cell).__name__}: {options}"
+    options = {f.name: (getattr(value, f.name), f.default) for f in fields(value)}
+    given = [f"{name}={_shown(option)}" for name, (option, default) in options.items() if option != default]
+    return f"{type(value).__name__}({', '.join(given)})"
 
 
 def _outcome(solution: Solution) -> str:

@@ -23,9 +23,9 @@ def jacobian_penalty(
     """Estimates ||J||_F^2 / N per sample without bias: add `weight * penalty.mean()` to the loss (Bai et al. 2021).
 
     It is Hutchinson's estimate ||v' J||^2 / N with independent signs v; its variance is never above that of normal v,
-    2 ||J J'||_F^2 / N^2. N counts the elements of a sample, so this is the mean of J's squared singular values. It costs an
-    evaluation of f, and for each probe a vector-Jacobian product that is differentiated once more: f must be twice
-    differentiable (attention takes its form that is).
+    2 ||J J'||_F^2 / N^2. N counts the elements of a sample, so this is the mean of J's squared singular values. Its
+    cost is an evaluation of f, and for each probe a vector-Jacobian product that is differentiated once more: f must be
+    twice differentiable (attention takes its form that is).
 
     The gradient reaches all that f uses. If z carries one, as a layer's output does, it goes through z too: the exact
     gradient of the equilibrium's penalty, without a further solve where the loss uses that z. The paper does not: pass

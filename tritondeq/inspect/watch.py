@@ -68,7 +68,7 @@ class Watch:
         self.steps += 1
         if self.steps % self.every:
             return None
-        report = {}
+        report: dict[str, float] = {}
         for layer in self._layers:
             report |= layer.report()
             if self.radius:
@@ -86,8 +86,9 @@ class Watch:
         packages = {base.__module__.partition(".")[0] for base in type(trainer).__mro__}
         watch = self
         if "transformers" in packages:
+            base: Any = importlib.import_module("transformers").TrainerCallback
 
-            class OnStep(importlib.import_module("transformers").TrainerCallback):
+            class OnStep(base):
                 def on_step_end(self, args, state, control, **_):
                     if report := watch.step():
                         trainer.log(report)
@@ -95,9 +96,9 @@ class Watch:
             trainer.add_callback(OnStep())
             return self
         for package in {"lightning", "pytorch_lightning"} & packages:
-            module = importlib.import_module("lightning.pytorch" if package == "lightning" else package)
+            base = importlib.import_module("lightning.pytorch" if package == "lightning" else package).Callback
 
-            class OnBatch(module.Callback):
+            class OnBatch(base):
                 def on_train_batch_end(self, trainer, pl_module, *_):
                     pl_module.log_dict(watch.step() or {})
 
@@ -143,7 +144,7 @@ class _Layer:
         handle = self.layer.register_forward_hook(hook, with_kwargs=True)
 
     def report(self) -> dict[str, float]:
-        report = {}
+        report: dict[str, float] = {}
         for way, sums in self.sums.items():
             if sums.counts is None:
                 continue
@@ -187,6 +188,5 @@ class _Sums:
         codes = torch.arange(len(Status), device=status.device, dtype=status.dtype)
         counts = torch.cat([(status == codes[:, None]).sum(1), solution.steps.sum()[None]])
         peaks = torch.stack([solution.steps.max().float(), solution.residual.max().float()])
-        first = self.counts is None
-        self.counts = counts if first else self.counts + counts
-        self.peaks = peaks if first else torch.maximum(self.peaks, peaks)
+        self.peaks = peaks if self.counts is None else torch.maximum(self.peaks, peaks)
+        self.counts = counts if self.counts is None else self.counts + counts

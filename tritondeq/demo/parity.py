@@ -183,8 +183,8 @@ def measure(model: str, seed: int, updates: int, lengths: dict[int, int], device
 
     def tested() -> tuple[dict[str, float], dict[Any, float]]:
         exact, steps = zip(*(test(net, seed, length, count) for length, count in lengths.items()), strict=True)
-        names = [f"{length} bits" for length in lengths]
-        return dict(zip([*names, "steps"], [*exact, steps[-1]], strict=True)), dict(zip(lengths, exact, strict=True))
+        shown = dict(zip(lengths, exact, strict=True))
+        return {f"{n} bits": shown[n] for n in (20, 80, 320) if n in shown} | {"steps": steps[-1]}, shown
 
     return train((model, seed), net, losses(net, seed, updates, device), updates, tested, lr=LR, warm_up=0.1)
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ..toolbox import parameters, spread, synchronize, table, training_memory
 
 LEGEND = """
-Memory: one training step, beside parameters and gradients. Steps: blocks that a test sample goes through.
+Memory: the peak in one training step, beside parameters and gradients. Steps: blocks that a test sample goes through.
 ±: standard deviation over seeds.
 """
 QUICK = "This was a quick run: it shows that all works. Nothing is trained to the end, so its numbers mean nothing."
@@ -69,5 +69,5 @@ def report(runs: list[Run]) -> str:
         costs = [f"{each[0].parameters:,}", f"{each[0].memory / 2**20:.2f}", spread([run.seconds for run in each])]
         rows.append([model, *costs, *(spread([run.scores[name] for run in each]) for name in each[0].scores)])
     return (
-        "\n" + table(["model", "parameters", "peak memory, MiB", "training, s", *runs[0].scores], rows) + "\n" + LEGEND
+        "\n" + table(["model", "parameters", "memory, MiB", "training, s", *runs[0].scores], rows) + "\n" + LEGEND
     )

@@ -195,7 +195,8 @@ def test_the_readme(capsys):
     """What it says of memory is so, and some of its steps lead where it goes."""
     pytest.importorskip("timm"), pytest.importorskip("sklearn")
     readme = (Path(__file__).parent.parent / "README.md").read_text()
-    block, output = re.search(r"## Replace a residual stack.*?```python\n(.*?)```\n\n    (.*?)\n", readme, re.S).groups()
+    pattern = r"## Replace a residual stack.*?```python\n(.*?)```\n\n    (.*?)\n"
+    block, output = re.search(pattern, readme, re.S).groups()
     assert block.count("range(200)") == 1
     names = {}
     exec(block.replace("range(200)", "range(6)"), names)

@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from tritondeq.toolbox import spread
 from tritondeq.demo.pictures import save
+from tritondeq.toolbox import spread
 
 from ..common import markdown_table
 from . import STUDIES, plots, results, study

@@ -53,13 +53,10 @@ def test_radius_is_exact_where_the_space_is_exhausted(kind, n):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("products", "off"), [(20, 0.12), (30, 0.08)])
-def test_radius_of_wide_states(kind, products, off):
+def test_radius_of_wide_states(kind):
     j = matrices(kind, 256, batch=3)
     true = torch.linalg.eigvals(j).abs().amax(dim=1)
-    torch.testing.assert_close(
-        spectral_radius(times(j), torch.randn(3, 256), products=products), true.float(), rtol=off, atol=0
-    )
+    torch.testing.assert_close(spectral_radius(times(j), torch.randn(3, 256)), true.float(), rtol=0.12, atol=0)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
@@ -324,17 +321,6 @@ def test_a_compiled_layer_is_measured_uncompiled():
     assert torch.equal(spectral_radius(layer, z, x), spectral_radius(plain, z, x))
     jacobian_penalty(layer, z.detach(), x).mean().backward()
     assert layer.cell.weight.grad.isfinite().all()
-
-
-def test_the_penalty_lowers_the_jacobian():
-    layer, x = tdeq.DEQ(tdeq.cells.Affine(8)), torch.randn(16, 8)
-    before = spectral_radius(layer, layer(x), x).mean()
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
-    for _ in range(30):
-        optimizer.zero_grad()
-        jacobian_penalty(layer, layer(x), x).mean().backward()
-        optimizer.step()
-    assert spectral_radius(layer, layer(x), x).mean() < 0.5 * before
 
 
 @pytest.mark.parametrize("measure", [jacobian_penalty, spectral_radius])

@@ -146,7 +146,7 @@ def test_a_stage_that_changes_the_shape():
 
 
 def test_the_readme(capsys):
-    """What it says of memory is so, and some of its steps lead where it goes."""
+    """Its numbers of memory are so, and some of its steps lead where it goes."""
     pytest.importorskip("timm"), pytest.importorskip("sklearn")
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     pattern = r"## Replace a residual stack.*?```python\n(.*?)```\n\n    (.*?)\n"

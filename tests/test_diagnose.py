@@ -175,7 +175,7 @@ def test_an_approximate_gradient():
 
 
 def test_cosine_is_taken_at_the_equilibrium():
-    """Where the layer's own solve fails, at the one that was diagnosis otherwise."""
+    """Where the solve of the layer fails, at that which another solver reached."""
     torch.manual_seed(3)
     cell, x = Block(turning(0.3, 1.5)), torch.randn(16, 2)
     lost = diagnose(DEQ(cell, adjoint=OneStep()), x)

@@ -68,8 +68,6 @@ def test_solves_are_those_of_the_dispatcher(monkeypatch, gpu):
 
     monkeypatch.setattr(dispatch, "has_triton", lambda: True)
     monkeypatch.setattr(dispatch, "too_old", lambda: None)
-    for name in list(dispatch._ops):
-        monkeypatch.delitem(dispatch._ops, name)
     load = dispatch.load
     fakes = {"rows": (refuses, "one Triton launch"), "affine": (refuses_wide, "one launch a step and its GEMM")}
 
@@ -124,7 +122,7 @@ def test_tables_in_force(monkeypatch, tmp_path, gpu):
 
     none = "cuda:0  no table in force: pure functions of the shape. `python -m tritondeq tune` measures them"
     assert section() == [none]
-    who, made = tables.Gpu("Fake 9000", (9, 0)), {"triton": tables.version(), "source": tables.source("steps.picard")}
+    name, made = tables.Gpu("Fake 9000", (9, 0)), {"triton": tables.version(), "source": tables.source("steps.picard")}
     for width, date, changed in (
         (64, "2026-02-01", {}),
         (128, "2026-01-31", {}),
@@ -132,7 +130,7 @@ def test_tables_in_force(monkeypatch, tmp_path, gpu):
     ):
         shape, chosen = {"width": width, "itemsize": 4, "features": 0}, {"BLOCK_N": 128, "num_warps": 1}
         path = tables.write(
-            who, tables.Entry("steps.picard", shape, chosen, date=date, **made | changed), launch.spaces()
+            name, tables.Entry("steps.picard", shape, chosen, date=date, **made | changed), launch.spaces()
         )
     stale = "stale: made with another Triton or other kernels"
     assert section() == [f"cuda:0  {path}: 2 choices in force, the last of 2026-02-01, 1 {stale}"]

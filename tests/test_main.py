@@ -30,7 +30,7 @@ def fails(capsys, *arguments: str) -> tuple[int, str]:
 
 
 def start(code: str, *arguments: str, **options) -> subprocess.Popen:
-    """The command in a process of its own, after `code`."""
+    """The command in a new process, after `code`."""
     code = f"import sys\n{code}\nfrom tritondeq.__main__ import main\nsys.exit(main())"
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tritondeq.demo.common import one_thread
+from tritondeq.toolbox import one_thread
 
 from . import blocks, launches, machine, measure, memory, report, shapes, solves, steps, suspect, uneven
 from .machine import installed

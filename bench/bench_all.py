@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tritondeq.bench import machine, measure, rivals, solves, steps
-from tritondeq.demo.common import one_thread
+from tritondeq.toolbox import one_thread
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = solves.cases("quick", DEVICE.type == "cuda")

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import tritondeq as tdeq
-from tritondeq.demo.common import one_thread
+from tritondeq.toolbox import one_thread
 
 from .report import markdown
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tritondeq as tdeq
-from tritondeq.demo.common import one_thread
+from tritondeq.toolbox import one_thread
 
 from .machine import installed
 from .report import markdown

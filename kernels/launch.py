@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from . import tables
-from .dispatch import triton_version
 from .devices import SHARED as SHARED
 from .devices import gpu as gpu
 from .devices import limits as limits
 from .devices import multiprocessors as multiprocessors
 from .devices import on as on
 from .devices import shared_memory as shared_memory
+from .dispatch import triton_version
 
 FEATURES = 256  # most of an affine cell that one launch holds
 PROGRAMS = {16: 8, 32: 8, 64: 8, 128: 4, 256: 1}  # on one multiprocessor, by width

@@ -124,18 +124,18 @@ def assert_as_the_loop(net, layer, *inputs, **kwargs):
     """Values and gradients are those of the weight-tied explicit net, run long, differentiated by autograd."""
     inputs = [x.clone().requires_grad_() for x in inputs]
     wanted = [*inputs, *net.parameters()]
-    found = []
+    runs = []
     for steps in (None, 100):
         torch.manual_seed(3)
         layer.unrolled(steps)
         out = net(*inputs, **kwargs)
-        found.append((out, *torch.autograd.grad(out.sin().sum(), wanted)))
+        runs.append((out, *torch.autograd.grad(out.sin().sum(), wanted)))
         if steps is None:
             assert layer.last.converged.all() and layer.last.steps.max() > 2
     layer.unrolled(None)
-    for a, b in zip(*found, strict=True):
+    for a, b in zip(*runs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
-    assert all(g.norm() > 0 for g in found[0][1:])
+    assert all(g.norm() > 0 for g in runs[0][1:])
 
 
 def rms(x, dims=-1):

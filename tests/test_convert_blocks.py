@@ -1,4 +1,4 @@
-"""What blocks may bring along, dropout and BatchNorm, and what can't be converted or solved and says so."""
+"""What blocks may bring along, dropout and BatchNorm, and what can't be converted or solved."""
 
 import copy
 
@@ -12,7 +12,7 @@ from tritondeq import FixedDropout, cells, to_equilibrium
 
 
 @pytest.mark.parametrize("dropout", [nn.Dropout(0.3), nn.Dropout2d(0.3), DropPath(0.3), StochasticDepth(0.3, "row")])
-def test_dropout_keeps_its_mask(dropout):
+def test_dropout_has_one_mask_a_solve(dropout):
     stack = mlps()
     for block in stack:
         block.drop = copy.deepcopy(dropout)
@@ -79,9 +79,9 @@ def test_masks_that_no_module_shows_are_refused(how):
     layer.deq.cell.block.share = 0.2
     with pytest.raises(RuntimeError, match=how):  # each train() looks anew
         layer.train()(x)
-    own = to_equilibrium(mlps(), cell=MLP(dropout=0.1).double())
+    given = to_equilibrium(mlps(), cell=MLP(dropout=0.1).double())
     with pytest.raises(RuntimeError, match="Dropout 'block.drop'.*FixedDropout"):
-        own(torch.randn(2, 6).double())
+        given(torch.randn(2, 6).double())
 
 
 def test_batch_norm_is_refused_or_replaced():
@@ -94,7 +94,7 @@ def test_batch_norm_is_refused_or_replaced():
     class BatchNormAct(nn.BatchNorm2d):
         pass
 
-    with pytest.raises(ValueError, match="block 0.*torch's own BatchNorm.*BatchNormAct"):
+    with pytest.raises(ValueError, match="block 0.*torch's BatchNorm only.*BatchNormAct"):
         to_equilibrium(nn.Sequential(Basic(norm=BatchNormAct)), batch_norm="group")
     untracked = nn.Sequential(Basic(norm=lambda c: nn.BatchNorm2d(c, track_running_stats=False)))
     with pytest.raises(ValueError, match="frozen.*tracks none"):
@@ -115,7 +115,7 @@ def test_batch_norm_is_refused_or_replaced():
 
 
 @pytest.mark.parametrize(
-    "make,error,says",
+    "make,error,message",
     [
         (lambda: to_equilibrium(MLP()), TypeError, "stack must be an nn.Sequential or nn.ModuleList.*MLP"),
         (lambda: to_equilibrium([MLP()]), TypeError, "stack.*list"),
@@ -159,13 +159,13 @@ def test_batch_norm_is_refused_or_replaced():
         ),
     ],
 )
-def test_what_can_not_be_converted_says_so(make, error, says):
-    with pytest.raises(error, match=says):
+def test_what_can_not_be_converted(make, error, message):
+    with pytest.raises(error, match=message):
         make()
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_what_can_not_be_solved_says_so():
+def test_what_can_not_be_solved():
     with pytest.raises(ValueError, match=r"block 1 can't be replaced.*\(2, 6\).*\(2, 3\).*prelude="):
         to_equilibrium(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)), prelude=1)(torch.randn(2, 6))
     layer = to_equilibrium(nn.Sequential(MLP()))

@@ -1,4 +1,4 @@
-"""What diagnose says is true: each change it advises is made, and helps."""
+"""Each change that diagnose advises is made, and helps."""
 
 import math
 
@@ -38,8 +38,8 @@ def turning(angle, rho):
     return rho * torch.tensor([[c, -s], [s, c]])
 
 
-def named(found, name):
-    return [advice for advice in found.advice if name in advice.changes]
+def named(diagnosis, name):
+    return [advice for advice in diagnosis.advice if name in advice.changes]
 
 
 # What fails, and the solvers that must be among what is advised.
@@ -54,9 +54,9 @@ FAILS = {
 def test_advice_for_solves_that_fail(name):
     make, solvers = FAILS[name]
     layer, x = DEQ(make()), torch.randn(16, 2)
-    found = diagnose(layer, x)
-    assert (found.solution.status >= Status.MAX_STEPS).all()
-    solved = [advice for advice in found.advice if {"solver", "max_steps"} & set(advice.changes)]
+    diagnosis = diagnose(layer, x)
+    assert (diagnosis.solution.status >= Status.MAX_STEPS).all()
+    solved = [advice for advice in diagnosis.advice if {"solver", "max_steps"} & set(advice.changes)]
     assert solvers <= {advice.changes.get("solver") for advice in solved}
     assert any("max_steps" in advice.changes for advice in solved) == (name == "slow")
     for advice in solved:
@@ -66,16 +66,19 @@ def test_advice_for_solves_that_fail(name):
         assert layer.last.converged.all(), advice
         layer.solver, layer.max_steps = Picard(), 50
     radius = torch.linalg.eigvals(layer.cell.a).abs().max()
-    torch.testing.assert_close(found.radius, radius.expand(16), rtol=1e-4, atol=0)
-    assert any("jacobian_penalty" in advice.says for advice in found.advice) == (radius > 1)
-    assert not named(found, "adjoint"), "the backward solve goes as the forward one does"
+    torch.testing.assert_close(diagnosis.radius, radius.expand(16), rtol=1e-4, atol=0)
+    assert any("jacobian_penalty" in advice.text for advice in diagnosis.advice) == (radius > 1)
+    assert not named(diagnosis, "adjoint"), "the backward solve goes as the forward one does"
 
 
 def test_advice_for_both_ways_is_for_both():
     """Anderson finds the equilibrium, and then the backward solve is still too short."""
     layer, x = DEQ(Block(turning(0.3, 1.5)), adjoint=Implicit(max_steps=2)), torch.randn(16, 2)
-    found = diagnose(layer, x)
-    (there,), (back,) = [a for a in found.advice if a.changes.get("solver") == Anderson()], named(found, "adjoint")
+    diagnosis = diagnose(layer, x)
+    (there,), (back,) = (
+        [a for a in diagnosis.advice if a.changes.get("solver") == Anderson()],
+        named(diagnosis, "adjoint"),
+    )
     assert back.changes["adjoint"] == Implicit(max_steps=8), "with the forward solver, which is Anderson now"
     layer.solver, layer.adjoint = there.changes["solver"], back.changes["adjoint"]
     z = layer(x)
@@ -85,38 +88,42 @@ def test_advice_for_both_ways_is_for_both():
 
 def test_growing_needs_an_outer_norm():
     x = torch.randn(16, 8)
-    found = diagnose(DEQ(Residual(8)), x)
-    assert (found.solution.status == Status.GROWING).all() and math.isnan(found.floor) and math.isnan(found.apart)
-    (advice,) = found.advice
-    assert "16 of 16 samples GROWING" in advice.says and "outer norm" in advice.says and not advice.changes
-    found = diagnose(DEQ(Residual(8, outer=True)), x)
-    assert found.solution.converged.all() and found.advice == []
+    diagnosis = diagnose(DEQ(Residual(8)), x)
+    assert (
+        (diagnosis.solution.status == Status.GROWING).all()
+        and math.isnan(diagnosis.floor)
+        and math.isnan(diagnosis.apart)
+    )
+    (advice,) = diagnosis.advice
+    assert "16 of 16 samples GROWING" in advice.text and "outer norm" in advice.text and not advice.changes
+    diagnosis = diagnose(DEQ(Residual(8, outer=True)), x)
+    assert diagnosis.solution.converged.all() and diagnosis.advice == []
 
 
 def test_not_finite():
-    found = diagnose(DEQ(Block(torch.eye(4), torch.log)), torch.randn(8, 4))
-    (advice,) = found.advice
-    assert "8 of 8 samples NONFINITE" in advice.says
-    assert "floor" not in str(found)
+    diagnosis = diagnose(DEQ(Block(torch.eye(4), torch.log)), torch.randn(8, 4))
+    (advice,) = diagnosis.advice
+    assert "8 of 8 samples NONFINITE" in advice.text
+    assert "floor" not in str(diagnosis)
 
 
 def test_no_fixed_point_at_all():
     """1 below a half and 0 above it; damping looks well by the Jacobian, which is 0, and is tried in vain."""
-    found = diagnose(DEQ(Block(torch.eye(4), lambda y: (y < 0.5) + 0 * y)), torch.zeros(8, 4))
-    (advice,) = found.advice
-    assert "no solver tried finds a fixed point" in advice.says and not advice.changes
+    diagnosis = diagnose(DEQ(Block(torch.eye(4), lambda y: (y < 0.5) + 0 * y)), torch.zeros(8, 4))
+    (advice,) = diagnosis.advice
+    assert "no solver tried finds a fixed point" in advice.text and not advice.changes
 
 
 def test_slow_but_sure():
     torch.manual_seed(1)
     layer, x = DEQ(Block(turning(0.3, 0.85))), torch.randn(16, 2)
-    found = diagnose(layer, x)
-    (advice,) = found.advice
-    before = found.solution.steps.median()
+    diagnosis = diagnose(layer, x)
+    (advice,) = diagnosis.advice
+    before = diagnosis.solution.steps.median()
     layer.solver = advice.changes["solver"]
     layer(x)
     assert layer.last.converged.all() and layer.last.steps.median() <= 0.7 * before
-    assert f"a median of {layer.last.steps.median()} steps, not {before}" in advice.says
+    assert f"a median of {layer.last.steps.median()} steps, not {before}" in advice.text
 
 
 @pytest.mark.parametrize("width", [2, 64])
@@ -132,10 +139,10 @@ def test_anderson_is_named_where_it_is_worth_it(width):
 
 def test_a_tolerance_below_the_floor():
     layer, x = DEQ(tdeq.cells.Affine(16), tol=1e-9, solver=Anderson()), torch.randn(32, 16)
-    found = diagnose(layer, x)
-    assert (found.solution.status == Status.PLATEAU).any()
-    (advice,) = named(found, "tol")
-    assert found.floor < advice.changes["tol"] < 3 * found.floor and found.floor < 1e-6
+    diagnosis = diagnose(layer, x)
+    assert (diagnosis.solution.status == Status.PLATEAU).any()
+    (advice,) = named(diagnosis, "tol")
+    assert diagnosis.floor < advice.changes["tol"] < 3 * diagnosis.floor and diagnosis.floor < 1e-6
     layer.tol = advice.changes["tol"]
     layer(x)
     assert layer.last.converged.all()
@@ -144,9 +151,9 @@ def test_a_tolerance_below_the_floor():
 @pytest.mark.parametrize("gain", [0.5, 0.95])
 def test_a_backward_solve_that_fails(gain):
     layer, x = DEQ(Block(turning(0.3, gain)), adjoint=Implicit(max_steps=2), solver=Anderson()), torch.randn(16, 2)
-    found = diagnose(layer, x)
-    assert found.solution.converged.all() and (found.adjoint.status == Status.MAX_STEPS).all()
-    (advice,) = found.advice
+    diagnosis = diagnose(layer, x)
+    assert diagnosis.solution.converged.all() and (diagnosis.adjoint.status == Status.MAX_STEPS).all()
+    (advice,) = diagnosis.advice
     layer.adjoint = advice.changes["adjoint"]
     z = layer(x)
     z.backward(torch.randn_like(z))
@@ -168,39 +175,39 @@ def test_an_approximate_gradient():
 
 
 def test_cosine_is_taken_at_the_equilibrium():
-    """Where the layer's own solve fails, at the one that was found otherwise."""
+    """Where the solve of the layer fails, at that which another solver reached."""
     torch.manual_seed(3)
     cell, x = Block(turning(0.3, 1.5)), torch.randn(16, 2)
     lost = diagnose(DEQ(cell, adjoint=OneStep()), x)
-    found = diagnose(DEQ(cell, adjoint=OneStep(), solver=Anderson()), x)
-    assert not lost.solution.converged.any() and found.solution.converged.all()
-    assert lost.cosine == pytest.approx(found.cosine, abs=1e-6)
+    diagnosis = diagnose(DEQ(cell, adjoint=OneStep(), solver=Anderson()), x)
+    assert not lost.solution.converged.any() and diagnosis.solution.converged.all()
+    assert lost.cosine == pytest.approx(diagnosis.cosine, abs=1e-6)
 
 
 def test_cosine_is_that_of_the_gradients():
     a, x = 0.6 * torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0], torch.randn(1, 3, dtype=torch.float64)
     layer = DEQ(Block(a), adjoint=OneStep(), tol=1e-12, max_steps=200)
-    found = diagnose(layer, x).cosine
+    diagnosis = diagnose(layer, x).cosine
     with torch.random.fork_rng():
         torch.manual_seed(0x5EED + 1)
         g = torch.randn(1, 3, dtype=torch.float64)
     z = torch.linalg.solve(torch.eye(3) - a, x[0])
     exact = torch.linalg.solve(torch.eye(3) - a.T, g[0])
     one, all_ = (torch.cat([u, torch.outer(u, z).flatten()]) for u in (g[0], exact))
-    assert found == pytest.approx(torch.cosine_similarity(one, all_, dim=0).item(), rel=1e-9)
+    assert diagnosis == pytest.approx(torch.cosine_similarity(one, all_, dim=0).item(), rel=1e-9)
 
 
 def test_two_equilibria():
     x = 0.1 * torch.randn(16, 8)
     two, one = DEQ(Block(3 * torch.eye(8), torch.tanh)), DEQ(Block(0.5 * torch.eye(8), torch.tanh))
-    found = diagnose(two, x)
-    assert found.apart > 1 and any("random z0" in advice.says for advice in found.advice)
+    diagnosis = diagnose(two, x)
+    assert diagnosis.apart > 1 and any("random z0" in advice.text for advice in diagnosis.advice)
     z, other = two(x), two(x, z0=-two(x))
     assert (z + other).abs().max() < 0.1, "tanh(3 z) has an equilibrium of either sign"
     assert diagnose(one, x).apart < 1e-5
     repelled = diagnose(two, torch.zeros(4, 8))  # it starts at 0, which is one
     assert repelled.solution.converged.all() and (repelled.radius - 3).abs().max() < 1e-3
-    assert any("spectral radius is up to 3.00" in advice.says for advice in repelled.advice)
+    assert any("spectral radius is up to 3.00" in advice.text for advice in repelled.advice)
 
 
 LAYERS = {
@@ -221,23 +228,23 @@ def test_every_layer_is_well_and_stays_as_it_was(name):
     layer, x = LAYERS[name]()
     options = (layer.solver, layer.adjoint, layer.tol, layer.max_steps, layer.last, layer.graph, layer.compile_cell)
     state = torch.get_rng_state()
-    found = diagnose(layer, x)
+    diagnosis = diagnose(layer, x)
     assert options == (
         *(layer.solver, layer.adjoint, layer.tol, layer.max_steps, layer.last, layer.graph, layer.compile_cell),
     )
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in layer.parameters()) and not x.requires_grad
-    assert found.solution.converged.all() and found.adjoint.converged.all() and found.advice == []
-    assert found.radius.shape == found.solution.status.shape and (found.radius < 0.9).all()
-    assert found.solution.value is None and found.adjoint.value is None
-    lines = str(found).splitlines()
+    assert diagnosis.solution.converged.all() and diagnosis.adjoint.converged.all() and diagnosis.advice == []
+    assert diagnosis.radius.shape == diagnosis.solution.status.shape and (diagnosis.radius < 0.9).all()
+    assert diagnosis.solution.value is None and diagnosis.adjoint.value is None
+    lines = str(diagnosis).splitlines()
     assert lines[0].startswith("DEQ of ") and lines[-1] == "all is well"
     assert [line.split()[0] for line in lines[1:-1]] == [
         *("status", "steps", "residual", "radius", "backward", "floor", "starts")
     ]
 
 
-def test_dropout_keeps_its_masks():
+def test_dropout_has_one_mask():
     class Dropped(Block):
         def __init__(self, a):
             super().__init__(a, torch.tanh)
@@ -247,8 +254,8 @@ def test_dropout_keeps_its_masks():
             return super().forward(self.drop(z), x)
 
     layer = DEQ(Dropped(0.5 * torch.randn(16, 16) / 4)).train()
-    found = diagnose(layer, torch.randn(8, 16))
-    assert found.advice == [] and found.apart < 1e-4
+    diagnosis = diagnose(layer, torch.randn(8, 16))
+    assert diagnosis.advice == [] and diagnosis.apart < 1e-4
     layer.adjoint = Phantom(steps=40, damping=0.9)
     assert diagnose(layer, torch.randn(8, 16)).cosine > 0.999
 

@@ -26,7 +26,15 @@ PUBLIC = {
 ORDER = ["kernels", "checks", "layout", "solution", "capture", "solvers", "adjoints", "held", "cells", "loop"]
 ORDER += ["cuda_graphs", "fixed_point", "generation", "deq", "convert", "inspect"]
 COMMANDS = {"toolbox", "tune", "doctor", "demo", "bench", "__main__"}  # these import any
-PLAIN = {"devices", "dispatch", "formulas", "launch", "rules", "tables", "tails"}  # modules of kernels/ that need no Triton
+PLAIN = {
+    "devices",
+    "dispatch",
+    "formulas",
+    "launch",
+    "rules",
+    "tables",
+    "tails",
+}  # modules of kernels/ that need no Triton
 HIDE_TRITON = "import sys; sys.modules['triton'] = None\n"
 
 

@@ -10,7 +10,7 @@ from tritondeq.bench.studies import __main__ as command
 from tritondeq.bench.studies import contestants as who
 from tritondeq.bench.studies import plots, report, results
 from tritondeq.bench.studies.study import Job
-from tritondeq.demo.common import one_thread
+from tritondeq.toolbox import one_thread
 
 CPU = torch.device("cpu")
 NOT_REPEATABLE = ("load", "curve")  # and what ends in seconds

@@ -9,7 +9,7 @@ from tritondeq.bench import machine
 from tritondeq.bench.studies import __main__ as command
 from tritondeq.bench.studies import plots, report, results
 from tritondeq.bench.studies.study import SUITES, Job, Measure, Study
-from tritondeq.demo.common import one_thread
+from tritondeq.toolbox import one_thread
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +123,7 @@ def test_bad_arguments(wrong, capsys):
 
 
 def test_a_missing_package(monkeypatch, capsys, tmp_path):
-    for module in ("tritondeq.bench.studies.images", "tritondeq.demo.results"):
+    for module in ("tritondeq.bench.studies.images", "tritondeq.demo.digits"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert command.main(["images", "--out", str(tmp_path / "new")]) == 1

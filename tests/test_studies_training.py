@@ -10,7 +10,7 @@ from torch import nn
 import tritondeq as tdeq
 from tritondeq.bench.studies import contestants as who
 from tritondeq.bench.studies import train, verdict
-from tritondeq.demo.common import parameters
+from tritondeq.toolbox import parameters
 
 
 def test_the_verdict_is_students_t():

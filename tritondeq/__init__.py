@@ -1,7 +1,6 @@
 """Deep Equilibrium layers for PyTorch: solved, differentiated and fused with Triton."""
 
 from . import cells as cells
-from . import plot as plot
 from .adjoints import Implicit as Implicit
 from .adjoints import Neumann as Neumann
 from .adjoints import OneStep as OneStep
@@ -9,11 +8,13 @@ from .adjoints import Phantom as Phantom
 from .adjoints import Unrolled as Unrolled
 from .convert import to_equilibrium as to_equilibrium
 from .deq import DEQ as DEQ
-from .diagnose import diagnose as diagnose
 from .fixed_point import fixed_point as fixed_point
 from .held import FixedDropout as FixedDropout
-from .jacobian import jacobian_penalty as jacobian_penalty
-from .jacobian import spectral_radius as spectral_radius
+from .inspect import plot as plot
+from .inspect.diagnose import diagnose as diagnose
+from .inspect.jacobian import jacobian_penalty as jacobian_penalty
+from .inspect.jacobian import spectral_radius as spectral_radius
+from .inspect.watch import Watch as Watch
 from .kernels.dispatch import backend as backend
 from .kernels.dispatch import set_backend as set_backend
 from .solution import Solution as Solution
@@ -23,7 +24,6 @@ from .solvers import Broyden as Broyden
 from .solvers import ForwardBackward as ForwardBackward
 from .solvers import PeacemanRachford as PeacemanRachford
 from .solvers import Picard as Picard
-from .watch import Watch as Watch
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,10 +1,12 @@
 """The command line: `python -m tritondeq demo | doctor | tune | bench`."""
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -25,17 +27,17 @@ INTERRUPTED = 130
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0; 1 if it can't be done here; 2 for bad arguments; 130 after Ctrl-C."""
+    """Runs a command and returns its exit status: 0; 1 if it can't be done here; 2 for bad arguments; 130 on Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     finished: list[str] = []
     try:
-        if argv[:1] == ["bench"]:  # its options are its own
+        if argv[:1] == ["bench"]:  # which parses its options itself
             return _bench(argv[1:])
         arguments, rest = _parser().parse_known_args(argv)
         if rest:
             arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}")
         status = arguments.command(arguments, finished) or 0
-        sys.stdout.flush()  # or a closed pipe is met where nobody catches it
+        sys.stdout.flush()  # a closed pipe has to raise here
         return status
     except KeyboardInterrupt:
         return _fail(f"interrupted; finished: {', '.join(finished) or 'nothing yet'}", INTERRUPTED)
@@ -46,22 +48,19 @@ def main(argv: list[str] | None = None) -> int:
         package, extra = EXTRAS[module]
         return _fail(f'{package} is missing: pip install "tritondeq[{extra}]"')
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python is quiet as it exits
         return 1
     except OSError as error:
         return _fail(str(error))
 
 
 def _demo(arguments: argparse.Namespace, finished: list[str]) -> None:
-    from .demo.common import Options, one_thread, writable
+    from .toolbox import one_thread, writable
 
-    if arguments.which == "digits":
-        from .demo.digits import run
-    else:
-        from .demo.parity import run
-    seeds = arguments.seeds or (1 if arguments.quick else SEEDS)
+    task = importlib.import_module(f".demo.{arguments.which}", __package__)
+    seeds = range(arguments.seed, arguments.seed + (arguments.seeds or (1 if arguments.quick else SEEDS)))
     with writable(arguments.out), one_thread():
-        run(Options(seeds, arguments.seed, arguments.out, arguments.device, arguments.quick), finished)
+        task.run(seeds, arguments.out, arguments.device, arguments.quick, finished)
 
 
 def _doctor(arguments: argparse.Namespace, finished: list[str]) -> None:
@@ -93,9 +92,9 @@ def _fail(message: str, status: int = 1) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Reports what is wrong in one line."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help lists what there is)\n")
 
 
@@ -116,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default="demo_out", metavar="DIR", help="pictures (default: demo_out)")
     demo.add_argument("--device", type=_device, default="auto", help="cpu, cuda, cuda:N or auto (the default)")
     demo.add_argument("--quick", action="store_true", help="seconds; shows that all works, trains nothing of use")
-    add("doctor", _doctor, help="say what this machine will run, and why")
+    add("doctor", _doctor, help="print what this machine will run, and why")
     tune = add("tune", _tune, help="measure launch parameters on this GPU, and use the best from then on")
     options = {"cell": ({"choices": TUNED}, TUNED), "dtype": ({"choices": DTYPES}, DTYPES[:2])}
     options |= {name: ({"type": _at_least(1), "metavar": "N"}, sizes) for name, sizes in SIZES.items()}

@@ -258,7 +258,7 @@ def _line(error: Exception) -> str:
 
 def _check(gpu: str) -> None:
     """Raises OSError where the table can't be written, or where there is no Triton to measure."""
-    from .demo.common import writable
+    from .toolbox import writable
 
     why = dispatch.too_old() if dispatch.has_triton() else "triton is not installed: on Linux, pip install triton"
     if why:

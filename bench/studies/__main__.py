@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tritondeq.__main__ import EXTRAS, INTERRUPTED, _at_least, _device
-from tritondeq.demo.common import one_thread, writable
+from tritondeq.toolbox import one_thread, writable
 
 from ..machine import installed
 from . import STUDIES, results, study

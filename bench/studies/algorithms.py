@@ -239,7 +239,7 @@ def says(runs: list[Run]) -> Iterator[str]:
                 )
 
 
-SHARED = {"tol": parity.TOL, "free": parity.FREE, "kept": list(parity.KEPT), "loop": list(parity.LOOP)}
+SHARED = {"tol": parity.TOL, "free": parity.FREE, "kept": list(parity.TRACKED), "loop": list(parity.LOOP)}
 SHARED |= {"depth": parity.DEPTH, "channels": parity.CHANNELS, "max_steps": 300, "lr": 5e-3, "test": 128}
 SHARED |= {"allowed": [5, 10, 20, 40, 80, 160]}
 STRINGS = SHARED | {"batch": 64, "updates": 400, "sizes": [20, 40, 80, 160], "probe": 80}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import tritondeq as tdeq
-from tritondeq.demo.common import parameters
+from tritondeq.toolbox import parameters
 
 from . import contestants as who
 from . import plots

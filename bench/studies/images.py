@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tritondeq as tdeq
-from tritondeq.demo.common import parameters
-from tritondeq.demo.results import Data
+from tritondeq.demo.digits import Data
+from tritondeq.toolbox import parameters
 
 from . import contestants as who
 from . import plots

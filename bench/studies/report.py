@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from tritondeq.demo.common import spread
 from tritondeq.demo.pictures import save
+from tritondeq.toolbox import spread
 
 from ..report import markdown
 from . import STUDIES, plots, results, study

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import tritondeq as tdeq
 from tritondeq import plot
-from tritondeq.demo.common import parameters
+from tritondeq.toolbox import parameters
 
 from . import contestants as who
 from . import effort, plots

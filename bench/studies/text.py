@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import tritondeq as tdeq
 from tritondeq import plot
 from tritondeq.cells.tokens import rotary_angles, rotated
-from tritondeq.demo.common import parameters
+from tritondeq.toolbox import parameters
 
 from . import contestants as who
 from . import effort, plots

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import tritondeq as tdeq
-from tritondeq.demo.common import parameters, synchronize, training_memory
+from tritondeq.toolbox import parameters, synchronize, training_memory
 
 from .contestants import solution, steps
 from .study import Measure

@@ -38,7 +38,8 @@ class Cell(nn.Module):
 
     def counts(self, injection: Any) -> Any:
         """The mask of a solve that is given none: bool, True where an element of the state counts in norms, as
-        `DEQ.solve` takes it. None: all do."""
+        `DEQ.solve` takes it. None: all do.
+        """
         return None
 
     def forward(self, z: Any, injection: Any) -> Any:
@@ -81,7 +82,8 @@ class Cell(nn.Module):
 
     def tail(self, injection: Any) -> tuple[Callable[[Any, Any], tuple[Any, ...]], Tail] | None:
         """(g, tail) if forward(z, injection) is what `tail` makes of the tuple g(z, injection): sums, LayerScale, the
-        RMS norm, an activation, damping. A fused step does it as it reads."""
+        RMS norm, an activation, damping. A fused step does it as it reads.
+        """
         return None
 
     def splitting(self, injection: Any) -> Splitting | None:

@@ -135,7 +135,7 @@ class Block(nn.Module):
 
 
 def drop_channels(v: Tensor, dropout: FixedDropout) -> Tensor:
-    """v with whole channels dropped, the same in every step of a solve."""
+    """V with whole channels dropped, the same in every step of a solve."""
     if not dropout.training or dropout.p == 0:
         return v
     return v * dropout(v.new_ones(v.shape[:2] + (1,) * (v.ndim - 2)))

@@ -98,7 +98,8 @@ class Monotone(Affine):
     @torch.no_grad()
     def monotonicity(self) -> Tensor:
         """The least eigenvalue of the symmetric part of I - W, a scalar in float64: `margin` or more, up to rounding.
-        The certificate that there is one equilibrium."""
+        The certificate that there is one equilibrium.
+        """
         w = self.weight.double()
         return 1 - torch.linalg.eigvalsh((w + w.mT) / 2)[-1]
 

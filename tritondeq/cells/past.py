@@ -10,7 +10,8 @@ ROOM = 64  # tokens a store begins with, at least
 
 class Past(NamedTuple):
     """The first `tokens` of a store. Appending to it leaves it as it was: where others have appended before, a copy is
-    appended to."""
+    appended to.
+    """
 
     store: "Store"
     tokens: int

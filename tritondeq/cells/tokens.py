@@ -32,7 +32,8 @@ def tokens_of(x: Any, features: int, cell: nn.Module) -> tuple[Tensor, Tensor | 
 
 def attention_mask(at: int, tokens: int, real: Tensor | None, causal: bool, device: torch.device) -> Tensor:
     """True where tokens at, at + 1, ... attend to those from 0 on, broadcasting to [B, 1, tokens, at + tokens]. None is
-    left without any to attend to: not all of torch's attention gives such tokens a finite value and gradient."""
+    left without any to attend to: not all of torch's attention gives such tokens a finite value and gradient.
+    """
     if not causal:
         return (real | ~real.any(1, keepdim=True))[:, None, None]
     queries = torch.arange(at, at + tokens, device=device).unsqueeze(1)
@@ -43,7 +44,7 @@ def attention_mask(at: int, tokens: int, real: Tensor | None, causal: bool, devi
 
 
 def rotary_angles(at: int, tokens: int, width: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * base^(-2 i / width), [tokens, width], both halves alike."""
+    """Cos and sin of position * base^(-2 i / width), [tokens, width], both halves alike."""
     wide = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
     frequency = base ** -(torch.arange(0, width, 2, **wide) / width)
     angle = torch.outer(torch.arange(at, at + tokens, **wide), frequency).repeat(1, 2)

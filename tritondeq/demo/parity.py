@@ -3,25 +3,24 @@
 A step sees two positions to each side, so a longer string needs more steps: a DEQ takes them, a stack has none left.
 """
 
-import time
 from collections.abc import Callable, Iterator
-from statistics import mean
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..adjoints import Unrolled
 from ..fixed_point import fixed_point
 from . import pictures
-from .common import QUICK, Options, parameters, spread, synchronize, table, training_memory
-from .results import Outcome, Score
+from .training import QUICK, Run, report, train
 
 TRAINED = 20  # bits
 LENGTHS = {20: 128, 40: 128, 80: 128, 160: 128, 320: 64}  # bits: strings tested
 CHANNELS, DEPTH, BATCH, UPDATES, LR = 32, 10, 128, 300, 3e-3
-FREE, KEPT = 25, (3, 8)  # DEQ training: at most so many steps without gradient, then so many with
+FREE, TRACKED = 25, (3, 8)  # DEQ training: at most so many steps without gradient, then so many with
 DECAY, SETTLE = 0.8, 0.1  # of the state, weight of the residual in the DEQ's loss: without, some seeds do not converge
 LOOP = (1, 20)  # loop training: so many steps, all with gradient
 TOL, MAX_STEPS = 1e-3, 1000
@@ -30,22 +29,23 @@ Draw = Callable[[int, int], int]  # a random integer from the first to the secon
 
 
 def prefix_parity(bits: Tensor) -> Tensor:
-    """The parity of each prefix: integers 0 or 1, [B, L] -> [B, L]."""
+    """Returns the parity of each prefix: integers 0 or 1, [B, L] -> [B, L]."""
     return bits.cumsum(-1) % 2
 
 
 def strings(count: int, length: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Random bits and the parity of their prefixes, each [count, length]."""
+    """Returns random bits and the parity of their prefixes, each [count, length]."""
     bits = torch.randint(0, 2, (count, length), generator=generator)
     return bits.to(device), prefix_parity(bits).to(device)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Returns the mean over the bits."""
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
 
 def neighbours(z: Tensor) -> Tensor:
-    """Each position beside the one before and the one after, [B, L, C] -> [B, L, 3 C]: a Linear of it is a conv."""
+    """Puts each position beside its neighbours, [B, L, C] -> [B, L, 3 C]: a Linear of it is a convolution."""
     padded = F.pad(z, (0, 0, 1, 1))
     return torch.cat([padded[:, :-2], z, padded[:, 2:]], dim=-1)
 
@@ -62,14 +62,12 @@ class Block(nn.Module):
             self.last.weight *= 0.3
 
     def forward(self, z: Tensor, u: Tensor) -> Tensor:
+        """Returns f(z, u)."""
         return self.norm(DECAY * z + self.last(neighbours(F.relu(self.first(neighbours(z)) + u))))
 
 
 class Net(nn.Module):
-    """Bits [B, L] -> logits [B, L].
-
-    `loss(bits, labels, draw)` trains, with as many steps as it draws; `answer(bits)` tests: logits, steps per string.
-    """
+    """Bits [B, L] -> logits [B, L]."""
 
     def __init__(self, blocks: int = 1):
         super().__init__()
@@ -78,16 +76,25 @@ class Net(nn.Module):
         self.blocks = nn.ModuleList(Block() for _ in range(blocks))
 
     def start(self, bits: Tensor) -> tuple[Tensor, Tensor]:
-        """(z0, u)."""
+        """Returns z0 and u."""
         u = self.stem(neighbours(2.0 * bits.unsqueeze(-1) - 1))
         return torch.zeros_like(u), u
 
     def read(self, z: Tensor) -> Tensor:
+        """Returns the logits of a state."""
         return self.head(z).squeeze(-1)
 
     def repeat(self, z: Tensor, u: Tensor, steps: int) -> Tensor:
-        """The first block, so many times."""
+        """Applies the first block so many times."""
         return fixed_point(self.blocks[0], z, (u,), adjoint=Unrolled(steps)).value
+
+    def loss(self, bits: Tensor, labels: Tensor, draw: Draw) -> Tensor:
+        """Returns the loss of as many steps as it draws."""
+        raise NotImplementedError
+
+    def answer(self, bits: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the logits, and the steps for each string."""
+        raise NotImplementedError
 
 
 class Stack(Net):
@@ -97,9 +104,11 @@ class Stack(Net):
         super().__init__(DEPTH)
 
     def loss(self, bits: Tensor, labels: Tensor, draw: Draw) -> Tensor:
+        """Returns the loss of as many steps as it draws."""
         return cross_entropy(self.answer(bits)[0], labels)
 
     def answer(self, bits: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the logits, and the steps for each string."""
         z, u = self.start(bits)
         for block in self.blocks:
             z = block(z, u)
@@ -107,12 +116,14 @@ class Stack(Net):
 
 
 class Loop(Net):
-    """One block, applied a random number of times in training, and once per bit in a test, because it is told to."""
+    """One block, applied a random number of times in training, and once per bit in a test."""
 
     def loss(self, bits: Tensor, labels: Tensor, draw: Draw) -> Tensor:
+        """Returns the loss of as many steps as it draws."""
         return cross_entropy(self.read(self.repeat(*self.start(bits), draw(*LOOP))), labels)
 
     def answer(self, bits: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the logits, and the steps for each string."""
         length = bits.shape[1]
         return self.read(self.repeat(*self.start(bits), length)), torch.full((len(bits),), length)
 
@@ -125,17 +136,19 @@ class Equilibrium(Net):
     """
 
     def loss(self, bits: Tensor, labels: Tensor, draw: Draw) -> Tensor:
+        """Returns the loss of as many steps as it draws."""
         z, u = self.start(bits)
-        free, kept = draw(0, FREE), draw(*KEPT)
+        free, tracked = draw(0, FREE), draw(*TRACKED)
         if free:
             with torch.no_grad():
                 z = self.repeat(z, u, free)
-        z = self.repeat(z, u, kept - 1)
+        z = self.repeat(z, u, tracked - 1)
         onward = self.blocks[0](z, u)
         residual = (onward - z).flatten(1).norm(dim=1) / onward.flatten(1).norm(dim=1)
         return cross_entropy(self.read(onward), labels) + SETTLE * residual.mean()
 
     def answer(self, bits: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the logits, and the steps for each string."""
         z, u = self.start(bits)
         solution = fixed_point(self.blocks[0], z, (u,), tol=TOL, max_steps=MAX_STEPS)
         return self.read(solution.value), solution.steps
@@ -149,116 +162,56 @@ MODELS: dict[str, Callable[[], Net]] = {
 IMPLICIT, STACK, TIED = MODELS
 
 
-def run(options: Options, finished: list[str]) -> list[Outcome]:
-    """Trains, tests, prints and draws. `finished` gets a word on each model."""
-    updates = 5 if options.quick else UPDATES
-    lengths = {20: 16, 40: 16} if options.quick else LENGTHS
-    task = f"{updates} updates on {BATCH} strings of {TRAINED} bits each"
-    print(f"prefix parity: {task}; device: {options.device}", flush=True)
-    outcomes = []
-    total = len(MODELS) * options.seeds * (updates + len(lengths))
-    with tqdm(total=total, unit="update", leave=False, disable=None) as bar:
-        for seed in options.all_seeds:
-            for model in MODELS:
-                bar.set_description(f"seed {seed}, {model}")
-                outcomes.append(measure(model, seed, updates, lengths, options.device, bar.update))
-                finished.append(outcomes[-1].label)
-    print(report(outcomes, options.quick))
-    for path in pictures.parity(outcomes, TRAINED, options.out):
-        print(f"saved {path}")
-    return outcomes
+def run(seeds: range, out: Path, device: torch.device, quick: bool, finished: list[str]) -> None:
+    """Trains each model with each seed, prints the table, and saves the picture; arguments as `digits.run` has them."""
+    updates, lengths = (5, {20: 16, 40: 16}) if quick else (UPDATES, LENGTHS)
+    print(f"prefix parity: {updates} updates on {BATCH} strings of {TRAINED} bits; device: {device}", flush=True)
+    runs: list[Run] = []
+    for seed in seeds:
+        for model in MODELS:
+            runs.append(measure(model, seed, updates, lengths, device))
+            finished.append(f"{model} (seed {seed})")
+    print("Columns of bits: share of test strings of that length with every bit right, in %.", report(runs), sep="\n")
+    print(QUICK if quick else CONCLUSION)
+    print(f"\nsaved {pictures.parity(runs, TRAINED, out)}")
 
 
-def measure(
-    model: str, seed: int, updates: int, lengths: dict[int, int], device: torch.device, tick: Callable[[], object]
-) -> Outcome:
+def measure(model: str, seed: int, updates: int, lengths: dict[int, int], device: torch.device) -> Run:
     """Trains one model and tests it at each length."""
     torch.manual_seed(seed)
     net = MODELS[model]().to(device)
-    bits, labels = strings(BATCH, TRAINED, torch.Generator().manual_seed(seed), device)
-    memory = training_memory(net, lambda: net.loss(bits, labels, lambda low, high: high))
-    outcome = Outcome(model, seed, parameters(net), memory, train(net, seed, updates, tick))
-    for length, count in lengths.items():
-        outcome.scores[length] = score(net, seed, length, count)
-        tick()
-    return outcome
+
+    def tested() -> tuple[dict[str, float], dict[Any, float]]:
+        exact, steps = zip(*(test(net, seed, length, count) for length, count in lengths.items()), strict=True)
+        shown = dict(zip(lengths, exact, strict=True))
+        return {f"{n} bits": shown[n] for n in (20, 80, 320) if n in shown} | {"steps": steps[-1]}, shown
+
+    return train((model, seed), net, losses(net, seed, updates, device), updates, tested, lr=LR, warm_up=0.1)
 
 
-def train(net: Net, seed: int, updates: int, tick: Callable[[], object]) -> float:
-    """Seconds it took. The strings depend on the seed only."""
-    device = next(net.parameters()).device
+def losses(net: Net, seed: int, updates: int, device: torch.device) -> Iterator[Callable[[], Tensor]]:
+    """Yields the loss of one batch after another; strings and numbers of steps depend on the seed only."""
+    first = strings(BATCH, TRAINED, torch.Generator().manual_seed(seed), device)
+    yield partial(net.loss, *first, lambda low, high: high)
     data, depths = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(net.parameters(), LR, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=updates, pct_start=0.1)
 
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (), generator=depths))
 
-    began = time.perf_counter()
     for _ in range(updates):
-        bits, labels = strings(BATCH, TRAINED, data, device)
-        optimizer.zero_grad()
-        net.loss(bits, labels, draw).backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        tick()
-    synchronize(device)
-    return time.perf_counter() - began
+        yield partial(net.loss, *strings(BATCH, TRAINED, data, device), draw)
 
 
 @torch.no_grad()
-def score(net: Net, seed: int, length: int, count: int) -> Score:
+def test(net: Net, seed: int, length: int, count: int) -> tuple[float, float]:
+    """Returns the share of strings whose every bit is right, in %, and the mean number of steps."""
     device = next(net.parameters()).device
     bits, labels = strings(count, length, torch.Generator().manual_seed(1_000_003 + seed), device)
     logits, steps = net.answer(bits)
-    right = (logits > 0) == (labels > 0)
-    return Score(
-        exact=100 * right.all(1).float().mean().item(),
-        bits=100 * right.float().mean().item(),
-        steps=steps.float().mean().item(),
-    )
+    exact = ((logits > 0) == (labels > 0)).all(1)
+    return 100 * exact.float().mean().item(), steps.float().mean().item()
 
 
-def report(outcomes: list[Outcome], quick: bool) -> str:
-    """Tables of what was measured, a row a model and a column a length, and what they say, if they say anything."""
-    lengths = list(outcomes[0].scores)
-    own = {model: [outcome for outcome in outcomes if outcome.model == model] for model in MODELS}
-
-    def by_length(what: str) -> str:
-        rows = [
-            [
-                model,
-                *(spread([getattr(o.scores[n], what) for o in those], 0 if what == "steps" else 1) for n in lengths),
-            ]
-            for model, those in own.items()
-        ]
-        return table([_TITLES[what], *(f"{n} bits" for n in lengths)], rows)
-
-    costs = [
-        [model, f"{those[0].parameters:,}", f"{those[0].memory / 2**20:.1f}", spread([o.seconds for o in those])]
-        for model, those in own.items()
-    ]
-    tables = [table(["", "parameters", "peak memory, MiB", "training, s"], costs), *map(by_length, _TITLES)]
-    said = [QUICK] if quick else conclusions(own)
-    return "\n" + "\n\n".join([*tables, "\n".join([_LEGEND, "", *said, ""])])
-
-
-_TITLES = {"exact": "every bit right, %", "bits": "bits right, %", "steps": "steps per string"}
-_LEGEND = (
-    "Memory: one training step of the most blocks that it may draw, beside parameters and gradients. Steps: blocks\n"
-    "that a test string goes through. ±: standard deviation over seeds."
-)
-
-
-def conclusions(own: dict[str, list[Outcome]]) -> Iterator[str]:
-    """What the numbers of this run say, in sentences."""
-    longest = max(own[IMPLICIT][0].scores)
-    exact = {model: mean(o.scores[longest].exact for o in those) for model, those in own.items()}
-    fared = ", ".join(f"the {model} {value:.0f} %" for model, value in exact.items())
-    yield f"Of strings of {longest} bits, {longest // TRAINED} times as long as those trained on: {fared}."
-    yield (
-        f"A block sees 2 positions to each side, the stack of {DEPTH} sees {REACH}: past {REACH + 1} bits it can't "
-        "know the answer.\n"
-        "The fair rival is the weight-tied loop, which can go on as long; but it has to be told how long."
-    )
+CONCLUSION = f"""Steps: of the longest strings. A block sees 2 positions to each side, the stack of {DEPTH} sees
+{REACH}: past {REACH + 1} bits it can't know the answer. The fair rival is the weight-tied loop, which can go on as long
+as the DEQ; but it needs to be given a number of steps."""

@@ -88,7 +88,7 @@ class Anderson(Solver):
         return torch.baddbmm(h.unsqueeze(1), gamma.unsqueeze(1), memory.steps, alpha=-1).squeeze(1)
 
     def _mixing(self, memory: _Rings, rules) -> Tensor:
-        """gamma [B, m]; zero for a slot not filled yet, and for a sample that is unsafe or has no finite solution."""
+        """Gamma [B, m]; zero for a slot not filled yet, and for a sample that is unsafe or has no finite solution."""
         gram = torch.bmm(memory.residuals, memory.residuals.mT)
         system = torch.addcmul(memory.tiny, gram, memory.ridge)
         gamma, _ = torch.linalg.solve_ex(system[:, 1:, 1:], system[:, 1:, :1])  # of a vector it would return columns

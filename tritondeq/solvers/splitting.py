@@ -140,7 +140,8 @@ def bf16_terms(tol: float, narrow: bool) -> int:
 
 def kernel_options(activation: str, tol: float, narrow: bool) -> dict[str, Any]:
     """What kernels that hold a cell are told for a solve to this tolerance. The hardware's tanh has a relative error of
-    5e-4, and what is made of it too: that does where weights are bfloat16 and `tol` is ten times that."""
+    5e-4, and what is made of it too: that does where weights are bfloat16 and `tol` is ten times that.
+    """
     terms = bf16_terms(tol, narrow)
     fast = terms == 1 and tol >= FAST_TANH
     return {"activation": FAST.get(activation, activation) if fast else activation, "terms": terms}

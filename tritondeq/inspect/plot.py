@@ -5,13 +5,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .solution import Solution
+from ..solution import Solution
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # told apart by the colour-blind too
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # the colour-blind can distinguish them
 
 
-def residuals(solves: Solution | Tensor | dict[str, Solution | Tensor], *, tol: float | None = None, ax: Any = None):
-    """Relative residual against step: median over samples, and the band that holds the middle 80 % of them.
+def residuals(
+    solves: Solution | Tensor | dict[str, Solution | Tensor], *, tol: float | None = None, ax: Any = None
+) -> Any:
+    """Plots the relative residual against the step: median over samples, and the band that holds the middle 80 %.
 
     Args:
         solves: Solutions of solves with `trace=True`, or their traces, [steps, *batch]; by label if there are several.
@@ -22,28 +24,29 @@ def residuals(solves: Solution | Tensor | dict[str, Solution | Tensor], *, tol: 
         The axes.
 
     Raises:
-        ValueError: a Solution has no trace.
-        ModuleNotFoundError: matplotlib is missing.
+        ValueError: A Solution has no trace.
+        ModuleNotFoundError: Matplotlib is missing.
     """
     solves = solves if isinstance(solves, dict) else {"": solves}
     traces = {label: _trace(solve) for label, solve in solves.items()}
     ax = _axes(ax)
-    for (label, trace), colour in zip(traces.items(), _cycle(len(traces)), strict=True):
-        steps = np.arange(1, len(trace) + 1)
+    for i, (label, trace) in enumerate(traces.items()):
+        steps, colour = np.arange(1, len(trace) + 1), COLOURS[i % len(COLOURS)]
         low, middle, high = np.nanquantile(trace, [0.1, 0.5, 0.9], axis=1)
         ax.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
         ax.plot(steps, middle, color=colour, label=label)
     if tol is not None:
         ax.axhline(tol, color="0.4", linestyle="--", linewidth=1)
         ax.text(1, tol, "tolerance ", color="0.4", ha="right", va="bottom", transform=ax.get_yaxis_transform())
-    ax.set(yscale="log", xlabel="step (evaluations of the cell)", ylabel="relative residual  ‖f(z) − z‖ / ‖f(z)‖")
+    label = "relative residual  ‖f(z) − z‖ / ‖f(z)‖  (down is better)"
+    ax.set(yscale="log", xlabel="step (evaluations of the cell)", ylabel=label)
     if any(traces):
         ax.legend(frameon=False)
     return ax
 
 
-def steps(solves: Solution | Tensor | dict[str, Solution | Tensor], *, ax: Any = None):
-    """Histogram of steps per sample.
+def steps(solves: Solution | Tensor | dict[str, Solution | Tensor], *, ax: Any = None) -> Any:
+    """Plots the histogram of steps per sample.
 
     Args:
         solves: Solutions, or their steps, of any shape; by label if there are several.
@@ -53,17 +56,16 @@ def steps(solves: Solution | Tensor | dict[str, Solution | Tensor], *, ax: Any =
         The axes.
 
     Raises:
-        ModuleNotFoundError: matplotlib is missing.
+        ModuleNotFoundError: Matplotlib is missing.
     """
     solves = solves if isinstance(solves, dict) else {"": solves}
-    counts = {
-        k: (v.steps if isinstance(v, Solution) else v).detach().flatten().cpu().numpy() for k, v in solves.items()
-    }
+    tensors = {label: solve.steps if isinstance(solve, Solution) else solve for label, solve in solves.items()}
+    counts = {label: tensor.detach().flatten().cpu().numpy() for label, tensor in tensors.items()}
     ax = _axes(ax)
     values = np.concatenate(list(counts.values()))
     bins = np.arange(values.min(), values.max() + 2) - 0.5
-    for (label, count), colour in zip(counts.items(), _cycle(len(counts)), strict=True):
-        ax.hist(count, bins, color=colour, alpha=0.7, label=label, rwidth=0.9)
+    for i, (label, count) in enumerate(counts.items()):
+        ax.hist(count, bins, color=COLOURS[i % len(COLOURS)], alpha=0.7, label=label, rwidth=0.9)
     ax.set(xlabel="steps (evaluations of the cell)", ylabel="samples")
     if any(counts):
         ax.legend(frameon=False)
@@ -71,7 +73,7 @@ def steps(solves: Solution | Tensor | dict[str, Solution | Tensor], *, ax: Any =
 
 
 def tidy(ax: Any) -> Any:
-    """No frame on the right and on top, and a light grid behind the data."""
+    """Removes the frame on the right and on top, and puts a light grid behind the data."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(color="0.92")
     ax.set_axisbelow(True)
@@ -90,12 +92,8 @@ def _axes(ax: Any) -> Any:
 
 
 def _trace(solve: Solution | Tensor) -> np.ndarray:
-    """[steps, samples]."""
+    """Returns [steps, samples]."""
     trace = solve.trace if isinstance(solve, Solution) else solve
     if trace is None:
         raise ValueError("solves must have a trace: solve with trace=True")
     return trace.detach().reshape(len(trace), -1).float().cpu().numpy()
-
-
-def _cycle(n: int) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(n)]

@@ -1,31 +1,29 @@
-"""One block made of a stack of them: are they alike, what becomes of their weights, their dropout and their norms."""
+"""One block made of a stack of them: whether they are alike, their weights, their dropout and their norms."""
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .held import FixedDropout
+from ..held import FixedDropout
 
 BATCH_NORM = ("group", "frozen")
 _GROUPS, _CHANNELS = 8, 4  # of the GroupNorm that takes a BatchNorm's place: groups at most, channels in one at least
 _ATTENTION_DROPOUT = ("attn_drop", "attn_dropout", "attention_dropout")  # read by attention as a number
 _PLACE = ("layer_idx", "layer_id", "layer_number")  # what blocks differ in because of where they stand
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, FixedDropout)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def one_block(blocks: list[nn.Module], how: str, first: int, batch_norm: str | None) -> nn.Module:
-    """A copy of the first block, with its weights or their means over all, fit to be iterated.
+    """Returns a copy of the first block, with its weights or their means over all, fit to be iterated.
 
-    Args:
-        blocks: At least one; they have to be alike.
-        how: "mean" or "first".
-        first: Index of the first in its stack, for errors.
-        batch_norm: What becomes of BatchNorm: "group", "frozen" or None.
+    Options are those of `to_equilibrium`; `first` is the index of the first block in its stack, for errors.
 
     Raises:
-        ValueError: the blocks differ in more than their weights; there is a BatchNorm and `batch_norm` is None.
+        ValueError: The blocks differ in more than their weights; or there is a BatchNorm and `batch_norm` is None.
     """
     _require_alike(blocks, first)
     if batch_norm is None:
@@ -51,52 +49,54 @@ def refuse_batch_norm(block: nn.Module, name: str) -> None:
 
 
 def convolves(block: nn.Module) -> bool:
+    """Returns whether there is a convolution in a block."""
     return any(isinstance(module, nn.modules.conv._ConvNd) for module in block.modules())
 
 
 def leading_dims(block: nn.Module, ndim: int) -> int:
-    """How many leading dims of a state of `ndim` dims index samples: 0 where the first one is that of tokens, to
-    nn.MultiheadAttention without batch_first, or without a batch."""
+    """Returns how many leading dims of a state of `ndim` dims index samples.
+
+    That is 0 where the first dim is that of tokens: in nn.MultiheadAttention without batch_first, or without a batch.
+    """
     attention = [module for module in block.modules() if isinstance(module, nn.MultiheadAttention)]
     return 0 if any(ndim == 2 or not module.batch_first for module in attention) else 1
 
 
 def _require_alike(blocks: list[nn.Module], first: int) -> None:
-    mine = _description(blocks[0])
+    wanted = _description(blocks[0])
     for k, block in enumerate(blocks[1:], first + 1):
-        theirs = _description(block)
-        for name in [*mine, *(name for name in theirs if name not in mine)]:
-            a, b = mine.get(name), theirs.get(name)
+        given = _description(block)
+        for name in wanted | given:
+            a, b = wanted.get(name), given.get(name)
             if a != b:
-                said = (f"has {name} {b}" if b else f"has no {name}"), (f"has {a}" if a else "has none")
+                difference = f"{f'has {name} {b}' if b else f'has no {name}'}, and block {first} has {a or 'none'}"
                 raise ValueError(
-                    f"block {k} can't share one cell with block {first}: it {said[0]}, and block {first} {said[1]}. "
-                    "Blocks that change the shape or differ in kind stay explicit, by prelude= and coda=; or give a "
-                    "cell= of your own"
+                    f"block {k} can't share one cell with block {first}: it {difference}. Blocks that change the shape "
+                    "or differ in kind stay explicit, by prelude= and coda=; or pass a module as cell="
                 )
 
 
 def _description(block: nn.Module) -> dict[str, str]:
-    """All that blocks have to have in common: kinds of modules, their settings, shapes of tensors."""
-    said = {}
+    """Returns all that blocks have to have in common: kinds of modules, their settings, shapes of tensors."""
+    description = {}
     for path, module in block.named_modules():
         prefix = f"{path}." if path else ""
         if _rate(module) is not None:
             continue
-        said[path or "kind"] = type(module).__name__
+        description[path or "kind"] = type(module).__name__
         for name, value in vars(module).items():
             if not name.startswith("_") and name != "training" and name not in (*_PLACE, *_ATTENTION_DROPOUT):
                 if isinstance(value, bool | int | float | str | tuple):
-                    said[prefix + name] = repr(value)
+                    description[prefix + name] = repr(value)
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None:
-                said[prefix + name] = f"of shape {tuple(tensor.shape)}"
-    return said
+                description[prefix + name] = f"of shape {tuple(tensor.shape)}"
+    return description
 
 
 @torch.no_grad()
 def _average(block: nn.Module, blocks: list[nn.Module]) -> None:
-    """Parameters and floating-point buffers of `block` become their means over `blocks`."""
+    """Sets parameters and floating-point buffers of `block` to their means over `blocks`."""
     rest = [dict([*other.named_parameters(), *other.named_buffers()]) for other in blocks]
     for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
         if tensor.is_floating_point():
@@ -104,50 +104,38 @@ def _average(block: nn.Module, blocks: list[nn.Module]) -> None:
             tensor.copy_(torch.stack([other[name].to(wide) for other in rest]).mean(0))
 
 
-def _rate(module: nn.Module) -> float | None:
-    """Share that a module drops; None if it does not drop. nn.Identity stands for what drops nothing."""
-    if type(module) is nn.Identity:
-        return 0.0
-    if type(module) in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, FixedDropout):
+def _rate(module: Any) -> float | None:
+    """Returns the share that a module drops; None if it does not drop. nn.Identity stands for what drops nothing."""
+    kind = type(module).__name__  # those of timm and torchvision are known by name
+    if type(module) in _DROPOUTS or kind == "StochasticDepth":
         return float(module.p)
-    if type(module).__name__ == "StochasticDepth":
-        return float(module.p)
-    if type(module).__name__ == "DropPath":
-        return float(module.drop_prob or 0.0)
-    return None
+    return float(module.drop_prob or 0.0) if kind == "DropPath" else 0.0 if type(module) is nn.Identity else None
 
 
-def _dims(module: nn.Module) -> int | None:
-    """How many leading dims share one value of the mask."""
-    if type(module).__name__ == "DropPath":
-        if not getattr(module, "scale_by_keep", True):
-            raise ValueError("DropPath with scale_by_keep=False has no FixedDropout: take scale_by_keep=True")
-        return 1
-    if type(module).__name__ == "StochasticDepth":
-        return 1 if module.mode == "row" else 0
-    if isinstance(module, FixedDropout):
-        return module.dims
-    return None if type(module) is nn.Dropout else 2
+def _dims(module: Any) -> int | None:
+    """Returns how many leading dims share one value of the mask."""
+    kind = type(module).__name__
+    if kind == "DropPath" and not getattr(module, "scale_by_keep", True):
+        raise ValueError("DropPath with scale_by_keep=False has no FixedDropout: take scale_by_keep=True")
+    if kind in ("DropPath", "StochasticDepth"):
+        return 0 if getattr(module, "mode", "row") == "batch" else 1
+    return module.dims if isinstance(module, FixedDropout) else None if type(module) is nn.Dropout else 2
 
 
 def _fix_dropout(block: nn.Module, blocks: list[nn.Module]) -> None:
-    """What drops becomes a FixedDropout of the mean share over `blocks`; attention's weights are not dropped."""
+    """Replaces what drops by a FixedDropout of the mean share over `blocks`; attention's weights are not dropped."""
     for path, module in list(block.named_modules()):
         if isinstance(module, nn.MultiheadAttention):
             module.dropout = 0.0
         for name in _ATTENTION_DROPOUT:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-        if not path or _rate(module) is None:
-            continue
-        peers = [other.get_submodule(path) for other in blocks]
+        peers = [other.get_submodule(path) for other in blocks] if _rate(module) is not None else []
         dropping = [peer for peer in peers if type(peer) is not nn.Identity]
-        if dropping:
-            share = sum(map(_rate, peers)) / len(peers)
-            if path.rpartition(".")[2] in _ATTENTION_DROPOUT:
-                share = 0.0
-            fixed = FixedDropout(share, _dims(dropping[0]))
-            _put(block, path, fixed.train(module.training))
+        if path and dropping:
+            attention = path.rpartition(".")[2] in _ATTENTION_DROPOUT
+            share = 0.0 if attention else sum(_rate(peer) or 0.0 for peer in peers) / len(peers)
+            _put(block, path, FixedDropout(share, _dims(dropping[0])).train(module.training))
 
 
 def _replace_batch_norm(block: nn.Module, how: str | None, first: int) -> None:
@@ -156,11 +144,10 @@ def _replace_batch_norm(block: nn.Module, how: str | None, first: int) -> None:
             continue
         if type(module) not in _BATCH_NORMS:
             raise ValueError(
-                f"block {first} can't be converted: batch_norm={how!r} knows torch's own BatchNorm, and its "
+                f"block {first} can't be converted: batch_norm={how!r} knows torch's BatchNorm only, and its "
                 f"{path or 'block'} is a {type(module).__name__}"
             )
-        made = FrozenBatchNorm(module) if how == "frozen" else _group_norm(module)
-        _put(block, path, made.train(module.training))
+        _put(block, path, (FrozenBatchNorm if how == "frozen" else _group_norm)(module).train(module.training))
 
 
 def _group_norm(norm: nn.modules.batchnorm._BatchNorm) -> nn.GroupNorm:
@@ -175,7 +162,7 @@ class FrozenBatchNorm(nn.Module):
     """BatchNorm by its running statistics, in train() too; its weight and bias still train.
 
     Raises:
-        ValueError: it tracks none.
+        ValueError: It tracks none.
     """
 
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm):
@@ -183,13 +170,17 @@ class FrozenBatchNorm(nn.Module):
         if norm.running_mean is None:
             raise ValueError("batch_norm='frozen' needs running statistics, and a BatchNorm tracks none")
         self.eps, self.weight, self.bias = norm.eps, norm.weight, norm.bias
+        self.running_mean: Tensor
+        self.running_var: Tensor
         self.register_buffer("running_mean", norm.running_mean)
         self.register_buffer("running_var", norm.running_var)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns the normalised x."""
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
     def extra_repr(self) -> str:
+        """Returns the number of channels and eps."""
         return f"{len(self.running_mean)}, eps={self.eps}"
 
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .capture import Linearised
-from .cells import Cell
-from .checks import integer
-from .deq import DEQ
-from .layout import Layout, describe
+from ..capture import Linearised
+from ..cells import Cell
+from ..checks import integer
+from ..deq import DEQ
+from ..layout import Layout, describe
 
 SQUARINGS = 20  # ||H^k||^(1/k) with k = 2^20 exceeds the radius of a Jordan block of two by 1e-5 of it
 
@@ -20,31 +20,32 @@ SQUARINGS = 20  # ||H^k||^(1/k) with k = 2^20 exceeds the radius of a Jordan blo
 def jacobian_penalty(
     f: Callable[..., Any], z: Any, *args: Any, probes: int = 1, batch_dims: int | None = None, mask: Any = None
 ) -> Tensor:
-    """||J||_F^2 / N per sample, estimated without bias: add `weight * penalty.mean()` to the loss (Bai et al. 2021).
+    """Estimates ||J||_F^2 / N per sample without bias: add `weight * penalty.mean()` to the loss (Bai et al. 2021).
 
-    Hutchinson's estimate ||v' J||^2 / N with independent signs v, whose variance is never above 2 ||J J'||_F^2 / N^2,
-    that of normal v. N counts the elements of a sample, so this is the mean of J's squared singular values. It costs an
-    evaluation of f, and for each probe a vector-Jacobian product that is differentiated once more: f must be twice
-    differentiable (attention takes its form that is).
+    It is Hutchinson's estimate ||v' J||^2 / N with independent signs v; its variance is never above that of normal v,
+    2 ||J J'||_F^2 / N^2. N counts the elements of a sample, so this is the mean of J's squared singular values. Its
+    cost is an evaluation of f, and for each probe a vector-Jacobian product that is differentiated once more: f must be
+    twice differentiable (attention takes its form that is).
 
     The gradient reaches all that f uses. If z carries one, as a layer's output does, it goes through z too: the exact
-    gradient of the equilibrium's penalty, without a further solve where the loss uses that z. The paper holds z: pass
+    gradient of the equilibrium's penalty, without a further solve where the loss uses that z. The paper does not: pass
     z.detach().
 
     Args:
         f: A `DEQ`, or any cell or function that returns a state like z. `FixedDropout` in train() draws a mask for it.
-        z: Where: the layer's output, or any state.
-        args: Of a DEQ its input x; of a cell or function what it takes after z, such as `cell.inject(x)`.
+        z: The layer's output, or any state.
+        *args: Of a DEQ its input x; of a cell or function what it takes after z, such as `cell.inject(x)`.
         probes: Random vectors per sample; the estimate is their mean.
-        batch_dims: Leading dims of z that index samples, which must not depend on each other. None: as the cell says.
-        mask: bool, True where an element counts, as `fixed_point` takes it; J is that of those. None: as the cell says.
+        batch_dims: Leading dims of z that index samples, which must not depend on each other. None: as the cell has it.
+        mask: bool, True where an element counts, as in `fixed_point`; J is that of those. None: as the cell has it.
 
     Returns:
-        Of the batch shape, in float32 (float64 in float64).
+        A tensor of the batch shape, in float32 (float64 in float64).
 
     Raises:
-        TypeError, ValueError: an argument or what f returned does not fit; the message names it.
-        RuntimeError: in the backward pass, where f says that it can be differentiated only once.
+        TypeError: An argument or what f returned is of the wrong kind.
+        ValueError: An argument or what f returned does not fit; the message names it.
+        RuntimeError: In the backward pass, where f can be differentiated only once.
     """
     integer("probes", probes)
     at = point(f, z, args, batch_dims, mask)
@@ -55,11 +56,11 @@ def jacobian_penalty(
     total = at.z.new_zeros(at.layout.batch)
     for _ in range(probes if out.requires_grad else 0):
         v = at.counted(torch.empty_like(out, requires_grad=False).bernoulli_(0.5).mul_(2).sub_(1))
-        v.requires_grad_(graph)  # or an f marked once_differentiable would give no gradient, and say nothing
-        (pulled,) = torch.autograd.grad(
+        v.requires_grad_(graph)  # or an f marked once_differentiable would give no gradient in silence
+        (product,) = torch.autograd.grad(
             out, flat, v, retain_graph=True, create_graph=graph, allow_unused=True, materialize_grads=True
         )
-        total = total + at.counted(pulled).square().sum(dim=1)
+        total = total + at.counted(product).square().sum(dim=1)
     return at.layout.per_sample(total / (probes * at.counts().clamp(min=1)))
 
 
@@ -67,23 +68,28 @@ def jacobian_penalty(
 def spectral_radius(
     f: Callable[..., Any], z: Any, *args: Any, products: int = 20, batch_dims: int | None = None, mask: Any = None
 ) -> Tensor:
-    """max |eigenvalue of J| per sample: below 1, plain iteration converges from nearby, and so does its adjoint.
+    """Returns max |eigenvalue of J| per sample: below 1, plain iteration converges from nearby, as does its adjoint.
 
-    By Arnoldi's method (1951), which a complex pair or two eigenvalues of opposite sign do not disturb. Exact to 1e-5
+    The method is Arnoldi's (1951): a complex pair or two eigenvalues of opposite sign do no harm. It is exact to 1e-5
     where a sample has no more elements than `products`, and else mostly low: 256 x 256 random numbers, whose
     eigenvalues crowd at the radius, by up to 11 % with 20 products and 7 % with 30. A J far from a normal matrix may
     come out high, as so many steps of an iteration would feel it. Leaves no graph, draws nothing from torch's
     generators, and needs memory for `products` + 1 states.
 
     Args:
-        f, z, args, batch_dims, mask: As `jacobian_penalty` takes them.
+        f: As in `jacobian_penalty`; so are z, *args, batch_dims and mask.
+        z: The state.
+        *args: What f takes beside.
         products: Vector-Jacobian products at most.
+        batch_dims: Leading dims of z that index samples.
+        mask: bool, True where an element counts.
 
     Returns:
-        Of the batch shape, in float32 (float64 in float64); NaN where J is not finite.
+        A tensor of the batch shape, in float32 (float64 in float64); NaN where J is not finite.
 
     Raises:
-        TypeError, ValueError: an argument or what f returned does not fit; the message names it.
+        TypeError: An argument or what f returned is of the wrong kind.
+        ValueError: An argument or what f returned does not fit; the message names it.
     """
     integer("products", products)
     at = point(f, z, args, batch_dims, mask)
@@ -98,18 +104,19 @@ class Point:
     args: tuple
     layout: Layout
     z: Tensor
-    keep: Tensor | None
+    mask: Tensor | None
 
     def counted(self, flat: Tensor) -> Tensor:
-        return flat if self.keep is None else torch.where(self.keep, flat, 0.0)
+        """Returns a copy that is zero where an element does not count."""
+        return flat if self.mask is None else torch.where(self.mask, flat, 0.0)
 
     def counts(self) -> Tensor:
-        """Elements that count, per sample or for all."""
-        return torch.as_tensor(self.layout.width) if self.keep is None else self.keep.sum(dim=1)
+        """Returns how many elements count, per sample or for all."""
+        return torch.as_tensor(self.layout.width) if self.mask is None else self.mask.sum(dim=1)
 
 
 def point(f: Any, z: Any, args: tuple, batch_dims: int | None, mask: Any) -> Point:
-    """What the arguments of this file's functions say."""
+    """Checks the arguments of this file's functions, and returns f at z."""
     if isinstance(f, DEQ):
         if len(args) != 1:
             raise TypeError(f"args must be the layer's input x and nothing else, got {len(args)} arguments after z")
@@ -124,9 +131,10 @@ def point(f: Any, z: Any, args: tuple, batch_dims: int | None, mask: Any) -> Poi
 
 
 def hessenberg(at: Point, products: int) -> Tensor:
-    """J' of each sample in an orthonormal basis of its Krylov space, [B, k, k] in float64, k = min(products, N).
+    """Returns J' of each sample in an orthonormal basis of its Krylov space: [B, min(products, N), same] in float64.
 
-    The space is that of one vector, the same for every sample. Where it is exhausted sooner, what is left is 0."""
+    The space is that of one vector, the same for every sample. Where it is exhausted sooner, the rest is 0.
+    """
     linearised = Linearised(at.f, at.layout, at.z, at.args)
     batch, width = at.z.shape
     k = min(products, width)
@@ -152,7 +160,7 @@ def hessenberg(at: Point, products: int) -> Tensor:
 
 
 def radius(h: Tensor) -> Tensor:
-    """Spectral radius of each [k, k], by Gelfand's formula: lim ||h^m||^(1/m), without a host."""
+    """Returns the spectral radius of each [k, k] by Gelfand's formula, lim ||h^m||^(1/m), which needs no sync."""
     log = h.new_zeros(h.shape[0])
     for _ in range(SQUARINGS):
         size = torch.linalg.matrix_norm(h)

@@ -7,19 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import integer, number
-from .deq import DEQ
+from ..checks import integer, number
+from ..deq import DEQ
+from ..layout import describe
+from ..solution import Solution, Status
 from .jacobian import spectral_radius
-from .layout import describe
-from .solution import Solution, Status
 
 
 class Watch:
-    """Steps, residuals and outcomes of every `DEQ` of a model, gathered while it trains.
+    """Gathers steps, residuals and outcomes of every `DEQ` of a model while it trains.
 
     Call `step` after each training step, or let a trainer do it: `Watch(model).attach(trainer)`, of Lightning or of
-    transformers. What `last` of each layer says is added up on its device and read once in `every` steps, so that no
-    step waits for it. Of a layer that is called several times in a step, the last call counts.
+    transformers. The `last` of each layer is added up on its device and read once in `every` steps, so that no step
+    waits for it. Of a layer that is called several times in a step, the last call counts.
 
     Args:
         model: What holds the layers, or is one.
@@ -31,7 +31,8 @@ class Watch:
             backward. Once, until it is below again. None never warns, as is right where max_steps is drawn at random.
 
     Raises:
-        TypeError, ValueError: the model is no module or holds no `DEQ`; an option is of the wrong kind or out of range.
+        TypeError: The model is no module, or an option is of the wrong kind.
+        ValueError: The model holds no `DEQ`, or an option is out of range.
     """
 
     def __init__(self, model: nn.Module, *, every: int = 100, radius: bool = False, limit: float | None = 0.05):
@@ -51,7 +52,7 @@ class Watch:
                 layer.measure()
 
     def step(self) -> dict[str, float] | None:
-        """Takes note of a training step; every `every` steps, what came about since the last report.
+        """Takes note of a training step; every `every` steps, returns what happened since the last report.
 
         Keys are the layer's name in the model, a slash (neither, where the model is the layer), and:
             steps, steps_max: evaluations per sample, their mean and maximum;
@@ -67,7 +68,7 @@ class Watch:
         self.steps += 1
         if self.steps % self.every:
             return None
-        report = {}
+        report: dict[str, float] = {}
         for layer in self._layers:
             report |= layer.report()
             if self.radius:
@@ -75,56 +76,50 @@ class Watch:
         return report
 
     def attach(self, trainer: Any) -> "Watch":
-        """Lets a Trainer of Lightning or of transformers call `step`, and log what it reports. Returns itself.
+        """Lets a Trainer of Lightning or of transformers call `step` and log its reports. Returns itself.
 
         A step is what the trainer calls one: a batch for Lightning, an optimizer step for transformers.
 
         Raises:
-            TypeError: it is neither.
+            TypeError: It is neither.
         """
-        packages = [base.__module__.partition(".")[0] for base in type(trainer).__mro__]
+        packages = {base.__module__.partition(".")[0] for base in type(trainer).__mro__}
+        watch = self
         if "transformers" in packages:
-            trainer.add_callback(_for_transformers(self, trainer))
+            base: Any = importlib.import_module("transformers").TrainerCallback
+
+            class OnStep(base):
+                def on_step_end(self, args, state, control, **_):
+                    if report := watch.step():
+                        trainer.log(report)
+
+            trainer.add_callback(OnStep())
             return self
-        for package, module in {"lightning": "lightning.pytorch", "pytorch_lightning": "pytorch_lightning"}.items():
-            if package in packages:
-                trainer.callbacks.append(_for_lightning(self, importlib.import_module(module).Callback))
-                return self
+        for package in {"lightning", "pytorch_lightning"} & packages:
+            base = importlib.import_module("lightning.pytorch" if package == "lightning" else package).Callback
+
+            class OnBatch(base):
+                def on_train_batch_end(self, trainer, pl_module, *_):
+                    pl_module.log_dict(watch.step() or {})
+
+            trainer.callbacks.append(OnBatch())
+            return self
         raise TypeError(f"trainer must be a Trainer of lightning or transformers, got {describe(trainer)}")
 
 
-def _for_lightning(watch: Watch, base: type) -> Any:
-    class WatchCallback(base):
-        def on_train_batch_end(self, trainer, pl_module, *_):
-            pl_module.log_dict(watch.step() or {})
-
-    return WatchCallback()
-
-
-def _for_transformers(watch: Watch, trainer: Any) -> Any:
-    from transformers import TrainerCallback
-
-    class WatchCallback(TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            report = watch.step()
-            if report:
-                trainer.log(report)
-
-    return WatchCallback()
-
-
 class _Layer:
-    """What is known of one layer since the last report."""
+    """What one layer did since the last report."""
 
     def __init__(self, name: str, layer: DEQ, limit: float | None):
-        self.name, self.prefix, self.layer, self.limit = name, f"{name}/" if name else "", layer, limit
+        self.name, self.layer, self.limit = name, layer, limit
         self.warned: set[str] = set()
         self.unrolled = False
         self.seen = layer.last
         self.clear()
 
     def clear(self) -> None:
-        self.forward, self.backward, self.radius = _Sums(), _Sums(), None
+        self.sums = {"": _Sums(), "backward ": _Sums()}
+        self.radius: Tensor | None = None
 
     def note(self) -> None:
         last = self.layer.last
@@ -132,15 +127,15 @@ class _Layer:
             return
         self.seen = last
         self.unrolled = "unrolled" in last.path  # its tolerance does not apply
-        self.forward.add(last)
+        self.sums[""].add(last)
         if last.adjoint is not None:
-            self.backward.add(last.adjoint)
+            self.sums["backward "].add(last.adjoint)
 
     def measure(self) -> None:
-        """At the next forward pass, once."""
+        """Measures the radius at the next forward pass in train(), once."""
 
         @torch.compiler.disable
-        def hook(layer, args, kwargs, z):
+        def hook(layer: DEQ, args: tuple, kwargs: dict[str, Any], z: Any) -> None:
             if layer.training:
                 handle.remove()
                 given = dict(zip(("x", "z0", "mask"), args, strict=False)) | kwargs
@@ -149,22 +144,25 @@ class _Layer:
         handle = self.layer.register_forward_hook(hook, with_kwargs=True)
 
     def report(self) -> dict[str, float]:
-        forward, backward = self.forward.read(), self.backward.read()
-        said = {}
-        if forward is not None:
-            said = {"steps": forward.steps, "steps_max": forward.most, "residual": forward.residual}
-            said |= {status.name: share for status, share in zip(Status, forward.shares, strict=True)}
-            self.warn("", forward)
-        if backward is not None:
-            said |= {"backward_steps": backward.steps, "backward_failed": sum(backward.shares[Status.MAX_STEPS :])}
-            self.warn("backward ", backward)
+        report: dict[str, float] = {}
+        for way, sums in self.sums.items():
+            if sums.counts is None:
+                continue
+            *counts, steps = sums.counts.tolist()
+            most, residual = sums.peaks.tolist()
+            shares = [n / sum(counts) for n in counts]
+            if way:
+                report |= {"backward_steps": steps / sum(counts), "backward_failed": sum(shares[Status.MAX_STEPS :])}
+            else:
+                report |= {"steps": steps / sum(counts), "steps_max": most, "residual": residual}
+                report |= {status.name: share for status, share in zip(Status, shares, strict=True)}
+            self.warn(way, shares[Status.MAX_STEPS :])
         if self.radius is not None:
-            said["radius"] = self.radius.item()
+            report["radius"] = self.radius.item()
         self.clear()
-        return {self.prefix + key: value for key, value in said.items()}
+        return {f"{self.name}/{key}" if self.name else key: value for key, value in report.items()}
 
-    def warn(self, way: str, sums: "_Sums") -> None:
-        failed = sums.shares[Status.MAX_STEPS :]
+    def warn(self, way: str, failed: list[float]) -> None:
         if self.limit is None or self.unrolled or sum(failed) <= self.limit:
             self.warned.discard(way)
         elif way not in self.warned:
@@ -172,36 +170,23 @@ class _Layer:
             status = Status(Status.MAX_STEPS + failed.index(max(failed)))
             warnings.warn(
                 f"{sum(failed):.0%} of the {way}solves of {self.name or 'the layer'} failed since the last report, "
-                f"most of them {status.name}: {status.sentence} tritondeq.diagnose(layer, x) tells what helps.",
+                f"most of them {status.name}: {status.sentence} tritondeq.diagnose(layer, x) tries what helps.",
                 stacklevel=4,
             )
 
 
 class _Sums:
-    """Solutions, added up on their device."""
+    """Solutions, added up on their device by a few small operations, none of which waits."""
 
-    def __init__(self):
-        self.counts: Tensor | None = None
+    counts: Tensor | None = None  # of each status, then the sum of steps
+    peaks: Tensor  # of steps and residuals
 
     def add(self, solution: Solution) -> None:
-        """By a few small operations, none of which waits."""
         status = solution.status.flatten()
         if not status.numel():
             return
         codes = torch.arange(len(Status), device=status.device, dtype=status.dtype)
         counts = torch.cat([(status == codes[:, None]).sum(1), solution.steps.sum()[None]])
         peaks = torch.stack([solution.steps.max().float(), solution.residual.max().float()])
-        if self.counts is None:
-            self.counts, self.peaks = counts, peaks
-        else:
-            self.counts, self.peaks = self.counts + counts, torch.maximum(self.peaks, peaks)
-
-    def read(self) -> "_Sums | None":
-        """With numbers for the host; None if nothing was added. Syncs."""
-        if self.counts is None:
-            return None
-        *counts, steps = self.counts.tolist()
-        self.most, self.residual = self.peaks.tolist()
-        self.shares = [n / sum(counts) for n in counts]
-        self.steps = steps / sum(counts)
-        return self
+        self.peaks = peaks if self.counts is None else torch.maximum(self.peaks, peaks)
+        self.counts = counts if self.counts is None else self.counts + counts

@@ -1,0 +1,179 @@
+"""The cell that iterates a residual block: the implicit midpoint rule, and the arguments of a block on their way."""
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..cells import Cell
+from ..held import FixedDropout
+from ..layout import describe
+from ..solvers import Picard, Solver
+from .blocks import convolves, leading_dims
+
+_EPS = 1e-12  # of mean squares; embeddings at initialisation have some of 1e-4
+_CACHED = {"DynamicLayer", "DynamicSlidingWindowLayer"}  # of transformers: they replace their tensors
+
+
+class Call:
+    """One call of the layer: the arguments of the block, with caches in a wrapper that pytrees do not open."""
+
+    def __init__(self, x: Any, args: tuple = (), kwargs: dict[str, Any] | None = None):
+        self.x = x
+        self.cached = False
+        self.args = tuple(map(self._wrap, args))
+        self.kwargs = {name: self._wrap(value) for name, value in (kwargs or {}).items()}
+
+    def _wrap(self, value: Any) -> Any:
+        if not (hasattr(value, "update") and hasattr(value, "get_seq_length")):
+            return value
+        self.cached = True
+        return _Cache(value)
+
+
+class _Cache:
+    """A cache of transformers.
+
+    Raises:
+        ValueError: Its layers change their tensors in place.
+    """
+
+    def __init__(self, cache: Any):
+        layers = getattr(cache, "layers", None)
+        kinds = {type(layer).__name__ for layer in layers} if isinstance(layers, list) else {"no list of layers"}
+        if not kinds <= _CACHED or getattr(cache, "offloading", False):
+            raise ValueError(
+                f"a cache that a block changes must be a DynamicCache of transformers, got {type(cache).__name__} with "
+                f"{', '.join(sorted(kinds))}: every evaluation of the solve would write to it; pass use_cache=False"
+            )
+        self.cache = cache
+
+    def twin(self) -> Any:
+        """Returns a cache of the same tensors, whose updates the other does not see."""
+        twin = copy.copy(self.cache)
+        twin.layers = [copy.copy(layer) for layer in self.cache.layers]
+        return twin
+
+
+class _Injection(NamedTuple):
+    """What does not depend on z."""
+
+    x: Tensor
+    scale: Tensor | None  # rms(x)
+    args: tuple
+    kwargs: dict[str, Any]
+
+
+class ImplicitMidpoint(Cell):
+    """f(z) = N(x + gain (F(y) - y)), y = (x + z) / 2: see `to_equilibrium`. `place` is the block's index."""
+
+    def __init__(
+        self, block: nn.Module, injection: str | nn.Module, norm: str | nn.Module | None, gain: float, place: int
+    ):
+        super().__init__()
+        self.block, self.gain, self.place = block, gain, place
+        self.injection: Any = injection
+        self.norm: Any = norm
+        self.images = convolves(block)
+        self.more = False  # whether the block returns more than the state
+        self.checked = False  # that it draws no mask at each step
+
+    def train(self, mode: bool = True) -> "ImplicitMidpoint":
+        """Switches the mode; the next evaluation checks the block anew."""
+        self.checked = False
+        return super().train(mode)
+
+    def inject(self, x: Any) -> _Injection:
+        """Returns x, its scale and the arguments of the call."""
+        call = x if isinstance(x, Call) else Call(x)
+        x = call.x
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"the state that enters an equilibrium must be a floating-point tensor, got {describe(x)}")
+        if x.is_nested:
+            raise ValueError(
+                "x must not be a nested tensor: set use_nested_tensor = False on the nn.TransformerEncoder"
+            )
+        self.batch_dims = leading_dims(self.block, x.ndim)
+        scale = _mean_square(x, self._dims(x)).add(_EPS).sqrt() if isinstance(self.norm, str) else None
+        return _Injection(x, scale, call.args, call.kwargs)
+
+    def initial(self, x: Any, injection: _Injection) -> Tensor:
+        """Returns x, where iteration starts."""
+        return injection.x
+
+    def default_solver(self) -> Solver:
+        """Returns damped iteration."""
+        return Picard(0.8)
+
+    def forward(self, z: Tensor, injection: _Injection) -> Tensor:
+        """Returns f(z)."""
+        x, y = injection.x, self._enter(z, injection.x)
+        version = None if torch.compiler.is_compiling() or y.is_inference() else y._version
+        out = self._evaluate(y, injection, _Cache.twin)
+        self.more = isinstance(out, tuple)
+        out = out[0] if self.more else out
+        if not isinstance(out, Tensor) or out.shape != y.shape:
+            raise ValueError(
+                f"block {self.place} can't be replaced: it made of a state of shape {tuple(y.shape)} "
+                f"{describe(out)}; keep blocks that change the shape explicit, by prelude= and coda="
+            )
+        if version is not None and y._version != version:
+            raise RuntimeError(f"block {self.place} changes its input in place, which a residual block can't")
+        v = x + self.gain * (out - y)
+        if injection.scale is None:
+            return v if self.norm is None else self.norm(v)
+        return v * (injection.scale * torch.rsqrt(_mean_square(v, self._dims(v)) + _EPS)).to(v.dtype)
+
+    def at_solution(self, z: Tensor, injection: _Injection) -> Any:
+        """Returns all that the block returns at the fixed point; this evaluation fills caches."""
+        return self._evaluate(self._enter(z, injection.x), injection, lambda cache: cache.cache)
+
+    def _enter(self, z: Tensor, x: Tensor) -> Tensor:
+        return torch.lerp(x, z, 0.5) if self.injection == "add" else self.injection(z, x)
+
+    def _evaluate(self, y: Tensor, injection: _Injection, unwrap: Callable[[_Cache], Any]) -> Any:
+        args = [unwrap(v) if isinstance(v, _Cache) else v for v in injection.args]
+        kwargs = {k: unwrap(v) if isinstance(v, _Cache) else v for k, v in injection.kwargs.items()}
+        dropouts = [m for m in self.block.modules() if isinstance(m, FixedDropout) and m.training and m.p > 0]
+        drawn = all(dropout.mask is not None for dropout in dropouts)
+        if not self.training or self.checked or torch.compiler.is_compiling() or not drawn:
+            return self.block(y, *args, **kwargs)
+        with _NoNewMasks():
+            out = self.block(y, *args, **kwargs)
+        self.checked = True
+        return out
+
+    def _dims(self, x: Tensor) -> tuple[int, ...]:
+        whole = self.norm == "sample" or (self.norm == "outer" and self.images and x.ndim >= 4)
+        return tuple(range(1, x.ndim)) if whole else (-1,)
+
+    def extra_repr(self) -> str:
+        """Returns the options that are no modules."""
+        options = {name: getattr(self, name) for name in ("injection", "norm", "gain") if name not in self._modules}
+        return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
+def _mean_square(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32)).square().mean(dims, keepdim=True)
+
+
+class _NoNewMasks(TorchFunctionMode):
+    """Raises where the block drops by a function that it calls, which no module shows."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        share = 0.0
+        if func is F.scaled_dot_product_attention:
+            share = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
+        elif func is F.dropout and kwargs.get("training", args[2] if len(args) > 2 else True):
+            share = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+        if share > 0:
+            raise RuntimeError(
+                f"the block calls {func.__name__} with a dropout of {share}, which draws another mask at every step, "
+                "so that there is no fixed point: set it to 0 (in attention: attn_drop, attn_pdrop, attention_dropout)"
+            )
+        return func(*args, **kwargs)

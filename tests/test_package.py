@@ -97,7 +97,7 @@ def test_commands_report_that_triton_is_absent():
         from tritondeq import doctor
         print(doctor.report())
     """
-    assert "triton   not installed" in run(HIDE_TRITON + textwrap.dedent(code))
+    assert "triton     not installed" in run(HIDE_TRITON + textwrap.dedent(code))
 
 
 @pytest.mark.parametrize("name", [name for name in HOUSE if name.startswith("kernels/")])

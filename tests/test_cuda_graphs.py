@@ -89,7 +89,7 @@ def captures(layer) -> int:
         (Picard(), Implicit(), True),
         (Picard(damping=0.8), Phantom(4, 0.7), True),
         (Anderson(memory=2), Implicit(solver=Picard(), tol=1e-3, max_steps=15), False),
-        (Broyden(memory=2), Implicit(), True),
+        pytest.param(Broyden(memory=2), Implicit(), True, marks=pytest.mark.slow),
     ],
     ids=["chunks", "while", "phantom", "anderson", "broyden"],
     indirect=["recorded"],
@@ -365,6 +365,7 @@ def test_what_does_not_go_together(options, words):
         DEQ(Cell(), graph=True, **options)
 
 
+@pytest.mark.slow  # the kernel is for more than 256 features, in the interpreter
 @pytest.mark.parametrize("operands, recorded", [("fp32", False), ("bf16", True)], indirect=["recorded"])
 def test_a_cell_whose_steps_evaluate_it_themselves(monkeypatch, operands):
     """Two calls before one backward, then again with other inputs and weights."""

@@ -68,6 +68,4 @@ def report(runs: list[Run]) -> str:
         each = [run for run in runs if run.model == model]
         costs = [f"{each[0].parameters:,}", f"{each[0].memory / 2**20:.2f}", spread([run.seconds for run in each])]
         rows.append([model, *costs, *(spread([run.scores[name] for run in each]) for name in each[0].scores)])
-    return (
-        "\n" + table(["model", "parameters", "memory, MiB", "training, s", *runs[0].scores], rows) + "\n" + LEGEND
-    )
+    return "\n" + table(["model", "parameters", "memory, MiB", "training, s", *runs[0].scores], rows) + "\n" + LEGEND

@@ -25,7 +25,7 @@ PUBLIC = {
     *("jacobian_penalty", "spectral_radius", "diagnose", "plot", "Watch"),
 }
 # A module imports what stands before it or in its own folder; one not named here stands last and imports any.
-ORDER = ["kernels", "layout", "solution", "capture", "solvers", "adjoints", "dropout", "cells"]
+ORDER = ["kernels", "checks", "row_kernels", "layout", "solution", "capture", "solvers", "adjoints", "dropout", "cells"]
 ORDER += ["loop", "recorder", "graphs", "fixed_point", "parametrized", "deq"]
 ORDER += ["stacks", "convert", "jacobian", "diagnose", "watch"]
 HIDE_TRITON = "import sys; sys.modules['triton'] = None\n"

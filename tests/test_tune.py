@@ -13,7 +13,7 @@ import torch
 
 from tritondeq import DEQ, __main__, backend, cell_works, cells, fixed_point, tune, work, works
 from tritondeq.kernels import dispatch, launch, residual_rms, rules, space, tables, trials
-from tritondeq.solvers import splitting
+from tritondeq import row_kernels
 
 pytestmark = pytest.mark.skipif(not dispatch.has_triton(), reason="needs triton")
 
@@ -139,7 +139,7 @@ def test_every_problem_is_right_and_ready_to_be_timed(monkeypatch, cell, feature
     """Nobody stops while steps are timed, for a launch that has nothing left to do costs nothing; and a work's shape is
     what its kernels look up, or it would be tuned in vain."""
     monkeypatch.setattr(works, "SIDES", (4,))
-    for module in (launch, splitting):
+    for module in (launch, row_kernels):
         monkeypatch.setattr(module, "FEATURES", 32)
     monkeypatch.setattr(space, "WIDE", 48)
     assert work.EVALUATIONS < rules.WINDOW, "before its end no sample stops that has not converged"

@@ -12,7 +12,7 @@ from programs import InProcesses
 
 from tritondeq import DEQ, Anderson, Broyden, Picard, __main__, backend, cell_works, cells, fixed_point, tune, works
 from tritondeq.kernels import dispatch, launch, offline, tables
-from tritondeq.solvers import splitting
+from tritondeq import row_kernels
 
 pytestmark = pytest.mark.skipif(not dispatch.has_triton(), reason="needs triton")
 
@@ -66,7 +66,7 @@ def test_every_value_that_a_key_may_have_is_measured():
 @pytest.fixture
 def wide(monkeypatch):
     """Cells of more than 32 features are too wide for a multiprocessor."""
-    for module in (launch, splitting):
+    for module in (launch, row_kernels):
         monkeypatch.setattr(module, "FEATURES", 32)
 
 

@@ -13,7 +13,7 @@ from . import cells
 from .kernels import costs, dispatch, jobs, launch, offline
 from .loop import Settings, drive
 from .solvers import Anderson, Picard
-from .solvers.splitting import affine_problem, bf16_terms
+from .row_kernels import affine_problem, bf16_terms
 from .work import ENDLESS, EVALUATIONS, MOST, NEVER, TOL, Problem, Work, ask, double, narrow
 
 FINE = 1e-6  # a tolerance that takes three bf16 terms of a float32 weight

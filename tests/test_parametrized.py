@@ -76,7 +76,7 @@ def test_a_weight_that_training_changes_at_every_look():
 
 
 def test_two_calls_and_a_step_before_one_backward():
-    """Each call keeps the weight of its own time."""
+    """The gradient of each call is that of the weight at the time of the call."""
     layer = DEQ(Cell().double(), tol=1e-12, max_steps=200)
     x = torch.randn(2, WIDTH, dtype=torch.float64)
     (expected,) = torch.autograd.grad(layer(x).sum(), layer.cell.linear.bias)

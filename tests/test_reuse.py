@@ -129,7 +129,7 @@ def test_without_gradient():
 
 
 @pytest.mark.parametrize(
-    "make, error, says",
+    "make, error, message",
     [
         (lambda: DEQ(torch.nn.Identity(), adjoint=Implicit(reuse=True)), ValueError, "Broyden, got solver Picard"),
         (lambda: Implicit(solver=Anderson(), reuse=True), ValueError, "solver must be None"),
@@ -137,6 +137,6 @@ def test_without_gradient():
         (lambda: DEQ(torch.nn.Identity(), solver=Picard(), adjoint=Implicit(reuse=True)), ValueError, "Broyden"),
     ],
 )
-def test_bad_options(make, error, says):
-    with pytest.raises(error, match=says):
+def test_bad_options(make, error, message):
+    with pytest.raises(error, match=message):
         make()

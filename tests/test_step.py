@@ -204,7 +204,7 @@ def test_a_cell_of_ones_own():
 
 
 @pytest.mark.parametrize(
-    "cell, error, says",
+    "cell, error, message",
     [
         (Transformer(D, heads=2), ValueError, "causal must be True"),
         (Affine(D), TypeError, "extend and remember, got Affine"),
@@ -212,8 +212,8 @@ def test_a_cell_of_ones_own():
     ],
     ids=lambda c: type(c).__name__,
 )
-def test_cells_that_have_no_steps(cell, error, says):
-    with pytest.raises(error, match=says):
+def test_cells_that_have_no_steps(cell, error, message):
+    with pytest.raises(error, match=message):
         DEQ(cell).step(torch.zeros(B, T, D))
 
 

@@ -5,14 +5,11 @@ import pytest
 from tritondeq import cells
 from tritondeq.bench.cells import MAKE, rows, start
 
+NARROW = [(name, width) for name in MAKE for width in (16, 64)]
 WIDE = [(name, 256) for name in MAKE] + [(name, 1024) for name in ("MLP, post", "Gated", "Monotone")]
 
 
-@pytest.mark.parametrize(
-    "name, width",
-    [(name, width) for name in MAKE for width in (16, 64)]
-    + [pytest.param(*pair, marks=pytest.mark.slow) for pair in WIDE],
-)
+@pytest.mark.parametrize("name, width", NARROW + [pytest.param(*wide, marks=pytest.mark.slow) for wide in WIDE])
 def test_contractive(name, width):
     radius, steps = start(name, width, **({"samples": 2, "seeds": 1} if width > 64 else {}))
     assert radius < 0.9 and steps <= 15

@@ -95,7 +95,7 @@ def test_gradients_are_those_of_the_dense_system(solver, activation):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("solver", SPLITTINGS, ids=repr)
+@pytest.mark.parametrize("solver", [PeacemanRachford(), ForwardBackward()], ids=repr)
 def test_second_derivatives(solver):
     cell, x = expansive(4, "tanh", gain=4.0), torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
     layer = DEQ(cell, solver=solver, tol=1e-13, max_steps=20_000)
@@ -164,12 +164,12 @@ def test_warm_start_at_the_solution_takes_one_step():
 @pytest.mark.parametrize("solver", [PeacemanRachford(), PeacemanRachford(0.5), ForwardBackward(), Picard()], ids=repr)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_kernels_agree_with_torch(solver, activation):
-    cell = Monotone(24, activation=activation, dtype=torch.float32)
+    cell = Monotone(10, activation=activation, dtype=torch.float32)
     if not isinstance(solver, Picard):
         with torch.no_grad():
             cell.parametrizations.weight.original1.mul_(2.0)
-    x, results = torch.randn(2, 9, 24), []
-    exact = Monotone(24, activation=activation).double()
+    x, results = torch.randn(2, 3, 10), []
+    exact = Monotone(10, activation=activation).double()
     exact.load_state_dict(cell.state_dict())
     truth = DEQ(exact, tol=1e-13, max_steps=5000)(x.double())
     for name in ("torch", "triton"):

@@ -49,8 +49,8 @@ def rotated(vector, position, base):
     return torch.cat([(pairs * turn).real, (pairs * turn).imag])
 
 
-def attention(cell, h, seen):
-    """Token by token and head by head; `seen` [T, T]."""
+def attention(cell, h, visible):
+    """Token by token and head by head; `visible` [T, T]."""
     width, tokens = D // cell.heads, len(h)
     q, k, v = linear(h, cell.qkv).split([D, cell.kv_heads * width, cell.kv_heads * width], dim=-1)
     out = torch.zeros(tokens, D, dtype=h.dtype)
@@ -59,7 +59,7 @@ def attention(cell, h, seen):
         theirs = head // (cell.heads // cell.kv_heads)
         theirs = slice(theirs * width, (theirs + 1) * width)
         for i in range(tokens):
-            others = [j for j in range(tokens) if seen[i, j]]
+            others = [j for j in range(tokens) if visible[i, j]]
             turn = (lambda t, at: t) if cell.rotary is None else (lambda t, at: rotated(t, at, cell.rotary))
             scores = torch.stack([turn(q[i, mine], i) @ turn(k[j, theirs], j) for j in others]) / width**0.5
             weights = scores.exp() / scores.exp().sum()
@@ -77,16 +77,16 @@ def feed_forward(cell, h):
 @torch.no_grad()
 def reference(cell, z, x, real):
     """f(z) of one sample."""
-    seen = real.expand(len(z), -1)
-    seen = seen & torch.ones_like(seen).tril() if cell.causal else seen
+    visible = real.expand(len(z), -1)
+    visible = visible & torch.ones_like(visible).tril() if cell.causal else visible
     u = rms(linear(x, cell.input), cell.input_norm)
     a = torch.exp(-torch.exp(cell.log_decay)) if cell.decay else torch.ones(D, dtype=z.dtype)
     y = a * z + (cell.gain if cell.decay else 1) * u
     if cell.wiring == "damped":
-        h = rms(y + attention(cell, y, seen), cell.attention_norm)
+        h = rms(y + attention(cell, y, visible), cell.attention_norm)
         return (1 - cell.damping) * z + cell.damping * rms(h + feed_forward(cell, h), cell.ffn_norm)
     first, second = (1, 1) if cell.wiring == "outer" else cell.gamma_max / (1 + torch.exp(-cell.scales))
-    h = y + first * attention(cell, rms(y, cell.attention_norm), seen)
+    h = y + first * attention(cell, rms(y, cell.attention_norm), visible)
     h = h + second * feed_forward(cell, rms(h, cell.ffn_norm))
     return rms(h, cell.outer_norm) if cell.wiring == "outer" else h - a * z
 
@@ -166,10 +166,10 @@ def test_padding_has_no_gradient_and_no_nan():
 def test_no_token_is_left_without_any_to_attend_to():
     """Not all of torch's attention gives such tokens a finite value and gradient."""
     real = lengths(5, 2, 0)
-    seen = attention_mask(0, T, real, True, real.device).squeeze(1)
+    visible = attention_mask(0, T, real, True, real.device).squeeze(1)
     others = ~torch.eye(T, dtype=torch.bool)
-    assert seen.diagonal(dim1=1, dim2=2).all()
-    assert torch.equal(seen & others, others & real.unsqueeze(1) & torch.ones(T, T, dtype=torch.bool).tril())
+    assert visible.diagonal(dim1=1, dim2=2).all()
+    assert torch.equal(visible & others, others & real.unsqueeze(1) & torch.ones(T, T, dtype=torch.bool).tril())
     free = attention_mask(0, T, real, False, real.device)[:, 0, 0]
     assert torch.equal(free[:2], real[:2]) and free[2].all()
 

@@ -150,7 +150,7 @@ def test_a_masked_element_is_outside_every_inner_product(solver):
 
 
 @pytest.mark.parametrize(
-    "make,error,says",
+    "make,error,message",
     [
         (lambda: Picard(damping=0), ValueError, "damping.*above 0 and below 2.*got 0"),
         (lambda: Picard(damping=2.0), ValueError, "damping"),
@@ -165,8 +165,8 @@ def test_a_masked_element_is_outside_every_inner_product(solver):
         (lambda: Broyden(memory=True), TypeError, "memory"),
     ],
 )
-def test_bad_options_are_named(make, error, says):
-    with pytest.raises(error, match=says):
+def test_bad_options_are_named(make, error, message):
+    with pytest.raises(error, match=message):
         make()
 
 

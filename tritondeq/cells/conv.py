@@ -127,19 +127,12 @@ class Block(nn.Module):
         self.norm2 = GroupNorm(groups, channels, **like)
         self.norm3 = GroupNorm(groups, channels, relu="before", **like)
         nn.init.constant_(self.norm2.weight, lead)
-        self.dropout = FixedDropout(dropout)
+        self.dropout = FixedDropout(dropout, dims=2)  # whole channels
 
     def forward(self, z: Tensor, u: Tensor | None) -> Tensor:
         """Returns the block's output, of the shape of z."""
-        v = drop_channels(self.conv2(self.norm1(self.conv1(z))), self.dropout)
+        v = self.dropout(self.conv2(self.norm1(self.conv1(z))))
         return self.norm3(z, self.norm2(v, u))
-
-
-def drop_channels(v: Tensor, dropout: FixedDropout) -> Tensor:
-    """Returns v with whole channels dropped, the same in every step of a solve."""
-    if not dropout.training or dropout.p == 0:
-        return v
-    return v * dropout(v.new_ones(v.shape[:2] + (1,) * (v.ndim - 2)))
 
 
 def as_channels_last(x: Tensor) -> Tensor:

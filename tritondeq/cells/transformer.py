@@ -72,7 +72,7 @@ class Transformer(Cell):
         wiring: "outer", "damped" or "head".
         activation: "swiglu" (Shazeer 2020), "gelu", "relu" or "silu".
         causal: Whether tokens attend to none that come later; `DEQ.step` needs it.
-        rotary: Base of rotary positions (Su et al. 2021), such as 10000.0; None: attention knows no positions.
+        rotary: Base of rotary positions (Su et al. 2021), such as 10000.0; None: attention is without positions.
         decay: Whether y = a z + b u, with learned a in (0, 1) and b for each feature: a = exp(-exp(.)) (Parcae, 2026).
         damping: The damping of "damped", in (0, 1]; None is 0.95.
         gamma_max: The largest LayerScale of "head", above 0; None is 0.5.

@@ -1,4 +1,4 @@
-"""What a solver is: a frozen dataclass of options that proposes the next iterate. It knows nothing of gradients."""
+"""What a solver is: a frozen dataclass of options that proposes the next iterate. Gradients are no part of it."""
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar

@@ -8,7 +8,7 @@ which see `Reformulation`; so is the linear system of the gradient, with prox re
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -23,24 +23,26 @@ from .base import Solver
 NEWTON = 16  # steps of prox: enough for float64 and alpha between 0.01 and 100
 
 
+@dataclass(frozen=True)
 class Splitting:
     """A cell z = prox(W z + u), row by row, as a splitting solver needs it.
 
-    Args:
+    Attributes:
         w: W, [D, D], float32 or float64; detached, and so is `u`.
         u: [B, D].
         activation: "relu" or "tanh", which are proximal operators.
         margin: m > 0 such that the symmetric part of I - W is at least m.
-        norm: Returns a bound of ||I - W||_2; called at most once.
+        bound: Returns a bound of ||I - W||_2; called at most once.
         narrow: Whether kernels may round matrices to bfloat16.
     """
 
-    def __init__(
-        self, w: Tensor, u: Tensor, activation: str, margin: float, norm: Callable[[], float], narrow: bool = False
-    ):
-        self.w, self.u, self.activation, self.margin, self.narrow = w, u, activation, margin, narrow
-        self._norm = norm
-        self._resolvents: dict[float, Tensor] = {}
+    w: Tensor
+    u: Tensor
+    activation: str
+    margin: float
+    bound: Callable[[], float]
+    narrow: bool = False
+    _resolvents: dict[float, Tensor] = field(default_factory=dict)
 
     def linear(self, z: Tensor) -> Tensor:
         """Returns W z + u."""
@@ -56,7 +58,7 @@ class Splitting:
     @cached_property
     def norm(self) -> float:
         """A bound of ||I - W||_2."""
-        return self._norm()
+        return self.bound()
 
     def prox(self, y: Tensor, alpha: float) -> Tensor:
         """Returns the proximal operator of alpha phi at y: z with z + alpha (act^-1(z) - z) = y."""

@@ -1,4 +1,4 @@
-"""Dropout in cells: one mask a solve, whoever evaluates the cell, or an error."""
+"""Dropout in cells: one mask a solve, whatever evaluates the cell, or an error."""
 
 import copy
 

@@ -23,7 +23,19 @@ PUBLIC = {
     *("to_equilibrium", "jacobian_penalty", "spectral_radius", "diagnose", "plot", "Watch"),
 }
 # A module imports what stands before it or lies in its folder.
-ORDER = ["kernels", "checks", "layout", "solution", "capture", "solvers", "adjoints", "held", "cells", "loop"]
+ORDER = [
+    "kernels",
+    "checks",
+    "row_kernels",
+    "layout",
+    "solution",
+    "capture",
+    "solvers",
+    "adjoints",
+    "held",
+    "cells",
+    "loop",
+]
 ORDER += ["cuda_graphs", "fixed_point", "generation", "deq", "convert", "inspect"]
 COMMANDS = {"toolbox", "tune", "doctor", "demo", "bench", "__main__"}  # these import any
 PLAIN = {

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from needs import kernels
 from replays import Recorder
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
@@ -63,19 +64,6 @@ def test_finite_differences(adjoint):
     assert torch.autograd.gradcheck(call, (x, *(p.detach().clone().requires_grad_() for p in layer.parameters())))
 
 
-def test_second_derivatives():
-    layer = DEQ(Cell().double(), tol=1e-12, max_steps=200)
-    exact = DEQ(layer.cell, adjoint=Unrolled(80))
-    x = torch.randn(2, WIDTH, dtype=torch.float64, requires_grad=True)
-
-    def second(layer):
-        first = torch.autograd.grad(layer(x).square().sum(), tuple(layer.parameters()), create_graph=True)
-        return torch.autograd.grad(sum(g.sin().sum() for g in first), tuple(layer.parameters()))
-
-    for a, b in zip(second(layer), second(exact), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
-
-
 def test_a_weight_that_training_changes_at_every_look():
     """spectral_norm takes a power iteration each time it is asked: within a solve it is asked once."""
     layer = DEQ(Cell(parametrizations.spectral_norm), tol=1e-6, max_steps=60)
@@ -88,7 +76,7 @@ def test_a_weight_that_training_changes_at_every_look():
 
 
 def test_two_calls_and_a_step_before_one_backward():
-    """Each call keeps the weight of its own time."""
+    """The gradient of each call is that of the weight at the time of the call."""
     layer = DEQ(Cell().double(), tol=1e-12, max_steps=200)
     x = torch.randn(2, WIDTH, dtype=torch.float64)
     (expected,) = torch.autograd.grad(layer(x).sum(), layer.cell.linear.bias)
@@ -123,6 +111,7 @@ def test_after_an_error_the_cell_computes_again():
     assert len(calls) == 2
 
 
+@kernels
 def test_a_tail_sees_the_same_weight():
     class Tailed(tdeq.cells.Cell):
         def __init__(self):
@@ -165,6 +154,7 @@ def test_compiled_once_and_right():
     assert len(made) == 2  # without grad, and with
 
 
+@kernels
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("solver", [Picard(), Anderson(memory=2)], ids=repr)
 def test_a_captured_solve_sees_weights_change(monkeypatch, solver, grad):

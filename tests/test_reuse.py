@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from needs import kernels
 from problems import tanh_problem
 
 import tritondeq as tdeq
@@ -33,7 +34,7 @@ def gradients(reuse, gain=1.2, name="torch", solver=Broyden(memory=40), tol=1e-9
     return grads, steps
 
 
-@pytest.mark.parametrize("name, memory", [("torch", 4), ("torch", 40), ("triton", 4)])
+@pytest.mark.parametrize("name, memory", [("torch", 4), ("torch", 40), pytest.param("triton", 4, marks=kernels)])
 def test_same_gradient(name, memory):
     fresh, _ = gradients(False, solver=Broyden(memory=memory), gain=0.8)
     reused, _ = gradients(True, solver=Broyden(memory=memory), gain=0.8, name=name)
@@ -47,12 +48,14 @@ def test_fewer_products_where_the_ring_holds_the_solve():
     assert reused.sum() <= 0.9 * fresh.sum()
 
 
+@kernels
 def test_backends_agree():
     options = {"tol": 1e-3, "solver": Broyden(memory=6)}
     (_, eager), (_, fused) = (gradients(True, gain=0.9, name=name, **options) for name in ("torch", "triton"))
     assert (eager - fused).abs().max() <= 1
 
 
+@kernels
 @torch.no_grad()
 @pytest.mark.parametrize("memory", [1, 3])
 @pytest.mark.parametrize("width, dtype", [(9, torch.float64), (2049, torch.float64), (40, torch.float32)], ids=str)
@@ -65,21 +68,21 @@ def test_kernels_leave_the_same_estimate_but_for_its_oldest_update(width, dtype,
     begin, tight = Estimate(), 1e-6 if dtype == torch.float64 else 1e-2
     begin.rings = [0.1 * torch.randn(3, memory, width, dtype=dtype) / width**0.5 for _ in range(2)]
     for estimate in (None, begin):
-        found = []
+        solves = []
         for name in ("torch", "triton"):
-            leaves = Estimate()
-            settings = Settings(Broyden(memory=memory), 1e-3, 9, None, None, estimate=estimate, leaves=leaves)
+            left = Estimate()
+            settings = Settings(Broyden(memory=memory), 1e-3, 9, None, None, estimate=estimate, leaves=left)
             with tdeq.backend(name):
                 _, solution = iterate(lambda z: a * torch.sin(z) + c, torch.zeros_like(c), settings)
-            found.append((solution.steps, leaves.rings))
-        (steps, eager), (fused_steps, fused) = found
+            solves.append((solution.steps, left.rings))
+        (steps, eager), (fused_steps, fused) = solves
         assert torch.equal(fused_steps, steps) and steps[1] == 1 and steps[0] > memory + 2
-        for kept, exact in zip(fused, eager, strict=True):
+        for rings, exact in zip(fused, eager, strict=True):
             if estimate is None:
-                assert not kept[1].any()
-            assert torch.equal(kept[1], exact[1]), "it stopped before it had any update"
-            torch.testing.assert_close(kept[::2, 1:], exact[::2, 1:], rtol=tight, atol=1e-3 * tight)
-            assert not kept[::2, 0].any()
+                assert not rings[1].any()
+            assert torch.equal(rings[1], exact[1]), "it stopped before it had any update"
+            torch.testing.assert_close(rings[::2, 1:], exact[::2, 1:], rtol=tight, atol=1e-3 * tight)
+            assert not rings[::2, 0].any()
 
 
 def test_retained_graphs_begin_with_the_same_estimate():
@@ -119,14 +122,14 @@ def test_second_derivatives():
     assert torch.autograd.gradgradcheck(layer, (w,), atol=1e-6)
 
 
-def test_nothing_is_kept_without_gradient():
+def test_without_gradient():
     deq = DEQ(torch.nn.Bilinear(4, 4, 4), solver=Broyden(), adjoint=Implicit(reuse=True))
     with torch.no_grad():
         assert deq(torch.zeros(2, 4)).isfinite().all()
 
 
 @pytest.mark.parametrize(
-    "make, error, says",
+    "make, error, message",
     [
         (lambda: DEQ(torch.nn.Identity(), adjoint=Implicit(reuse=True)), ValueError, "Broyden, got solver Picard"),
         (lambda: Implicit(solver=Anderson(), reuse=True), ValueError, "solver must be None"),
@@ -134,6 +137,6 @@ def test_nothing_is_kept_without_gradient():
         (lambda: DEQ(torch.nn.Identity(), solver=Picard(), adjoint=Implicit(reuse=True)), ValueError, "Broyden"),
     ],
 )
-def test_bad_options(make, error, says):
-    with pytest.raises(error, match=says):
+def test_bad_options(make, error, message):
+    with pytest.raises(error, match=message):
         make()

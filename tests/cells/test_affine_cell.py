@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tritondeq import DEQ, Anderson, Implicit, Picard, Unrolled
+from tritondeq import DEQ, Anderson, Picard
 from tritondeq.cells import Affine
 from tritondeq.cells.contraction import norm_bound
 
@@ -30,7 +30,7 @@ def test_the_equation(activation):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("features", [1, 2, 16, 100])
 def test_contractive_at_initialisation(activation, features):
-    for seed in range(5):
+    for seed in range(2):
         torch.manual_seed(seed)
         cell = Affine(features, activation=activation)
         assert torch.linalg.matrix_norm(cell.weight, 2) * {"gelu": 1.1289}.get(activation, 1) <= 0.9 + 1e-5
@@ -72,27 +72,6 @@ def test_contraction_holds_through_training_that_pulls_against_it():
     assert torch.linalg.matrix_norm(cell.weight, 2) > 0.7  # and gave away little
 
 
-def test_contraction_gradients_are_those_of_the_parametrised_weight():
-    cell = Affine(6, contraction=0.5).double()
-    x = torch.randn(3, 6, dtype=torch.float64)
-
-    def grads(adjoint):
-        loss = DEQ(cell, adjoint=adjoint, tol=1e-13, max_steps=300)(x).pow(2).sum()
-        return torch.autograd.grad(loss, tuple(cell.parameters()))
-
-    for a, b in zip(grads(Implicit()), grads(Unrolled(200)), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
-
-
-def test_contraction_is_computed_once_per_solve(monkeypatch):
-    cell = Affine(6, contraction=0.5)
-    calls = []
-    bound = cell.parametrizations.weight[0].forward
-    monkeypatch.setattr(cell.parametrizations.weight[0], "forward", lambda w: calls.append(1) or bound(w))
-    DEQ(cell)(torch.randn(3, 6)).sum().backward()
-    assert len(calls) == 1
-
-
 def test_bf16_operands_round_the_weight_and_nothing_else():
     exact, rounded = Affine(16), Affine(16, operands="bf16")
     rounded.load_state_dict(exact.state_dict())
@@ -106,35 +85,7 @@ def test_bf16_operands_round_the_weight_and_nothing_else():
 
 
 @pytest.mark.parametrize("solver", [Picard(), Anderson()], ids=str)
-def test_wide_cells_take_the_loop_and_say_so(solver):
+def test_wide_cells_take_the_loop(solver):
     layer = DEQ(Affine(300), solver=solver)
     layer(torch.randn(2, 300))
     assert layer.last.path.startswith("loop")
-
-
-def test_reset_parameters():
-    for cell in (Affine(5), Affine(5, contraction=0.9)):
-        before = cell.weight.clone()
-        cell.reset_parameters()
-        assert not torch.equal(before, cell.weight) and torch.linalg.matrix_norm(cell.weight, 2) < 0.91
-
-
-def test_repr_names_the_options():
-    assert "activation='sin'" in repr(Affine(4, activation="sin")) and "bound=0.5" in repr(Affine(4, contraction=0.5))
-
-
-@pytest.mark.parametrize(
-    "make,error,says",
-    [
-        (lambda: Affine(0), ValueError, "features"),
-        (lambda: Affine(2.0), TypeError, "features"),
-        (lambda: Affine(2, 0), ValueError, "inputs"),
-        (lambda: Affine(2, activation="swish"), ValueError, "activation.*tanh.*'swish'"),
-        (lambda: Affine(2, operands="fp8"), ValueError, "operands.*'fp8'"),
-        (lambda: Affine(2, contraction=0), ValueError, "contraction"),
-        (lambda: Affine(2, spectral=True), TypeError, "spectral"),
-    ],
-)
-def test_bad_options_are_named(make, error, says):
-    with pytest.raises(error, match=says):
-        make()

@@ -11,7 +11,7 @@ import tritondeq as tdeq
 from tritondeq import DEQ, Anderson, Status
 from tritondeq.cells import MLP, Affine, Gated
 from tritondeq.kernels import tl_common
-from tritondeq.solvers.splitting import FAST_TANH, kernel_options
+from tritondeq.row_kernels import FAST_TANH, kernel_options
 
 CUDA = torch.cuda.is_available()
 

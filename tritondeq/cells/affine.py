@@ -11,16 +11,16 @@ from ..checks import number
 from ..kernels.dispatch import WholeSolve
 from ..kernels.formulas import ACTIVATIONS
 from ..kernels.tails import Tail
-from ..solvers.splitting import affine_problem, kernel_options
-from .base import Cell, features_of, row_options
+from ..row_kernels import affine_problem, kernel_options
+from .base import features_of, one_of
 from .contraction import SpectralBound
+from .rows import RowCell
 
-_ACTIVATIONS = {name: ACTIVATIONS[name] for name in ("tanh", "relu", "gelu", "sin", "identity")}
 _SLOPES = {"gelu": 1.1289}  # largest |act'|, where it is not 1
 _GAIN = 0.9  # of the Lipschitz bound at initialisation
 
 
-class Affine(Cell):
+class Affine(RowCell):
     """z = act(W z + U x + b), on each row by itself: every row stops alone.
 
     Contractive at initialisation: ||W||_2 max|act'| = 0.9. Up to 256 features, and on a GPU, a solve by Picard or
@@ -33,17 +33,15 @@ class Affine(Cell):
         inputs: Width of x; None is D.
         activation: "tanh", "relu", "gelu" (exact), "sin" or "identity".
         operands: What W is rounded to inside the iteration: "fp32", or "bf16" for speed (the state stays float32). With
-            "bf16", and under autocast, kernels take the hardware's tanh (relative error 5e-4) to a `tol` of 5e-3 and
-            above.
-        contraction: Keeps ||W||_2 at most this during training, by a parametrization; below 1 / max|act'| the
+            "bf16", and under autocast, kernels use the hardware's tanh (relative error 5e-4) where `tol` is at least
+            5e-3.
+        contraction: Bounds ||W||_2 by this during training, with a parametrization; below 1 / max|act'| the
             equilibrium exists and is unique. None leaves W free.
         bias: Whether there is a b.
 
     Raises:
-        TypeError, ValueError: an option is of the wrong kind or out of range.
+        TypeError, ValueError: An option is of the wrong kind or out of range.
     """
-
-    batch_dims = -1
 
     def __init__(
         self,
@@ -57,47 +55,43 @@ class Affine(Cell):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
-        inputs = row_options(features, inputs, operands)
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
-        if contraction is not None:
-            number("contraction", contraction, 0)
-        self.features, self.inputs, self.activation, self.operands = features, inputs, activation, operands
-        self.weight = nn.Parameter(torch.empty(features, features, device=device, dtype=dtype))
-        self.input = nn.Linear(inputs, features, bias=bias, device=device, dtype=dtype)
+        super().__init__(features, inputs, operands)
+        one_of("activation", activation, ("tanh", "relu", "gelu", "sin", "identity"))
+        self.activation = activation
+        self.weight: Tensor = nn.Parameter(torch.empty(features, features, device=device, dtype=dtype))
+        self.input = nn.Linear(self.inputs, features, bias=bias, device=device, dtype=dtype)
         self.reset_parameters()
         if contraction is not None:
+            number("contraction", contraction, 0)
             parametrize.register_parametrization(self, "weight", SpectralBound(float(contraction)))
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws W anew, normal and scaled to its norm, and U and b as nn.Linear does."""
         w = torch.empty(self.features, self.features).normal_()
         w *= _GAIN / _SLOPES.get(self.activation, 1.0) / torch.linalg.matrix_norm(w, 2)
-        with torch.no_grad():
-            self.weight = self.weight.copy_(w) if not parametrize.is_parametrized(self, "weight") else w.to(self.weight)
+        self.weight = w.to(self.weight) if parametrize.is_parametrized(self, "weight") else self.weight.copy_(w)
         self.input.reset_parameters()
 
     def inject(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(U x + b, W as the iteration uses it)."""
+        """Returns (U x + b, W as the iteration uses it)."""
         features_of(x, self.inputs, self)
-        w = self.weight
-        return self.input(x), w.bfloat16().to(w.dtype) if self.operands == "bf16" else w
-
-    def initial(self, x: Tensor, injection: tuple[Tensor, Tensor]) -> Tensor:
-        return x.new_zeros(injection[0].shape)
+        return self.input(x), self.rounded(self.weight)
 
     def forward(self, z: Tensor, injection: tuple[Tensor, Tensor]) -> Tensor:
-        return _ACTIVATIONS[self.activation](self._linear(z, injection))
+        """Returns act(W z + u)."""
+        return ACTIVATIONS[self.activation](self._linear(z, injection))
 
     def _linear(self, z: Tensor, injection: tuple[Tensor, Tensor]) -> Tensor:
         u, w = injection
         return torch.addmm(u.reshape(-1, self.features), z.reshape(-1, self.features), w.mT).view(z.shape)
 
     def tail(self, injection: tuple[Tensor, Tensor]) -> tuple[Callable, Tail]:
+        """Leaves the activation to the step."""
         return lambda z, injection: (self._linear(z, injection),), Tail(self.activation)
 
     def whole_solve(self, injection: tuple[Tensor, Tensor]) -> WholeSolve:
+        """Returns the affine kernels and their operands."""
         w, u, narrow = self._operands(injection)
         half = injection[1].dtype.itemsize < 4 or torch.is_autocast_enabled(w.device.type)
         return WholeSolve(
@@ -108,14 +102,7 @@ class Affine(Cell):
         )
 
     def _operands(self, injection: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, bool]:
-        """(W, u as rows, whether kernels may round W to bfloat16), detached, in the dtype of the state."""
+        """Returns (W, u as rows, whether kernels may round W to bfloat16), detached, in the dtype of the state."""
         u, w = (t.detach() for t in injection)
-        narrow = self.operands == "bf16" or w.dtype.itemsize < 4 or torch.is_autocast_enabled(w.device.type)
-        wide = torch.float64 if torch.float64 in (u.dtype, w.dtype) else torch.float32
-        return w.to(wide), u.reshape(-1, self.features).to(wide), narrow
-
-    def default_tol(self) -> float | None:
-        return 1e-2 if self.operands == "bf16" else None
-
-    def extra_repr(self) -> str:
-        return f"{self.features}, inputs={self.inputs}, activation={self.activation!r}, operands={self.operands!r}"
+        dtype, narrow = self.precision(u, w)
+        return w.to(dtype), u.reshape(-1, self.features).to(dtype), narrow

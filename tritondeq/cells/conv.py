@@ -8,7 +8,7 @@ from torch.nn.utils.parametrizations import weight_norm as weight_normed
 
 from ..checks import integer
 from ..held import FixedDropout
-from .base import Cell
+from .base import Cell, floating
 from .norm import GroupNorm
 
 _CONVS: dict[int, type[nn.Conv1d | nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d}
@@ -19,7 +19,7 @@ class Conv(Cell):
     """z = GN(ReLU(z + GN(u + conv(ReLU(GN(conv z)))))), u = GN(conv x): the residual block of MDEQ (Bai et al. 2020).
 
     Convolutions keep the size of the image. In two dimensions the state is channels_last in memory, and so is what a
-    solve returns, whatever the format of x; a z0 of one's own is best given in that format, which it keeps.
+    solve returns, whatever the format of x; a z0 is best given in that format, in which it stays.
 
     Contractive at initialisation: u has unit variance, what is added to it about a hundredth of that, and the sum
     weighs three times what the state does. Measured with four channels or more to a group, 16 to 256 channels, 1 to 32
@@ -29,16 +29,16 @@ class Conv(Cell):
     Args:
         channels: C of the state, [B, C, H, W], or [B, C, L] for dims=1.
         inputs: Channels of x, [B, inputs, H, W]; None is C.
-        kernel_size: Of every convolution; odd.
+        kernel_size: The size of every convolution; odd.
         expansion: Channels between the two convolutions, in multiples of C; MDEQ has 5.
-        groups: Groups of every GroupNorm; divides C.
+        groups: Number of groups of every GroupNorm; divides C.
         dims: 2 for images, 1 for sequences.
         dropout: Share of channels that a `FixedDropout` sets to zero before u is added.
         weight_norm: Whether the two convolutions are weight-normalised (Salimans and Kingma 2016), as in MDEQ.
 
     Raises:
-        TypeError, ValueError: an option is of the wrong kind or out of range; x does not fit; groups of x's size would
-            hold a single value.
+        TypeError, ValueError: An option is of the wrong kind or out of range, x does not fit, or groups of x's size
+            would hold a single value.
     """
 
     def __init__(
@@ -64,36 +64,36 @@ class Conv(Cell):
             raise ValueError(f"kernel_size must be odd, so that an image keeps its size, got {kernel_size}")
         if dims not in _CONVS:
             raise ValueError(f"dims must be 1 or 2, got {dims!r}")
-        made = {"device": device, "dtype": dtype}
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
         self.channels, self.inputs, self.groups, self.dims = channels, inputs, groups, dims
-        self.input = Injection(inputs, channels, kernel_size, groups, dims, **made)
-        self.block = Block(channels, kernel_size, expansion, groups, dims, dropout, weight_norm, **made)
+        self.input = Injection(inputs, channels, kernel_size, groups, dims, **like)
+        self.block = Block(channels, kernel_size, expansion, groups, dims, dropout, weight_norm, **like)
 
     def inject(self, x: Tensor) -> Tensor:
-        """GN(conv x), channels_last."""
+        """Returns GN(conv x), channels_last."""
         image_of(x, self.inputs, self.dims, self)
         values_in_groups(x.shape[2:], self.channels, self.groups)
         return self.input(x)
 
     def initial(self, x: Tensor, injection: Tensor) -> Tensor:
+        """Returns zeros, channels_last."""
         return torch.zeros_like(injection, dtype=x.dtype)
 
     def forward(self, z: Tensor, injection: Tensor) -> Tensor:
+        """Returns GN(ReLU(z + GN(u + conv(ReLU(GN(conv z))))))."""
         return self.block(z, injection)
-
-    def extra_repr(self) -> str:
-        return f"{self.channels}, inputs={self.inputs}, groups={self.groups}, dims={self.dims}"
 
 
 class Injection(nn.Module):
-    """x -> GN(conv x), channels_last. The bias tells the channels of an empty image apart."""
+    """x -> GN(conv x), channels_last. The bias makes the channels of an empty image differ."""
 
-    def __init__(self, inputs: int, channels: int, kernel_size: int, groups: int, dims: int, **made):
+    def __init__(self, inputs: int, channels: int, kernel_size: int, groups: int, dims: int, **like: Any):
         super().__init__()
-        self.conv = _CONVS[dims](inputs, channels, kernel_size, padding=kernel_size // 2, **made)
-        self.norm = GroupNorm(groups, channels, **made)
+        self.conv = _CONVS[dims](inputs, channels, kernel_size, padding=kernel_size // 2, **like)
+        self.norm = GroupNorm(groups, channels, **like)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns GN(conv x)."""
         return as_channels_last(self.norm(self.conv(as_channels_last(x))))
 
 
@@ -113,51 +113,43 @@ class Block(nn.Module):
         dropout: float,
         weight_norm: bool,
         lead: float = 3.0,
-        **made,
+        **like: Any,
     ):
         super().__init__()
         hidden = expansion * channels
-        options = {"padding": kernel_size // 2, "bias": False, **made}
+        options: dict[str, Any] = {"padding": kernel_size // 2, "bias": False, **like}
         self.conv1 = _CONVS[dims](channels, hidden, kernel_size, **options)
         self.conv2 = _CONVS[dims](hidden, channels, kernel_size, **options)
         nn.init.normal_(self.conv2.weight, std=_SMALL / (hidden * kernel_size**dims) ** 0.5)
         if weight_norm:
             weight_normed(self.conv1), weight_normed(self.conv2)
-        self.norm1 = GroupNorm(groups, hidden, relu="after", **made)
-        self.norm2 = GroupNorm(groups, channels, **made)
-        self.norm3 = GroupNorm(groups, channels, relu="before", **made)
+        self.norm1 = GroupNorm(groups, hidden, relu="after", **like)
+        self.norm2 = GroupNorm(groups, channels, **like)
+        self.norm3 = GroupNorm(groups, channels, relu="before", **like)
         nn.init.constant_(self.norm2.weight, lead)
-        self.dropout = FixedDropout(dropout)
+        self.dropout = FixedDropout(dropout, dims=2)  # whole channels
 
     def forward(self, z: Tensor, u: Tensor | None) -> Tensor:
-        v = drop_channels(self.conv2(self.norm1(self.conv1(z))), self.dropout)
+        """Returns the block's output, of the shape of z."""
+        v = self.dropout(self.conv2(self.norm1(self.conv1(z))))
         return self.norm3(z, self.norm2(v, u))
 
 
-def drop_channels(v: Tensor, dropout: FixedDropout) -> Tensor:
-    """V with whole channels dropped, the same in every step of a solve."""
-    if not dropout.training or dropout.p == 0:
-        return v
-    return v * dropout(v.new_ones(v.shape[:2] + (1,) * (v.ndim - 2)))
-
-
 def as_channels_last(x: Tensor) -> Tensor:
-    """An image in the memory format that convolutions like; a sequence as it is."""
+    """Returns an image in the memory format that is fastest for convolutions; a sequence as it is."""
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
 def image_of(x: Any, channels: int, dims: int, cell: nn.Module) -> None:
     """Raises unless x is a floating-point tensor [B, channels, H, W], or [B, channels, L]."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        got = str(x.dtype).removeprefix("torch.") + " tensor" if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"x must be a floating-point tensor for {type(cell).__name__}, got {got}")
+    floating(x, cell)
     if x.ndim != dims + 2 or x.shape[1] != channels:
         wanted = f"[B, {channels}, {'H, W' if dims == 2 else 'L'}]"
         raise ValueError(f"x must be {wanted} for {type(cell).__name__}, got shape {tuple(x.shape)}")
 
 
 def values_in_groups(size: torch.Size, channels: int, groups: int) -> None:
-    """Raises where a group of a GroupNorm would hold a single value, of which it makes zero whatever it is."""
+    """Raises ValueError where a group of a GroupNorm would hold a single value, whose norm is always zero."""
     if channels // groups * size.numel() == 1:
         raise ValueError(
             f"groups={groups} of {channels} channels leave one value to a group of a {' x '.join(map(str, size))} "

@@ -10,13 +10,12 @@ from ..checks import number
 from ..solvers import PeacemanRachford, Solver
 from ..solvers.splitting import Splitting
 from .affine import Affine
+from .base import one_of
 from .contraction import norm_bound
-
-_PROXIMAL = ("relu", "tanh")
 
 
 class MonotoneForm(nn.Module):
-    """Parametrization W = (1 - m) I - A'A + B - B', for torch.nn.utils.parametrize; always in W's own precision.
+    """Parametrization W = (1 - m) I - A'A + B - B', for torch.nn.utils.parametrize; always in W's precision.
 
     Args:
         margin: m; the symmetric part of I - W is at least this.
@@ -27,26 +26,24 @@ class MonotoneForm(nn.Module):
         self.margin = margin
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Returns W."""
         with torch.autocast(a.device.type, enabled=False):
             eye = torch.eye(len(a), dtype=a.dtype, device=a.device)
             return (1 - self.margin) * eye - a.mT @ a + b - b.mT
 
     def right_inverse(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """(A, B) of the nearest W in this set: what of its symmetric part exceeds 1 - m is cut off."""
+        """Returns (A, B) of the nearest W in this set: the excess of its symmetric part over 1 - m is cut off."""
         values, vectors = torch.linalg.eigh((w + w.mT) / 2)
         a = (1 - self.margin - values).clamp_min(0).sqrt().unsqueeze(1) * vectors.mT
         return a, (w - w.mT) / 4
-
-    def extra_repr(self) -> str:
-        return f"margin={self.margin}"
 
 
 class Monotone(Affine):
     """z = act(W z + U x + b),  W = (1 - m) I - A'A + B - B', on each row by itself (Winston and Kolter 2020).
 
     The symmetric part of I - W is m I + A'A, so the equilibrium exists and is unique for every value of the parameters,
-    also where ||W|| > 1 and plain iteration diverges. `PeacemanRachford`, a DEQ's solver for this cell unless it is
-    told, always reaches it. At initialisation with m at most 1, W is the nearest to `Affine`'s.
+    also where ||W|| > 1 and plain iteration diverges. `PeacemanRachford`, this cell's default solver in a DEQ, always
+    reaches it. At initialisation with m at most 1, W is the nearest to `Affine`'s.
 
     Up to 256 features, and on a GPU, a solve is one Triton launch, and so is its adjoint: by PeacemanRachford or
     ForwardBackward (with tanh at alpha = 1 only), Picard or Anderson(memory <= 4).
@@ -56,12 +53,11 @@ class Monotone(Affine):
         inputs: Width of x; None is D.
         activation: "relu" or "tanh", which are proximal operators.
         margin: m, above 0. A small one allows more, and takes more steps.
-        operands: What matrices are rounded to inside the iteration: "fp32", or "bf16" for speed (the state stays
-            float32).
+        operands: What matrices are rounded to inside the iteration, as for `Affine`: "fp32" or "bf16".
         bias: Whether there is a b.
 
     Raises:
-        TypeError, ValueError: an option is of the wrong kind or out of range.
+        TypeError, ValueError: An option is of the wrong kind or out of range.
     """
 
     def __init__(
@@ -76,15 +72,16 @@ class Monotone(Affine):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ):
-        if activation not in _PROXIMAL:
-            raise ValueError(f"activation must be one of {', '.join(_PROXIMAL)}, got {activation!r}")
+        one_of("activation", activation, ("relu", "tanh"))
         number("margin", margin, 0)
-        options = {"activation": activation, "operands": operands, "bias": bias, "device": device, "dtype": dtype}
-        super().__init__(features, inputs, **options)
+        super().__init__(
+            features, inputs, activation=activation, operands=operands, bias=bias, device=device, dtype=dtype
+        )
         self.margin = float(margin)
         parametrize.register_parametrization(self, "weight", MonotoneForm(self.margin), unsafe=True)
 
     def splitting(self, injection: tuple[Tensor, Tensor]) -> Splitting:
+        """Returns W, u, the margin, and how to bound ||I - W||."""
         w, u, narrow = self._operands(injection)
 
         def norm() -> float:
@@ -93,20 +90,19 @@ class Monotone(Affine):
         return Splitting(w, u, self.activation, self.margin, norm, narrow)
 
     def default_solver(self) -> Solver:
+        """Returns PeacemanRachford()."""
         return PeacemanRachford()
 
     @torch.no_grad()
     def monotonicity(self) -> Tensor:
-        """The least eigenvalue of the symmetric part of I - W, a scalar in float64: `margin` or more, up to rounding.
-        The certificate that there is one equilibrium.
+        """Returns the least eigenvalue of the symmetric part of I - W, a scalar in float64.
+
+        It is `margin` or more, up to rounding: the certificate that there is one equilibrium.
         """
         w = self.weight.double()
         return 1 - torch.linalg.eigvalsh((w + w.mT) / 2)[-1]
 
     @torch.no_grad()
     def lipschitz(self) -> Tensor:
-        """A bound of ||z*(x) - z*(y)|| / ||x - y||, a scalar: ||U|| / m (Pabbaraju et al. 2021, theorem 1)."""
+        """Returns a bound of ||z*(x) - z*(y)|| / ||x - y||, a scalar: ||U|| / m (Pabbaraju et al. 2021, theorem 1)."""
         return norm_bound(self.input.weight) / self.margin
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, margin={self.margin}"

@@ -19,7 +19,7 @@ _FAINT = 0.1  # and of all that comes from a resolution without an injection
 
 
 class MultiScale(Cell):
-    """The multiscale cell of MDEQ (Bai et al. 2020), images at 2 to 4 resolutions that see each other at every step:
+    """The multiscale cell of MDEQ (Bai et al. 2020): images at 2 to 4 resolutions that interact at every step.
 
         y_i = GN(ReLU(z_i + GN(u_i + conv3(ReLU(GN(conv3 z_i))))))      at each resolution i, as in `Conv`
         z_i' = GN(conv1(ReLU(sum_j fuse_ij(y_j))))                      fuse_ii is the identity
@@ -43,16 +43,16 @@ class MultiScale(Cell):
         MultiScale((88, 176, 352, 704), expansion=6)         77689392   ImageNet, XL
 
     Args:
-        channels: Of each resolution, the finest first.
+        channels: Channels of each resolution, the finest first.
         inputs: Channels of x, [B, inputs, H, W]; None is channels[0].
         expansion: Channels between the two convolutions of a block, in multiples of its channels.
-        groups: Groups of every GroupNorm but those after the fusion, which have half as many (at least one), as
-            published; divides all channels.
+        groups: Number of groups of every GroupNorm but those after the fusion, which have half as many (at least one),
+            as published; divides all channels.
         dropout: Share of channels that a `FixedDropout` sets to zero in each block before u is added.
         weight_norm: Whether the blocks' convolutions and the ones after the fusion are weight-normalised.
 
     Raises:
-        TypeError, ValueError: an option is of the wrong kind or out of range; x does not fit; a group would hold a
+        TypeError, ValueError: An option is of the wrong kind or out of range, x does not fit, or a group would hold a
             single value at some resolution.
     """
 
@@ -71,75 +71,69 @@ class MultiScale(Cell):
         super().__init__()
         channels = tuple(channels)
         if not 2 <= len(channels) <= 4:
-            raise ValueError(f"channels must name those of 2 to 4 resolutions, got {len(channels)}: {channels}")
+            raise ValueError(f"channels must be those of 2 to 4 resolutions, got {len(channels)}: {channels}")
         inputs = channels[0] if inputs is None else inputs
         options = {f"channels[{i}]": c for i, c in enumerate(channels)} | {"inputs": inputs, "expansion": expansion}
         for name, value in (options | {"groups": groups}).items():
             integer(name, value)
-        made = {"device": device, "dtype": dtype}
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
         scales = range(len(channels))
         self.channels, self.inputs, self.groups = channels, inputs, groups
-        self.input = Injection(inputs, channels[0], 1, groups, 2, **made)
-        self.blocks = nn.ModuleList(
-            Block(c, 3, expansion, groups, 2, dropout, weight_norm, lead=_LEAD, **made) for c in channels
-        )
-        self.fuse = nn.ModuleList(
-            nn.ModuleList(_fusion(channels[j], channels[i], i - j, groups, made) for j in scales) for i in scales
-        )
+        self.input = Injection(inputs, channels[0], 1, groups, 2, **like)
+        blocks = [Block(c, 3, expansion, groups, 2, dropout, weight_norm, lead=_LEAD, **like) for c in channels]
+        fuse = [[_fusion(channels[j], channels[i], i - j, groups, like) for j in scales] for i in scales]
+        self.blocks, self.fuse = nn.ModuleList(blocks), nn.ModuleList(map(nn.ModuleList, fuse))
         self.post = nn.ModuleList()
         for c in channels:
-            conv = nn.Conv2d(c, c, 1, bias=False, **made)
-            norm = GroupNorm(max(1, groups // 2), c, **made)
-            self.post.append(nn.Sequential(nn.ReLU(), weight_normed(conv) if weight_norm else conv, norm))
-        for j in scales[1:]:
-            nn.init.constant_(self.blocks[j].norm3.weight, _FAINT)
-            for i in scales:
-                if i != j:
-                    nn.init.constant_(self.fuse[i][j][-1].weight, _FAINT)
+            conv: nn.Module = nn.Conv2d(c, c, 1, bias=False, **like)
+            conv = weight_normed(conv) if weight_norm else conv
+            self.post.append(nn.Sequential(nn.ReLU(), conv, GroupNorm(max(1, groups // 2), c, **like)))
+        norms: list[Any] = [block.norm3 for block in blocks[1:]]
+        norms += [fuse[i][j][-1] for j in scales[1:] for i in scales if i != j]
+        for norm in norms:
+            nn.init.constant_(norm.weight, _FAINT)
 
     def inject(self, x: Tensor) -> Tensor:
-        """GN(conv1 x), channels_last."""
+        """Returns GN(conv1 x), channels_last."""
         image_of(x, self.inputs, 2, self)
         for size, c in zip(_sizes(x.shape[2:], len(self.channels)), self.channels, strict=True):
             values_in_groups(size, c, self.groups)
         return self.input(x)
 
     def initial(self, x: Tensor, injection: Tensor) -> State:
+        """Returns zeros at each resolution, channels_last."""
         sizes = _sizes(x.shape[2:], len(self.channels))
-        made = {"dtype": x.dtype, "device": x.device, "memory_format": torch.channels_last}
-        return tuple(torch.empty(len(x), c, *s, **made).zero_() for c, s in zip(self.channels, sizes, strict=True))
+        shapes = [(len(x), c, *size) for c, size in zip(self.channels, sizes, strict=True)]
+        like: dict[str, Any] = {"dtype": x.dtype, "device": x.device}
+        return tuple(torch.empty(s, memory_format=torch.channels_last, **like).zero_() for s in shapes)
 
     def forward(self, z: State, injection: Tensor) -> State:
+        """Returns (z_0', z_1', ...)."""
         y = [block(part, None if i else injection) for i, (block, part) in enumerate(zip(self.blocks, z, strict=True))]
         return tuple(self.post[i](self._fused(i, y)) for i in range(len(y)))
 
     def _fused(self, i: int, y: list[Tensor]) -> Tensor:
-        """The sum over resolutions, at resolution i."""
-        total = y[i]
+        """Returns the sum over resolutions, at resolution i."""
+        total, fuse = y[i], list(self.fuse[i].children())
         for j, part in enumerate(y):
             if j != i:
-                part = self.fuse[i][j](part)
+                part = fuse[j](part)
                 if j > i:
                     part = F.interpolate(part, scale_factor=2 ** (j - i))[:, :, : total.shape[2], : total.shape[3]]
                 total = total + part
         return total
 
-    def extra_repr(self) -> str:
-        return f"{self.channels}, inputs={self.inputs}, groups={self.groups}"
 
-
-def _fusion(inputs: int, outputs: int, down: int, groups: int, made: dict) -> nn.Module:
-    """From one resolution to another, `down` levels coarser."""
-    if down == 0:
-        return nn.Identity()
+def _fusion(inputs: int, outputs: int, down: int, groups: int, like: dict[str, Any]) -> nn.Sequential:
+    """Returns the map from one resolution to another, `down` levels coarser."""
     if down < 0:
-        return nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False, **made), GroupNorm(groups, outputs, **made))
-    layers = []
+        return nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False, **like), GroupNorm(groups, outputs, **like))
+    layers: list[nn.Module] = []
     for level in range(down):
         last = level == down - 1
         wide = outputs if last else inputs
-        layers.append(nn.Conv2d(inputs, wide, 3, stride=2, padding=1, bias=False, **made))
-        layers.append(GroupNorm(groups, wide, relu=None if last else "after", **made))
+        layers.append(nn.Conv2d(inputs, wide, 3, stride=2, padding=1, bias=False, **like))
+        layers.append(GroupNorm(groups, wide, relu=None if last else "after", **like))
     return nn.Sequential(*layers)
 
 

@@ -1,5 +1,7 @@
 """The norms of cells, with the sums and activations that stand around them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +15,7 @@ class GroupNorm(nn.GroupNorm):
     torch's does not.
 
     Args:
-        groups: Groups of channels.
+        groups: Number of groups of channels.
         channels: C of [B, C, ...]; a multiple of `groups`.
         relu: "before", "after" or None.
 
@@ -21,14 +23,14 @@ class GroupNorm(nn.GroupNorm):
         ValueError: `groups` does not divide `channels`.
     """
 
-    def __init__(self, groups: int, channels: int, *, relu: str | None = None, **kwargs):
+    def __init__(self, groups: int, channels: int, *, relu: str | None = None, **like: Any):
         if channels % groups:
             raise ValueError(f"groups={groups} must divide the channels of every GroupNorm, and one has {channels}")
-        super().__init__(groups, channels, **kwargs)
+        super().__init__(groups, channels, **like)
         self.relu = relu
 
     def forward(self, a: Tensor, b: Tensor | None = None) -> Tensor:
-        """GroupNorm(a), or of a + b."""
+        """Returns GroupNorm(a), or that of a + b."""
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             op, _ = dispatch.pick("norms.group_norm", a.device, a=a, b=b, groups=self.num_groups)
             if op is not None:
@@ -39,24 +41,28 @@ class GroupNorm(nn.GroupNorm):
 
 
 def summed(a: Tensor, b: Tensor, gamma: Tensor | None) -> Tensor:
+    """Returns a + gamma b."""
     return a + b if gamma is None else torch.addcmul(a, gamma, b)
 
 
 def sum_and_norm(
-    a: Tensor, b: Tensor, gamma: Tensor | None, norm: nn.Module, keep_sum: bool = True
-) -> tuple[Tensor | None, Tensor]:
-    """(s, norm(s)) with s = a + gamma b; in one kernel where no gradient and no compiler looks on."""
+    a: Tensor, b: Tensor, gamma: Tensor | None, norm: nn.RMSNorm, sum_too: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Returns (s, norm(s)) with s = a + gamma b; by one kernel, in which s may be None unless `sum_too`.
+
+    With gradients, and within a compiler, torch does it.
+    """
     if plain_norm(norm) and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         autocast = torch.is_autocast_enabled(a.device.type)
         operands = {"a": a, "b": b, "gamma": gamma, "weight": norm.weight}
         op, _ = dispatch.pick("norms.residual_rms", a.device, autocast=autocast, **operands)
         if op is not None:
-            return op.run(**operands, eps=norm.eps, keep_sum=keep_sum)
+            return op.run(**operands, eps=norm.eps, keep_sum=sum_too)
     s = summed(a, b, gamma)
     return s, norm(s)
 
 
 def plain_norm(norm: nn.Module) -> bool:
-    """Whether it is the norm that kernels know, and nobody listens."""
-    heard = norm._forward_hooks or norm._forward_pre_hooks
-    return type(norm) is nn.RMSNorm and norm.eps is not None and norm.weight is not None and not heard
+    """Returns whether kernels can stand in for it: it is an nn.RMSNorm with a weight, and has no hooks."""
+    hooks = norm._forward_hooks or norm._forward_pre_hooks
+    return type(norm) is nn.RMSNorm and norm.eps is not None and norm.weight is not None and not hooks

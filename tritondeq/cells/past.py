@@ -1,40 +1,44 @@
-"""Keys and values of tokens that are solved, for those to come."""
+"""Keys and values of solved tokens, for the tokens to come."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-ROOM = 64  # tokens a store begins with, at least
+ROOM = 64  # tokens that a store has room for at first, at least
 
 
 class Past(NamedTuple):
-    """The first `tokens` of a store. Appending to it leaves it as it was: where others have appended before, a copy is
-    appended to.
+    """The first `tokens` of a store, which is None before there are any.
+
+    Appending leaves it as it was: where other tokens have been appended before, a copy of the store takes these.
     """
 
-    store: "Store"
+    store: "Store | None"
     tokens: int
 
 
 class Store:
-    """Buffers whose capacity doubles, so that T tokens are copied O(T) times in all.
+    """Buffers [batch, heads, capacity, width] whose capacity doubles, so that T tokens are copied O(T) times in all.
 
     Args:
-        batch, heads, width: Of keys and values, [batch, heads, capacity, width].
-        tokens: Room for so many at least.
+        batch: Number of sequences.
+        heads: Number of heads of keys and values.
+        width: Width of a head.
+        tokens: The number of tokens that there is room for, at least.
+        dtype: Of keys and values.
+        device: Of all buffers.
     """
 
     def __init__(self, batch: int, heads: int, width: int, tokens: int, dtype: torch.dtype, device: torch.device):
         self.used, self.padded = 0, False
         capacity = max(tokens, ROOM)
-        self.keys, self.values = (
-            torch.zeros(batch, heads, capacity, width, dtype=dtype, device=device) for _ in range(2)
-        )
+        self.keys = torch.zeros(batch, heads, capacity, width, dtype=dtype, device=device)
+        self.values = torch.zeros_like(self.keys)
         self.real = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
 
     def room(self, tokens: int, more: int) -> "Store":
-        """A store with these first `tokens` and room for `more` that nobody has taken."""
+        """Returns a store with these first `tokens` and free room for `more`."""
         free = self.used == tokens
         capacity = self.real.shape[1]
         if free and tokens + more <= capacity:
@@ -50,7 +54,7 @@ class Store:
         return store
 
     def write(self, at: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts [B, heads, t, width] at tokens at, at + 1, ...; returns all keys and values up to there."""
+        """Writes [B, heads, t, width] to tokens at, at + 1, ...; returns all keys and values up to there."""
         end = at + k.shape[2]
         self.keys[:, :, at:end], self.values[:, :, at:end] = k, v
         return self.keys[:, :, :end], self.values[:, :, :end]

@@ -1,4 +1,4 @@
-"""What attention needs of its tokens: masks and rotary positions."""
+"""Masks and rotary positions of attention."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from .base import features_of
 
 
 def tokens_of(x: Any, features: int, cell: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """(x [B, T, features] with zeros in place of padding, mask [B, T] or None), of x or (x, mask).
+    """Returns (x [B, T, features] with zeros in place of padding, mask [B, T] or None), for x or (x, mask).
 
     Raises:
         TypeError, ValueError: x or the mask is of another kind or shape.
@@ -31,10 +31,11 @@ def tokens_of(x: Any, features: int, cell: nn.Module) -> tuple[Tensor, Tensor | 
 
 
 def attention_mask(at: int, tokens: int, real: Tensor | None, causal: bool, device: torch.device) -> Tensor:
-    """True where tokens at, at + 1, ... attend to those from 0 on, broadcasting to [B, 1, tokens, at + tokens]. None is
-    left without any to attend to: not all of torch's attention gives such tokens a finite value and gradient.
+    """Returns where tokens at, at + 1, ... attend to those from 0 on: bool, for [B, 1, tokens, at + tokens].
+
+    Every token attends to at least one: not all of torch's attention gives a finite value and gradient without any.
     """
-    if not causal:
+    if real is not None and not causal:
         return (real | ~real.any(1, keepdim=True))[:, None, None]
     queries = torch.arange(at, at + tokens, device=device).unsqueeze(1)
     keys = torch.arange(at + tokens, device=device)
@@ -44,14 +45,14 @@ def attention_mask(at: int, tokens: int, real: Tensor | None, causal: bool, devi
 
 
 def rotary_angles(at: int, tokens: int, width: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cos and sin of position * base^(-2 i / width), [tokens, width], both halves alike."""
-    wide = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
+    """Returns cos and sin of position * base^(-2 i / width), [tokens, width], both halves alike."""
+    wide: dict[str, Any] = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
     frequency = base ** -(torch.arange(0, width, 2, **wide) / width)
     angle = torch.outer(torch.arange(at, at + tokens, **wide), frequency).repeat(1, 2)
     return angle.cos(), angle.sin()
 
 
 def rotated(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (i, i + width / 2) of each head [B, heads, T, width] by their angles."""
+    """Rotates the pairs (i, i + width / 2) of each head [B, heads, T, width] by their angles."""
     first, second = t.chunk(2, dim=-1)
     return torch.addcmul(t * cos, torch.cat((-second, first), dim=-1), sin).to(t.dtype)

@@ -7,31 +7,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import integer, number
+from ..checks import boolean, integer, number
 from ..held import FixedDropout
 from ..kernels.tails import Tail
-from .base import Cell
+from .base import Cell, one_of
 from .norm import plain_norm, sum_and_norm, summed
 from .past import Past, Store
 from .tokens import attention_mask, rotary_angles, rotated, tokens_of
 
-_ACTIVATIONS = {"swiglu": F.silu, "gelu": F.gelu, "relu": F.relu, "silu": F.silu}
-_WIRINGS = ("outer", "damped", "head")
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 _EPS = 1e-6  # of norms
 _LAST = 0.3  # scale of the last linears at initialisation
 _DECAY = 0.45  # at initialisation
 
 
 class Injection(NamedTuple):
-    """What does not depend on z."""
+    """Everything that does not depend on z."""
 
     u: Tensor  # [B, T, D]
     decay: Tensor | None  # a, [D]
-    scales: tuple[Tensor, Tensor] | None  # gamma of attention and of the feed-forward net, [D]
+    scales: tuple[Tensor | None, ...]  # gamma of attention and of the feed-forward net, [D]
     angles: tuple[Tensor, Tensor] | None  # cos and sin of the rotary positions, [T, width of a head]
     real: Tensor | None  # [B, T]: no padding
-    mask: Tensor | None  # who attends to whom, as scaled_dot_product_attention takes it
-    is_causal: bool  # that, where it is the plain causal one
+    mask: Tensor | None  # which tokens attend to which, as scaled_dot_product_attention takes it
+    is_causal: bool  # whether that is the plain causal mask, and `mask` is None
     past: Past | None  # where to put keys and values
 
 
@@ -50,11 +49,11 @@ class Transformer(Cell):
     subtracted, so that what is left is f = u + g1 Attn(RMS y) + g2 FFN(RMS h), in which the z of the skip path never
     appears and z acts through the two branches alone. g1 and g2 are LayerScale vectors in (0, gamma_max).
 
-    What keeps it contractive: at initialisation the last linears of both branches are scaled by 0.3, so that the outer
+    It begins contractive: at initialisation the last linears of both branches are scaled by 0.3, so that the outer
     norm of z + u dominates, whose Jacobian is about 1/2 (a / (a + b) with `decay`); in "head" the branches are all
     there is, times gamma_max / 2. Measured at 16 to 1024 features: spectral radius about 0.5, 0.6 and 0.05, at most 9
-    steps to 1e-3. Nothing holds it there while training: watch `last.steps`. Norms keep the state of "outer" and
-    "damped" bounded whatever the weights, and that of "head" is bounded by its branches, whose inputs are normed.
+    steps to 1e-3. Training can take that away: watch `last.steps`. Norms bound the state of "outer" and "damped"
+    whatever the weights, and that of "head" is bounded by its branches, whose inputs are normed.
 
     The input is x [B, T, inputs], or (x, mask) with mask [B, T] bool, True for real tokens. Padding is not attended to
     and does not count in the residual; what comes out in its place means nothing. A sample is a sequence.
@@ -67,21 +66,21 @@ class Transformer(Cell):
     Args:
         features: Width D of the state; z is [B, T, D].
         inputs: Width of x; None is D.
-        heads: Of attention; must divide `features`.
-        kv_heads: Of keys and values, each for heads / kv_heads heads of queries (Ainslie et al. 2023); None is heads.
+        heads: Heads of attention; must divide `features`.
+        kv_heads: Heads of keys and values, each for heads / kv_heads of queries (Ainslie et al. 2023); None is heads.
         hidden: Width of the feed-forward net; None is 4 D, or 8/3 D rounded up to a multiple of 8 for "swiglu".
         wiring: "outer", "damped" or "head".
         activation: "swiglu" (Shazeer 2020), "gelu", "relu" or "silu".
         causal: Whether tokens attend to none that come later; `DEQ.step` needs it.
-        rotary: Base of rotary positions (Su et al. 2021), such as 10000.0; None: attention knows no positions.
+        rotary: Base of rotary positions (Su et al. 2021), such as 10000.0; None: attention is without positions.
         decay: Whether y = a z + b u, with learned a in (0, 1) and b for each feature: a = exp(-exp(.)) (Parcae, 2026).
-        damping: Of "damped", in (0, 1]; None is 0.95.
-        gamma_max: Of "head", above 0; None is 0.5.
-        dropout: Of both branches, by `FixedDropout`.
+        damping: The damping of "damped", in (0, 1]; None is 0.95.
+        gamma_max: The largest LayerScale of "head", above 0; None is 0.5.
+        dropout: Share of elements of both branches that a `FixedDropout` sets to zero.
         bias: Whether linears have one.
 
     Raises:
-        TypeError, ValueError: an option is of the wrong kind, out of range, or of another wiring.
+        TypeError, ValueError: An option is of the wrong kind, out of range, or of another wiring.
     """
 
     def __init__(
@@ -105,6 +104,8 @@ class Transformer(Cell):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        one_of("wiring", wiring, ("outer", "damped", "head"))
+        one_of("activation", activation, _ACTIVATIONS)
         gated = activation == "swiglu"
         inputs = features if inputs is None else inputs
         kv_heads = heads if kv_heads is None else kv_heads
@@ -117,47 +118,42 @@ class Transformer(Cell):
             raise ValueError(f"heads must divide features, got heads={heads} and features={features}")
         if heads % kv_heads:
             raise ValueError(f"kv_heads must divide heads, got kv_heads={kv_heads} and heads={heads}")
-        self.wiring, self.activation = (
-            _one_of("wiring", wiring, _WIRINGS),
-            _one_of("activation", activation, _ACTIVATIONS),
-        )
-        self.damping = _of_wiring("damping", damping, wiring, "damped", 0.95)
+        self.damping = _only_in("damped", wiring, "damping", damping, 0.95)
         if self.damping is not None and self.damping > 1:
             raise ValueError(f"damping must be in (0, 1], got {damping!r}")
-        self.gamma_max = _of_wiring("gamma_max", gamma_max, wiring, "head", 0.5)
+        self.gamma_max = _only_in("head", wiring, "gamma_max", gamma_max, 0.5)
         for name, value in (("causal", causal), ("decay", decay), ("bias", bias)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} must be a bool, got {value!r}")
+            boolean(name, value)
         self.features, self.inputs, self.heads, self.kv_heads, self.hidden = features, inputs, heads, kv_heads, hidden
-        self.width, self.causal, self.rotary = features // heads, causal, rotary
+        self.wiring, self.activation, self.causal, self.rotary, self.decay = wiring, activation, causal, rotary, decay
+        self.width = features // heads
         if rotary is not None:
             number("rotary", rotary, 0)
             if self.width % 2:
                 raise ValueError(
                     f"rotary positions need heads of even width, got {self.width}: features={features}, heads={heads}"
                 )
-        like = {"device": device, "dtype": dtype}
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
         self.input = nn.Linear(inputs, features, bias=bias, **like)
         self.qkv = nn.Linear(features, (heads + 2 * kv_heads) * self.width, bias=bias, **like)
         self.output = nn.Linear(features, features, bias=bias, **like)
         self.up = nn.Linear(features, (1 + gated) * hidden, bias=bias, **like)
         self.down = nn.Linear(hidden, features, bias=bias, **like)
-        names = ("input_norm", "attention_norm", "ffn_norm", *(["outer_norm"] if wiring == "outer" else []))
-        for name in names:
-            self.register_module(name, nn.RMSNorm(features, eps=_EPS, **like))
+        self.input_norm, self.attention_norm, self.ffn_norm = (nn.RMSNorm(features, eps=_EPS, **like) for _ in range(3))
+        if wiring == "outer":
+            self.outer_norm = nn.RMSNorm(features, eps=_EPS, **like)
         self.attention_dropout, self.ffn_dropout = FixedDropout(dropout), FixedDropout(dropout)
         if decay:
             self.log_decay, self.gain = (nn.Parameter(torch.empty(features, **like)) for _ in range(2))
         if wiring == "head":
             self.scales = nn.Parameter(torch.empty(2, features, **like))
-        self.decay = decay
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws linears anew as nn.Linear does, the last of each branch times 0.3 but in "head"; resets the rest."""
         for module in self.children():
-            if hasattr(module, "reset_parameters"):
+            if isinstance(module, nn.Linear | nn.RMSNorm):
                 module.reset_parameters()
         if self.wiring != "head":
             self.output.weight *= _LAST
@@ -169,16 +165,19 @@ class Transformer(Cell):
             self.scales.zero_()
 
     def inject(self, x: Any) -> Injection:
-        """(U x, normed), and all that is known of positions and masks."""
+        """Returns (U x, normed), positions and masks."""
         return self._injection(x, None)
 
     def extend(self, x: Any, past: Past | None) -> Injection:
+        """Returns the injection of tokens that follow those in `past`."""
         if not self.causal:
             raise ValueError("causal must be True to solve tokens one after another: Transformer has causal=False")
         return self._injection(x, past or Past(None, 0))
 
     def remember(self, z: Tensor, injection: Injection) -> Past:
-        store, at = injection.past
+        """Returns the keys and values at the solution z, after those before."""
+        assert injection.past is not None and injection.past.store is not None
+        store, at = injection.past.store, injection.past.tokens
         y = self._enter(z, injection)
         _, k, v = self._qkv(y if self.wiring == "damped" else self.attention_norm(y), injection)
         store.write(at, k, v)
@@ -186,43 +185,45 @@ class Transformer(Cell):
         return Past(store, store.used)
 
     def counts(self, injection: Injection) -> Tensor | None:
+        """Returns the mask of real tokens, [B, T], or None."""
         return injection.real
 
     def initial(self, x: Any, injection: Injection) -> Tensor:
+        """Returns zeros [B, T, D]."""
         return torch.zeros_like(injection.u)
 
     def forward(self, z: Tensor, injection: Injection) -> Tensor:
-        parts = self._parts(z, injection)
+        """Returns the block's output, [B, T, D]."""
         if self.wiring == "head":
-            (u, attended, fed), (first, second) = parts, injection.scales
-            return torch.addcmul(torch.addcmul(u, first, attended), second, fed)
-        _, n = sum_and_norm(*parts, None, self._last_norm, keep_sum=False)
-        return n if self.wiring == "outer" else torch.lerp(z, n, self.damping)
+            (u, attended, fed), (first, second) = self._parts(z, injection), injection.scales
+            return summed(summed(u, attended, first), fed, second)
+        h, fed = self._parts(z, injection)
+        _, n = sum_and_norm(h, fed, None, self._last_norm, sum_too=False)
+        return n if self.damping is None else torch.lerp(z, n, self.damping)
 
     def tail(self, injection: Injection) -> tuple[Callable, Tail] | None:
+        """Leaves the last sum, LayerScale, norm and damping to the step."""
         if self.wiring == "head":
             return self._parts, Tail(gains=injection.scales)
         norm = self._last_norm
         if not plain_norm(norm):
             return None
-        return self._parts, Tail("rms", weight=norm.weight, eps=norm.eps, mix=self.damping or 1.0)
+        return self._parts, Tail("rms", weight=norm.weight, eps=norm.eps or 0.0, mix=self.damping or 1.0)
 
     @property
-    def _last_norm(self) -> nn.Module:
+    def _last_norm(self) -> nn.RMSNorm:
         return self.outer_norm if self.wiring == "outer" else self.ffn_norm
 
     def _parts(self, z: Tensor, injection: Injection) -> tuple[Tensor, ...]:
-        """What f ends with the sum of: the residual and the feed-forward branch, or u and both branches of "head"."""
+        """Returns the summands of f: the residual and the feed-forward branch, or u and both branches of "head"."""
         if self.wiring == "damped":
             y = self._enter(z, injection)
-            _, h = sum_and_norm(y, self._attention(y, injection), None, self.attention_norm, keep_sum=False)
+            _, h = sum_and_norm(y, self._attention(y, injection), None, self.attention_norm, sum_too=False)
             return h, self._ffn(h)
-        u, (first, _) = injection.u, injection.scales or (None, None)
-        y, n = sum_and_norm(u, z, injection.decay, self.attention_norm)
+        y, n = sum_and_norm(injection.u, z, injection.decay, self.attention_norm)
         attended = self._attention(n, injection)
-        h, n = sum_and_norm(y, attended, first, self.ffn_norm, keep_sum=self.wiring == "outer")
-        fed = self._ffn(n)
-        return (u, attended, fed) if self.wiring == "head" else (h, fed)
+        h, n = sum_and_norm(y, attended, injection.scales[0], self.ffn_norm, sum_too=self.wiring == "outer")
+        return (injection.u, attended, self._ffn(n)) if self.wiring == "head" else (h, self._ffn(n))
 
     def _enter(self, z: Tensor, injection: Injection) -> Tensor:
         return summed(injection.u, z, injection.decay)
@@ -236,7 +237,7 @@ class Transformer(Cell):
 
     def _attention(self, h: Tensor, injection: Injection) -> Tensor:
         q, k, v = self._qkv(h, injection)
-        if injection.past is not None:
+        if injection.past is not None and injection.past.store is not None:
             k, v = injection.past.store.write(injection.past.tokens, k, v)
         shared = self.heads // self.kv_heads
         if shared > 1 and injection.is_causal:
@@ -249,27 +250,23 @@ class Transformer(Cell):
         return self.attention_dropout(self.output(a.transpose(1, 2).flatten(2)))
 
     def _ffn(self, h: Tensor) -> Tensor:
-        act = _ACTIVATIONS[self.activation]
-        if self.activation == "swiglu":
-            gate, h = self.up(h).chunk(2, dim=-1)
-            return self.ffn_dropout(self.down(act(gate) * h))
-        return self.ffn_dropout(self.down(act(self.up(h))))
+        gate, *value = self.up(h).chunk(2 if self.activation == "swiglu" else 1, dim=-1)
+        h = _ACTIVATIONS[self.activation](gate)
+        return self.ffn_dropout(self.down(h * value[0] if value else h))
 
     def _injection(self, x: Any, past: Past | None) -> Injection:
         x, real = tokens_of(x, self.inputs, self)
         tokens, device = x.shape[1], x.device
         u = self.input_norm(self.input(x).to(self.input_norm.weight.dtype))
-        decay = scales = None
+        decay: Tensor | None = None
+        scales: tuple[Tensor | None, ...] = (None, None)
         if self.decay:
             decay, u = torch.exp(-torch.exp(self.log_decay)), self.gain * u
-        if self.wiring == "head":
-            scales = tuple(self.gamma_max * torch.sigmoid(self.scales))
+        if self.gamma_max is not None:
+            scales = (self.gamma_max * torch.sigmoid(self.scales)).unbind()
         at = 0 if past is None else past.tokens
         angles = None if self.rotary is None else rotary_angles(at, tokens, self.width, self.rotary, u)
-        if past is not None:
-            past, keys = self._room(past, u, real)
-        else:
-            keys = real
+        past, keys = (None, real) if past is None else self._room(past, u, real)
         mask, is_causal = None, False
         if self.causal and keys is None and (at == 0 or tokens <= 1):
             is_causal = at == 0
@@ -280,7 +277,7 @@ class Transformer(Cell):
         return Injection(u, decay, scales, angles, real, mask, is_causal, past)
 
     def _room(self, past: Past, u: Tensor, real: Tensor | None) -> tuple[Past, Tensor | None]:
-        """(the past with room for the tokens of u, which of all tokens are no padding)."""
+        """Returns (the past with room for the tokens of u, the mask of real tokens among all)."""
         store, at = past
         batch, tokens, _ = u.shape
         kind, dtype = u.device.type, self.qkv.weight.dtype
@@ -295,24 +292,12 @@ class Transformer(Cell):
         store.padded |= real is not None
         return Past(store, at), store.real[:, : at + tokens] if store.padded else None
 
-    def extra_repr(self) -> str:
-        said = [f"{self.features}", f"inputs={self.inputs}", f"heads={self.heads}", f"kv_heads={self.kv_heads}"]
-        said += [f"hidden={self.hidden}", f"wiring={self.wiring!r}", f"activation={self.activation!r}"]
-        said += [f"{name}={getattr(self, name)}" for name in ("causal", "rotary", "decay", "damping", "gamma_max")]
-        return ", ".join(said)
 
-
-def _one_of(name: str, value: str, options: Any) -> str:
-    if value not in options:
-        raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}")
-    return value
-
-
-def _of_wiring(name: str, value: float | None, wiring: str, own: str, default: float) -> float | None:
-    """The option of one wiring, None in others."""
-    if wiring != own:
+def _only_in(only: str, wiring: str, name: str, value: float | None, default: float) -> float | None:
+    """Returns the option of one wiring or its default, and None in others; raises if it is given there."""
+    if wiring != only:
         if value is not None:
-            raise ValueError(f"{name} is for wiring={own!r}, got {name}={value!r} with wiring={wiring!r}")
+            raise ValueError(f"{name} is for wiring={only!r}, got {name}={value!r} with wiring={wiring!r}")
         return None
     value = default if value is None else value
     number(name, value, 0)

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from ..checks import integer
+from ..kernels.rules import Rules
 from .base import Solver
 
 
 @dataclass
-class _Updates:
+class _History:
     """The inverse Jacobian of g as -I + sum_j u_j v_j', and the evaluation before."""
 
     u: Tensor  # [B, m, N]
@@ -25,13 +26,13 @@ class _Updates:
 class Broyden(Solver):
     """z+ = z - H g,  H+ = H + (dz - H dg) (dz' H) / (dz' H dg),  H_0 = -I,  g = f(z) - z.
 
-    Good Broyden (Broyden 1965, eq. 4.5; as in Bai et al. 2019, but bounded): only the last `memory` updates are kept,
+    Good Broyden (Broyden 1965, eq. 4.5; as in Bai et al. 2019, but bounded): only the last `memory` updates are used,
     so it costs 2 memory + 3 states of memory, 2 memory + 5 in torch, however long the solve is. Reaches fixed points
     that repel plain iteration; there is no other reason to prefer it to Anderson. A sample whose residual is above a
     hundred times its best takes a plain step.
 
     Args:
-        memory: Updates kept, at least 1.
+        memory: Number of updates, at least 1.
 
     Raises:
         TypeError, ValueError: `memory` is not an integer of at least 1.
@@ -41,38 +42,41 @@ class Broyden(Solver):
 
     fused_steps = "steps.broyden"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         integer("memory", self.memory)
 
-    def init(self, z: Tensor, mask) -> _Updates:
+    def init(self, z: Tensor, mask: Tensor | None) -> _History:
+        """Returns a history without updates."""
         ring = (z.shape[0], self.memory, z.shape[1])
-        return _Updates(z.new_zeros(ring), z.new_zeros(ring), mask)
+        return _History(z.new_zeros(ring), z.new_zeros(ring), mask)
 
-    def step(self, memory: _Updates, z: Tensor, y: Tensor, g: Tensor, seen: Tensor, rules) -> Tensor:
-        u, v = memory.u, memory.v
-        if memory.g is not None:
-            self._update(memory, z - memory.z, seen - memory.g, rules.active.unsqueeze(1))
-        memory.z, memory.g = z, seen
-        along = _dots(v, seen)
+    def step(self, history: _History, z: Tensor, y: Tensor, g: Tensor, counted: Tensor, rules: Rules) -> Tensor:
+        """Returns z - H g."""
+        if history.z is not None and history.g is not None:
+            self._update(history, z - history.z, counted - history.g, rules.active.unsqueeze(1))
+        history.z, history.g = z, counted
+        along = _dots(history.v, counted)
         if not rules.all_improved:
             along = torch.where(rules.safe().unsqueeze(1), along, 0.0)
-        return y - _mix(along, u)
+        return y - _mix(along, history.u)
 
-    def estimate(self, memory: _Updates) -> tuple[Tensor, Tensor]:
-        return memory.u, memory.v
+    def estimate(self, history: _History) -> tuple[Tensor, Tensor]:
+        """Returns the updates (u, v) of H."""
+        return history.u, history.v
 
-    def resume(self, memory: _Updates, estimate: tuple[Tensor, Tensor]) -> None:
+    def resume(self, history: _History, estimate: tuple[Tensor, Tensor]) -> None:
+        """Begins with the transpose of the estimated H."""
         u, v = estimate
-        memory.u.copy_(v)
-        memory.v.copy_(u)
+        history.u.copy_(v)
+        history.v.copy_(u)
 
-    def _update(self, memory: _Updates, dz: Tensor, dg: Tensor, active: Tensor) -> None:
-        if memory.mask is not None:
-            dz = torch.where(memory.mask, dz, 0.0)
-        u, v = memory.u, memory.v
-        slot = memory.taken % self.memory
-        memory.taken += 1
-        old_u, old_v = u[:, slot].clone(), v[:, slot].clone()  # a frozen sample keeps them
+    def _update(self, history: _History, dz: Tensor, dg: Tensor, active: Tensor) -> None:
+        if history.mask is not None:
+            dz = torch.where(history.mask, dz, 0.0)
+        u, v = history.u, history.v
+        slot = history.taken % self.memory
+        history.taken += 1
+        old_u, old_v = u[:, slot].clone(), v[:, slot].clone()  # those of samples that have stopped stay
         u[:, slot] = 0  # the oldest update leaves H before the newest is made from it
         along_u, along_v = _dots(u, dz), _dots(v, dg)
         left, right = _mix(along_u, v) - dz, _mix(along_v, u) - dg
@@ -86,10 +90,10 @@ class Broyden(Solver):
 
 
 def _dots(ring: Tensor, x: Tensor) -> Tensor:
-    """Inner products [B, m] of each row of `ring` [B, m, N] with `x` [B, N]."""
+    """Returns inner products [B, m] of each row of `ring` [B, m, N] with `x` [B, N]."""
     return torch.bmm(ring, x.unsqueeze(2)).squeeze(2)
 
 
 def _mix(c: Tensor, ring: Tensor) -> Tensor:
-    """Sums [B, N] of the rows of `ring` [B, m, N], weighted by `c` [B, m]."""
+    """Returns sums [B, N] of the rows of `ring` [B, m, N], weighted by `c` [B, m]."""
     return torch.bmm(c.unsqueeze(1), ring).squeeze(1)

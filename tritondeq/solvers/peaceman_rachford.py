@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from ..checks import number
-from .splitting import Reformulation, Splitting, SplittingSolver
+from .splitting import Splitting, SplittingSolver
 
 
 @dataclass(frozen=True)
 class PeacemanRachford(SplittingSolver):
     """w+ = 2 prox(y) - y,  y = C w + 2 alpha V u,  C = 2 V - I,  V = (I + alpha (I - W))^-1;  z = prox(y).
 
-    What monotone DEQs are solved with (Winston and Kolter 2020, theorem 2 and appendix A), for cells that name a
-    `splitting`, such as `cells.Monotone`. Converges for every alpha, also where ||W|| > 1: C contracts, and 2 prox - 1
-    does not expand. V is computed once per solve and serves the gradient as well; a step costs what a plain one does.
+    The solver of monotone DEQs (Winston and Kolter 2020, theorem 2 and appendix A), for cells that define `splitting`,
+    such as `cells.Monotone`. Converges for every alpha, also where ||W|| > 1: C contracts, and 2 prox - 1 does not
+    expand. V is computed once per solve and serves the gradient as well; a step costs what a plain one does.
 
     Residual, tol and trace are of w. ||f(z) - z|| is at most (1 / alpha + ||I - W||) / 2 times ||w+ - w||.
 
@@ -23,43 +23,32 @@ class PeacemanRachford(SplittingSolver):
         alpha: Above 0. The bound on the rate is best at 1 / ||I - W||.
 
     Raises:
-        TypeError, ValueError: `alpha` is not a number above 0.
+        TypeError, ValueError: `alpha` is no number above 0.
     """
 
     alpha: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         number("alpha", self.alpha, 0)
 
-    def solve(self, s: Splitting) -> Reformulation:
-        alpha, v = self.alpha, s.resolvent(self.alpha)
-        return Reformulation(
-            matrix=_cayley(v),
-            shift=2 * alpha * s.u @ v.mT,
-            act=lambda y: 2 * s.prox(y, alpha) - y,
-            name=self._name(s),
-            enter=lambda z: z - alpha * (s.linear(z) - z),
-            leave=lambda y: s.prox(y, alpha),
-            narrow=s.narrow,
-        )
+    def step_size(self, s: Splitting) -> float:
+        """Returns alpha."""
+        return self.alpha
 
-    def pull(self, s: Splitting, pre: Tensor, g: Tensor, transpose: bool) -> Reformulation:
-        alpha, v, slope = self.alpha, s.resolvent(self.alpha), s.slope(pre, self.alpha)
-        m, v = (s.w.mT, v.mT) if transpose else (s.w, v)
-        return Reformulation(
-            matrix=_cayley(v),
-            shift=2 * alpha * g @ v.mT,
-            act=lambda y: (2 * slope - 1) * y,
-            name=self._name(s),
-            enter=torch.zeros_like,
-            leave=lambda y: torch.addmm(g, slope * y, m.mT),
-            pre=pre,
-            narrow=s.narrow,
-        )
+    def affine(self, s: Splitting, u: Tensor, transpose: bool = False) -> tuple[Tensor, Tensor]:
+        """Returns (C, 2 alpha V u)."""
+        v = s.resolvent(self.alpha)
+        v = v.mT if transpose else v
+        return 2 * v - torch.eye(len(v), dtype=v.dtype, device=v.device), 2 * self.alpha * u @ v.mT
 
-    def _name(self, s: Splitting) -> str | None:
+    def act(self, image: Tensor, y: Tensor) -> Tensor:
+        """Returns 2 prox(y) - y."""
+        return 2 * image - y
+
+    def act_name(self, s: Splitting) -> str | None:
+        """Returns the name of the reflection 2 prox - 1."""
         return {"relu": "abs", "tanh": "reflected_tanh" if self.alpha == 1 else None}[s.activation]
 
-
-def _cayley(v: Tensor) -> Tensor:
-    return 2 * v - torch.eye(len(v), dtype=v.dtype, device=v.device)
+    def enter(self, s: Splitting, z: Tensor) -> Tensor:
+        """Returns z - alpha (W z + u - z), which is w where z is the solution."""
+        return z - self.alpha * (s.linear(z) - z)

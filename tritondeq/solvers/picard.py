@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..checks import number
+from ..kernels.rules import Rules
 from .base import Solver
 
 
@@ -20,21 +21,24 @@ class Picard(Solver):
         damping: In (0, 2).
 
     Raises:
-        ValueError: `damping` is outside (0, 2).
+        TypeError, ValueError: `damping` is no number in (0, 2).
     """
 
     damping: float = 1.0
 
     fused_steps = "steps.picard"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         number("damping", self.damping, 0, 2)
 
-    def init(self, z, mask):
+    def init(self, z: Tensor, mask: Tensor | None) -> None:
+        """Returns None: there is no history."""
         return None
 
-    def step(self, memory, z: Tensor, y: Tensor, g: Tensor, seen: Tensor, rules) -> Tensor:
+    def step(self, history: None, z: Tensor, y: Tensor, g: Tensor, counted: Tensor, rules: Rules) -> Tensor:
+        """Returns z + damping g."""
         return y if self.damping == 1 else torch.add(z, g, alpha=self.damping)
 
-    def fused(self):
+    def fused(self) -> dict[str, float]:
+        """Returns the kernels' arguments."""
         return {"memory": 0, "damping": float(self.damping)}

@@ -8,47 +8,48 @@ which see `Reformulation`; so is the linear system of the gradient, with prox re
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels.dispatch import WholeSolve
-from ..kernels.formulas import FAST
-from ..kernels.launch import FEATURES
+from ..kernels.rules import Rules
 from ..kernels.tails import Tail
+from ..row_kernels import affine_problem, bf16_terms
 from .base import Solver
 
-FAST_TANH = 5e-3  # tolerance from which the hardware's tanh does
 NEWTON = 16  # steps of prox: enough for float64 and alpha between 0.01 and 100
 
 
+@dataclass(frozen=True)
 class Splitting:
-    """What a cell tells a splitting solver: z = prox(W z + u), row by row.
+    """A cell z = prox(W z + u), row by row, as a splitting solver needs it.
 
-    Args:
+    Attributes:
         w: W, [D, D], float32 or float64; detached, and so is `u`.
         u: [B, D].
         activation: "relu" or "tanh", which are proximal operators.
         margin: m > 0 such that the symmetric part of I - W is at least m.
-        norm: Gives a bound of ||I - W||_2; asked at most once.
+        bound: Returns a bound of ||I - W||_2; called at most once.
         narrow: Whether kernels may round matrices to bfloat16.
     """
 
-    def __init__(
-        self, w: Tensor, u: Tensor, activation: str, margin: float, norm: Callable[[], float], narrow: bool = False
-    ):
-        self.w, self.u, self.activation, self.margin, self.narrow = w, u, activation, margin, narrow
-        self._norm, self._resolvents = norm, {}
+    w: Tensor
+    u: Tensor
+    activation: str
+    margin: float
+    bound: Callable[[], float]
+    narrow: bool = False
+    _resolvents: dict[float, Tensor] = field(default_factory=dict)
 
     def linear(self, z: Tensor) -> Tensor:
-        """W z + u."""
+        """Returns W z + u."""
         return torch.addmm(self.u, z, self.w.mT)
 
     def resolvent(self, alpha: float) -> Tensor:
-        """(I + alpha (I - W))^-1, computed once per solve and gradient."""
+        """Returns (I + alpha (I - W))^-1, computed once per solve and gradient."""
         if alpha not in self._resolvents:
             eye = torch.eye(len(self.w), dtype=self.w.dtype, device=self.w.device)
             self._resolvents[alpha] = torch.linalg.inv(torch.lerp(eye, 2 * eye - self.w, alpha))
@@ -57,10 +58,10 @@ class Splitting:
     @cached_property
     def norm(self) -> float:
         """A bound of ||I - W||_2."""
-        return self._norm()
+        return self.bound()
 
     def prox(self, y: Tensor, alpha: float) -> Tensor:
-        """The proximal operator of alpha phi at y: z with z + alpha (act^-1(z) - z) = y."""
+        """Returns the proximal operator of alpha phi at y: z with z + alpha (act^-1(z) - z) = y."""
         if self.activation == "relu":
             return torch.relu(y)
         t = y
@@ -70,23 +71,23 @@ class Splitting:
         return torch.tanh(t)
 
     def slope(self, pre: Tensor, alpha: float) -> Tensor:
-        """Derivative of `prox` at the solution, where W z + u is `pre`."""
+        """Returns the derivative of `prox` at the solution, where W z + u is `pre`."""
         s = (pre > 0).to(pre.dtype) if self.activation == "relu" else 1 - torch.tanh(pre) ** 2
         return s if alpha == 1 else s / torch.lerp(torch.full_like(s, alpha), torch.ones_like(s), s)
 
 
 @dataclass(frozen=True)
 class Reformulation:
-    """w = act(A w + c), row by row, whose solution gives that of another problem.
+    """A problem w = act(A w + c), row by row, whose solution gives that of another problem.
 
     Attributes:
         matrix: A, [D, D].
         shift: c, [B, D].
         act: Elementwise.
-        name: Of `act`, if a kernel has it.
-        enter: From the start of the other problem, [B, D], to one of this.
-        leave: From A w + c, where act(A w + c) = w, to the solution of the other problem.
-        pre: Where a linear problem's slope is that of the activation `name`: what at, [B, D].
+        name: The kernels' name of `act`, or None if no kernel has it.
+        enter: Maps the start of the other problem, [B, D], to one of this.
+        leave: Maps A w + c, where act(A w + c) = w, to the solution of the other problem.
+        pre: Where the problem is linear and its slope is that of the activation `name`: at which point, [B, D].
         narrow: Whether kernels may round `matrix` to bfloat16.
     """
 
@@ -100,66 +101,87 @@ class Reformulation:
     narrow: bool = False
 
     def linear(self, w: Tensor) -> Tensor:
-        """A w + c."""
+        """Returns A w + c."""
         return torch.addmm(self.shift, w, self.matrix.mT)
 
     @property
     def tail(self) -> tuple[Callable[[Tensor], tuple[Tensor, ...]], Tail] | None:
-        """As a cell's, of maps of [B, D]."""
+        """As `Cell.tail`, for maps of [B, D]."""
         return (lambda w: (self.linear(w),), Tail(self.name)) if self.name and self.pre is None else None
 
     @property
     def whole_solve(self) -> WholeSolve | None:
-        """As a cell's; its adjoint's operands come before `shift`."""
+        """As `Cell.whole_solve`; its adjoint's operands come before `shift`."""
         if self.name is None:
             return None
         matrix, pre = (self.matrix, None) if self.pre is None else (self.matrix.mT, self.pre)
         return WholeSolve(
             **affine_problem(matrix, len(self.shift), self.name),
             operands=(matrix, self.shift),
-            at=lambda _: (matrix, pre),
+            at=lambda _: (matrix, pre),  # type: ignore[arg-type, return-value]
             options=lambda tol: {"activation": self.name, "terms": bf16_terms(tol, self.narrow)},
         )
 
 
-def affine_problem(w: Tensor, rows: int, activation: str, half: bool = False) -> dict[str, Any]:
-    """The op and the problem of a WholeSolve of act(W z + u); `half`: torch would multiply in 16 bits."""
-    features = len(w)
-    problem: dict[str, Any] = {"features": features, "dtype": w.dtype, "activation": activation}
-    if features <= FEATURES:
-        return {"op": "rows.affine", "problem": problem}
-    exact = torch.get_float32_matmul_precision() == "highest"
-    problem |= {"rows": rows, "cell": "bf16" if half else "fp32" if exact else "tf32"}
-    return {"op": "steps.affine", "problem": problem}
-
-
-def bf16_terms(tol: float, narrow: bool) -> int:
-    """How many bfloat16 terms of a weight a solve to this tolerance takes."""
-    return 1 if narrow else 2 if tol >= 1e-5 else 3
-
-
-def kernel_options(activation: str, tol: float, narrow: bool) -> dict[str, Any]:
-    """What kernels that hold a cell are told for a solve to this tolerance. The hardware's tanh has a relative error of
-    5e-4, and what is made of it too: that does where weights are bfloat16 and `tol` is ten times that.
-    """
-    terms = bf16_terms(tol, narrow)
-    fast = terms == 1 and tol >= FAST_TANH
-    return {"activation": FAST.get(activation, activation) if fast else activation, "terms": terms}
-
-
 class SplittingSolver(Solver):
-    """A solver that iterates in a variable of its own, plainly; it needs a cell with a `splitting`."""
+    """A solver that iterates plainly on w = act(A w + c) in place of z = prox(W z + u); its cell has a `splitting`.
+
+    A subclass defines the four maps below, for prox and, in the gradient, for its derivative in place of prox.
+    """
 
     def init(self, z: Tensor, mask: Tensor | None) -> None:
+        """Returns None: there is no history."""
         return None
 
-    def step(self, memory: Any, z: Tensor, y: Tensor, g: Tensor, seen: Tensor, rules: Any) -> Tensor:
+    def step(self, history: None, z: Tensor, y: Tensor, g: Tensor, counted: Tensor, rules: Rules) -> Tensor:
+        """Returns y."""
         return y
 
     @abstractmethod
-    def solve(self, s: Splitting) -> Reformulation:
-        """Of z = prox(W z + u)."""
+    def step_size(self, s: Splitting) -> float:
+        """Returns alpha."""
 
     @abstractmethod
+    def affine(self, s: Splitting, u: Tensor, transpose: bool = False) -> tuple[Tensor, Tensor]:
+        """Returns (A, c) for this u [B, D], of W or of W'."""
+
+    @abstractmethod
+    def act(self, image: Tensor, y: Tensor) -> Tensor:
+        """Returns the activation of a reformulation at y, where prox(y) is `image`."""
+
+    @abstractmethod
+    def act_name(self, s: Splitting) -> str | None:
+        """Returns the kernels' name of act, or None if no kernel has it."""
+
+    def enter(self, s: Splitting, z: Tensor) -> Tensor:
+        """Returns where w starts for a start z."""
+        return z
+
+    def solve(self, s: Splitting) -> Reformulation:
+        """Returns z = prox(W z + u) reformulated."""
+        alpha = self.step_size(s)
+        matrix, shift = self.affine(s, s.u)
+        return Reformulation(
+            matrix,
+            shift,
+            act=lambda y: self.act(s.prox(y, alpha), y),
+            name=self.act_name(s),
+            enter=lambda z: self.enter(s, z),
+            leave=lambda y: s.prox(y, alpha),
+            narrow=s.narrow,
+        )
+
     def pull(self, s: Splitting, pre: Tensor, g: Tensor, transpose: bool) -> Reformulation:
-        """Of y = M S y + g, [B, D], with S the derivative of prox where W z + u is `pre`, and M = W' or W."""
+        """Returns y = M S y + g, [B, D], reformulated: S is prox's derivative where W z + u is `pre`, M is W' or W."""
+        slope, m = s.slope(pre, self.step_size(s)), s.w.mT if transpose else s.w
+        matrix, shift = self.affine(s, g, transpose)
+        return Reformulation(
+            matrix,
+            shift,
+            act=lambda y: self.act(slope * y, y),
+            name=self.act_name(s),
+            enter=torch.zeros_like,
+            leave=lambda y: torch.addmm(g, slope * y, m.mT),
+            pre=pre,
+            narrow=s.narrow,
+        )

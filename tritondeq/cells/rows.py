@@ -1,0 +1,52 @@
+"""What the cells that map each row of the state by itself have in common."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import integer
+from .base import Cell, one_of
+
+
+class RowCell(Cell):
+    """A cell that maps each row of a state [..., D] by itself, so that every row stops alone.
+
+    Its injection is a tuple that begins with U x + b, [..., n D].
+
+    Args:
+        features: Width D of the state.
+        inputs: Width of x; None is D.
+        operands: What weights are rounded to inside the iteration: "fp32" or "bf16".
+
+    Raises:
+        TypeError, ValueError: An option is of the wrong kind or out of range.
+    """
+
+    batch_dims = -1
+
+    def __init__(self, features: int, inputs: int | None, operands: str):
+        super().__init__()
+        self.features, self.inputs, self.operands = features, features if inputs is None else inputs, operands
+        integer("features", features)
+        integer("inputs", self.inputs)
+        one_of("operands", operands, ("fp32", "bf16"))
+
+    def initial(self, x: Tensor, injection: tuple[Any, ...]) -> Tensor:
+        """Returns zeros [..., D]."""
+        return x.new_zeros(*injection[0].shape[:-1], self.features)
+
+    def default_tol(self) -> float | None:
+        """Returns 1e-2 for bfloat16 operands, else None."""
+        return 1e-2 if self.operands == "bf16" else None
+
+    def rounded(self, w: Tensor) -> Tensor:
+        """Returns a weight as the iteration uses it."""
+        return w.bfloat16().to(w.dtype) if self.operands == "bf16" else w
+
+    def precision(self, *tensors: Tensor) -> tuple[torch.dtype, bool]:
+        """Returns the dtype in which kernels take these operands, and whether they may round weights to bfloat16."""
+        dtypes = {t.dtype for t in tensors}
+        narrow = self.operands == "bf16" or torch.is_autocast_enabled(tensors[0].device.type)
+        narrow |= any(dtype.itemsize < 4 for dtype in dtypes)
+        return torch.float64 if torch.float64 in dtypes else torch.float32, narrow

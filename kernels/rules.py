@@ -42,8 +42,8 @@ class Rules:
     """Holds the state of these rules for a batch.
 
     Attributes:
-        best, bar, first, peak, mark: What the rules store of each sample, [B]: `first` is s_1, and `mark` is the best of
-            a window ago. The last three exist from the first `update` on.
+        best, bar, first, peak, mark: What the rules store of each sample, [B]: `first` is s_1, and `mark` the best of a
+            window ago. The last three exist from the first `update` on.
         r, s, rel: Norms and residual of the last evaluation, [B]; they exist from the first `update` on.
         active: Whether a sample goes on, bool [B].
         all_improved: Whether the last evaluation is known to be the best of every sample; asked on a CPU only.

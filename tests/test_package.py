@@ -36,7 +36,7 @@ ORDER = [
     "cells",
     "loop",
 ]
-ORDER += ["cuda_graphs", "fixed_point", "generation", "deq", "convert", "inspect"]
+ORDER += ["loop", "cuda_graphs", "fixed_point", "generation", "deq", "convert", "inspect"]
 COMMANDS = {"toolbox", "tune", "doctor", "demo", "bench", "__main__"}  # these import any
 PLAIN = {
     "devices",

@@ -39,7 +39,6 @@ class FixedDropout(nn.Module):
         self.mask: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns x times the mask."""
         if not self.training or self.p == 0:
             return x
         shape = x.shape if self.dims is None else x.shape[: self.dims] + (1,) * (x.ndim - self.dims)
@@ -55,7 +54,6 @@ class FixedDropout(nn.Module):
         return x * self.mask
 
     def extra_repr(self) -> str:
-        """Returns the options, for repr()."""
         return f"p={self.p}" if self.dims is None else f"p={self.p}, dims={self.dims}"
 
 

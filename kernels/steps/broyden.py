@@ -240,11 +240,9 @@ class BroydenSteps(Steps):
             history.zero_()
 
     def estimate(self) -> tuple[Tensor, Tensor]:
-        """Returns the rings (u, v) of the estimate."""
         return self.u, self.v
 
     def resume(self, estimate: tuple[Tensor, Tensor]) -> None:
-        """Begins with the transpose of this estimate."""
         u, v = estimate
         self.u.copy_(v)
         self.v.copy_(u)

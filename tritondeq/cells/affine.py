@@ -79,7 +79,6 @@ class Affine(RowCell):
         return self.input(x), self.rounded(self.weight)
 
     def forward(self, z: Tensor, injection: tuple[Tensor, Tensor]) -> Tensor:
-        """Returns act(W z + u)."""
         return ACTIVATIONS[self.activation](self._linear(z, injection))
 
     def _linear(self, z: Tensor, injection: tuple[Tensor, Tensor]) -> Tensor:
@@ -87,11 +86,9 @@ class Affine(RowCell):
         return torch.addmm(u.reshape(-1, self.features), z.reshape(-1, self.features), w.mT).view(z.shape)
 
     def tail(self, injection: tuple[Tensor, Tensor]) -> tuple[Callable, Tail]:
-        """Leaves the activation to the step."""
         return lambda z, injection: (self._linear(z, injection),), Tail(self.activation)
 
     def whole_solve(self, injection: tuple[Tensor, Tensor]) -> WholeSolve:
-        """Returns the affine kernels and their operands."""
         w, u, narrow = self._operands(injection)
         half = injection[1].dtype.itemsize < 4 or torch.is_autocast_enabled(w.device.type)
         return WholeSolve(

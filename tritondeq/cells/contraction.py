@@ -39,7 +39,6 @@ class SpectralBound(nn.Module):
         self.bound = bound
 
     def forward(self, w: Tensor) -> Tensor:
-        """Returns w min(1, bound / norm_bound(w))."""
         return w * (self.bound / norm_bound(w)).clamp_max(1.0)
 
     def right_inverse(self, w: Tensor) -> Tensor:
@@ -47,5 +46,4 @@ class SpectralBound(nn.Module):
         return w
 
     def extra_repr(self) -> str:
-        """Returns the bound, for repr()."""
         return f"bound={self.bound}"

@@ -76,11 +76,9 @@ class Conv(Cell):
         return self.input(x)
 
     def initial(self, x: Tensor, injection: Tensor) -> Tensor:
-        """Returns zeros, channels_last."""
         return torch.zeros_like(injection, dtype=x.dtype)
 
     def forward(self, z: Tensor, injection: Tensor) -> Tensor:
-        """Returns GN(ReLU(z + GN(u + conv(ReLU(GN(conv z))))))."""
         return self.block(z, injection)
 
 
@@ -93,7 +91,6 @@ class Injection(nn.Module):
         self.norm = GroupNorm(groups, channels, **like)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns GN(conv x)."""
         return as_channels_last(self.norm(self.conv(as_channels_last(x))))
 
 
@@ -130,7 +127,6 @@ class Block(nn.Module):
         self.dropout = FixedDropout(dropout, dims=2)  # whole channels
 
     def forward(self, z: Tensor, u: Tensor | None) -> Tensor:
-        """Returns the block's output, of the shape of z."""
         v = self.dropout(self.conv2(self.norm1(self.conv1(z))))
         return self.norm3(z, self.norm2(v, u))
 

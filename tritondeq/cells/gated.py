@@ -90,7 +90,6 @@ class Gated(RowCell):
         return torch.lerp(rows.to(c.dtype), c, s).view(z.shape)
 
     def whole_solve(self, injection: tuple[Tensor, Tensor]) -> WholeSolve:
-        """Returns the gated unit's kernels and their operands."""
         u, w = (t.detach() for t in injection)
         dtype, narrow = self.precision(u, w)
         inputs, weights = u.reshape(-1, 3 * self.features).to(dtype).chunk(3, 1), w.to(dtype).unbind()

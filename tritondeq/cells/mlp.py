@@ -97,12 +97,10 @@ class MLP(RowCell):
         return u, tuple(map(self.rounded, weights)), biases, self.scale
 
     def forward(self, z: Tensor, injection: tuple) -> Tensor:
-        """Returns the block's output, [..., D]."""
         u, weights, biases, scale = injection
         return mlp(self.form, self._act, weights, biases, scale, u, z)
 
     def tail(self, injection: tuple) -> tuple[Callable, Tail]:
-        """Leaves the last sum, with its norm or decay, to the step."""
         scale = injection[3]
         return self._parts, Tail("rms", weight=scale, eps=RMS_EPS) if self.form == "post" else Tail(gains=(None, scale))
 
@@ -117,7 +115,6 @@ class MLP(RowCell):
         return "silu" if self.activation == "swiglu" else self.activation
 
     def whole_solve(self, injection: tuple) -> WholeSolve:
-        """Returns the MLP's kernels and their operands."""
         u, weights, biases, scale = injection
         dtype, narrow = self.precision(u, *weights)
         u, scale = u.detach().reshape(-1, self.features).to(dtype), scale.detach().to(dtype)

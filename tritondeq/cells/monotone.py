@@ -26,7 +26,6 @@ class MonotoneForm(nn.Module):
         self.margin = margin
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Returns W."""
         with torch.autocast(a.device.type, enabled=False):
             eye = torch.eye(len(a), dtype=a.dtype, device=a.device)
             return (1 - self.margin) * eye - a.mT @ a + b - b.mT
@@ -81,7 +80,6 @@ class Monotone(Affine):
         parametrize.register_parametrization(self, "weight", MonotoneForm(self.margin), unsafe=True)
 
     def splitting(self, injection: tuple[Tensor, Tensor]) -> Splitting:
-        """Returns W, u, the margin, and how to bound ||I - W||."""
         w, u, narrow = self._operands(injection)
 
         def norm() -> float:
@@ -90,7 +88,6 @@ class Monotone(Affine):
         return Splitting(w, u, self.activation, self.margin, norm, narrow)
 
     def default_solver(self) -> Solver:
-        """Returns PeacemanRachford()."""
         return PeacemanRachford()
 
     @torch.no_grad()

@@ -101,14 +101,12 @@ class MultiScale(Cell):
         return self.input(x)
 
     def initial(self, x: Tensor, injection: Tensor) -> State:
-        """Returns zeros at each resolution, channels_last."""
         sizes = _sizes(x.shape[2:], len(self.channels))
         shapes = [(len(x), c, *size) for c, size in zip(self.channels, sizes, strict=True)]
         like: dict[str, Any] = {"dtype": x.dtype, "device": x.device}
         return tuple(torch.empty(s, memory_format=torch.channels_last, **like).zero_() for s in shapes)
 
     def forward(self, z: State, injection: Tensor) -> State:
-        """Returns (z_0', z_1', ...)."""
         y = [block(part, None if i else injection) for i, (block, part) in enumerate(zip(self.blocks, z, strict=True))]
         return tuple(self.post[i](self._fused(i, y)) for i in range(len(y)))
 

@@ -30,7 +30,6 @@ class GroupNorm(nn.GroupNorm):
         self.relu = relu
 
     def forward(self, a: Tensor, b: Tensor | None = None) -> Tensor:
-        """Returns GroupNorm(a), or that of a + b."""
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             op, _ = dispatch.pick("norms.group_norm", a.device, a=a, b=b, groups=self.num_groups)
             if op is not None:

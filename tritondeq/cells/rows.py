@@ -33,11 +33,9 @@ class RowCell(Cell):
         one_of("operands", operands, ("fp32", "bf16"))
 
     def initial(self, x: Tensor, injection: tuple[Any, ...]) -> Tensor:
-        """Returns zeros [..., D]."""
         return x.new_zeros(*injection[0].shape[:-1], self.features)
 
     def default_tol(self) -> float | None:
-        """Returns 1e-2 for bfloat16 operands, else None."""
         return 1e-2 if self.operands == "bf16" else None
 
     def rounded(self, w: Tensor) -> Tensor:

@@ -169,13 +169,11 @@ class Transformer(Cell):
         return self._injection(x, None)
 
     def extend(self, x: Any, past: Past | None) -> Injection:
-        """Returns the injection of tokens that follow those in `past`."""
         if not self.causal:
             raise ValueError("causal must be True to solve tokens one after another: Transformer has causal=False")
         return self._injection(x, past or Past(None, 0))
 
     def remember(self, z: Tensor, injection: Injection) -> Past:
-        """Returns the keys and values at the solution z, after those before."""
         assert injection.past is not None and injection.past.store is not None
         store, at = injection.past.store, injection.past.tokens
         y = self._enter(z, injection)
@@ -185,15 +183,12 @@ class Transformer(Cell):
         return Past(store, store.used)
 
     def counts(self, injection: Injection) -> Tensor | None:
-        """Returns the mask of real tokens, [B, T], or None."""
         return injection.real
 
     def initial(self, x: Any, injection: Injection) -> Tensor:
-        """Returns zeros [B, T, D]."""
         return torch.zeros_like(injection.u)
 
     def forward(self, z: Tensor, injection: Injection) -> Tensor:
-        """Returns the block's output, [B, T, D]."""
         if self.wiring == "head":
             (u, attended, fed), (first, second) = self._parts(z, injection), injection.scales
             return summed(summed(u, attended, first), fed, second)
@@ -202,7 +197,6 @@ class Transformer(Cell):
         return n if self.damping is None else torch.lerp(z, n, self.damping)
 
     def tail(self, injection: Injection) -> tuple[Callable, Tail] | None:
-        """Leaves the last sum, LayerScale, norm and damping to the step."""
         if self.wiring == "head":
             return self._parts, Tail(gains=injection.scales)
         norm = self._last_norm

@@ -176,11 +176,9 @@ class FrozenBatchNorm(nn.Module):
         self.register_buffer("running_var", norm.running_var)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the normalised x."""
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
     def extra_repr(self) -> str:
-        """Returns the number of channels and eps."""
         return f"{len(self.running_mean)}, eps={self.eps}"
 
 

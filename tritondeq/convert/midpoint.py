@@ -102,15 +102,12 @@ class ImplicitMidpoint(Cell):
         return _Injection(x, scale, call.args, call.kwargs)
 
     def initial(self, x: Any, injection: _Injection) -> Tensor:
-        """Returns x, where iteration starts."""
         return injection.x
 
     def default_solver(self) -> Solver:
-        """Returns damped iteration."""
         return Picard(0.8)
 
     def forward(self, z: Tensor, injection: _Injection) -> Tensor:
-        """Returns f(z)."""
         x, y = injection.x, self._enter(z, injection.x)
         version = None if torch.compiler.is_compiling() or y.is_inference() else y._version
         out = self._evaluate(y, injection, _Cache.twin)
@@ -152,7 +149,6 @@ class ImplicitMidpoint(Cell):
         return tuple(range(1, x.ndim)) if whole else (-1,)
 
     def extra_repr(self) -> str:
-        """Returns the options that are no modules."""
         options = {name: getattr(self, name) for name in ("injection", "norm", "gain") if name not in self._modules}
         return ", ".join(f"{name}={value!r}" for name, value in options.items())
 

@@ -110,7 +110,6 @@ class EquilibriumStack(nn.Sequential):
     """Blocks, one `DEQ`, blocks: called with the arguments of a block, or looped over by the model."""
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Calls each with the first output of the one before, and the same arguments; returns what the last returns."""
         out = x
         for block in self:
             out = block(out[0] if isinstance(out, tuple) else out, *args, **kwargs)
@@ -136,7 +135,6 @@ class EquilibriumLayer(DEQ):
     """A `DEQ` that is called as the blocks it stands for: `layer(x, *args, **kwargs)`."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Returns the fixed point, and what the block returns beside at it."""
         call = Call(x, args, kwargs)
         if call.cached and self.graph:
             raise ValueError("graph=True takes no cache, which a replay would not fill: pass use_cache=False")

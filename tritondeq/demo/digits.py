@@ -65,7 +65,6 @@ class Block(nn.Module):
             self.last.weight *= 0.3
 
     def forward(self, z: Tensor, u: Tensor) -> Tensor:
-        """Returns f(z, u)."""
         return self.norm(z + u + self.last(F.relu(self.first(z))))
 
 
@@ -77,7 +76,6 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(Block() for _ in range(depth))
 
     def forward(self, u: Tensor, z0: Tensor) -> Tensor:
-        """Returns what the last block returns."""
         for block in self.blocks:
             z0 = block(z0, u)
         return z0
@@ -93,7 +91,6 @@ class Net(nn.Module):
         self.body: Any = body()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the logits."""
         u = self.stem(x)
         return self.head(self.body(u, u).flatten(1))
 

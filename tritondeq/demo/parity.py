@@ -62,7 +62,6 @@ class Block(nn.Module):
             self.last.weight *= 0.3
 
     def forward(self, z: Tensor, u: Tensor) -> Tensor:
-        """Returns f(z, u)."""
         return self.norm(DECAY * z + self.last(neighbours(F.relu(self.first(neighbours(z)) + u))))
 
 

@@ -60,7 +60,6 @@ class Anderson(Solver):
         boolean("half", self.half)
 
     def init(self, z: Tensor, mask: Tensor | None) -> _History:
-        """Returns an empty history."""
         (batch, width), m = z.shape, self.memory
         residuals, steps = z.new_zeros(batch, m + 1, width), z.new_zeros(batch, m, width)
         eye = torch.eye(m + 1, dtype=z.dtype, device=z.device)
@@ -101,5 +100,4 @@ class Anderson(Solver):
         return gamma.nan_to_num_(0.0, 0.0, 0.0)
 
     def fused(self) -> dict[str, float]:
-        """Returns the kernels' arguments."""
         return {"memory": self.memory, "damping": float(self.damping), "ridge": float(self.ridge)}

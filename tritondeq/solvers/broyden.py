@@ -46,7 +46,6 @@ class Broyden(Solver):
         integer("memory", self.memory)
 
     def init(self, z: Tensor, mask: Tensor | None) -> _History:
-        """Returns a history without updates."""
         ring = (z.shape[0], self.memory, z.shape[1])
         return _History(z.new_zeros(ring), z.new_zeros(ring), mask)
 
@@ -61,11 +60,9 @@ class Broyden(Solver):
         return y - _mix(along, history.u)
 
     def estimate(self, history: _History) -> tuple[Tensor, Tensor]:
-        """Returns the updates (u, v) of H."""
         return history.u, history.v
 
     def resume(self, history: _History, estimate: tuple[Tensor, Tensor]) -> None:
-        """Begins with the transpose of the estimated H."""
         u, v = estimate
         history.u.copy_(v)
         history.v.copy_(u)

@@ -32,13 +32,10 @@ class Picard(Solver):
         number("damping", self.damping, 0, 2)
 
     def init(self, z: Tensor, mask: Tensor | None) -> None:
-        """Returns None: there is no history."""
         return None
 
     def step(self, history: None, z: Tensor, y: Tensor, g: Tensor, counted: Tensor, rules: Rules) -> Tensor:
-        """Returns z + damping g."""
         return y if self.damping == 1 else torch.add(z, g, alpha=self.damping)
 
     def fused(self) -> dict[str, float]:
-        """Returns the kernels' arguments."""
         return {"memory": 0, "damping": float(self.damping)}

@@ -130,11 +130,9 @@ class SplittingSolver(Solver):
     """
 
     def init(self, z: Tensor, mask: Tensor | None) -> None:
-        """Returns None: there is no history."""
         return None
 
     def step(self, history: None, z: Tensor, y: Tensor, g: Tensor, counted: Tensor, rules: Rules) -> Tensor:
-        """Returns y."""
         return y
 
     @abstractmethod

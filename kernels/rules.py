@@ -42,7 +42,7 @@ class Rules:
     """Holds the state of these rules for a batch.
 
     Attributes:
-        best, bar, first, peak, mark: What the rules store of each sample, [B]: `first` is s_1, and `mark` is the best of
+        best, bar, first, peak, mark: What is known of each sample, [B]: `first` is s_1, and `mark` is the best of
             a window ago. The last three exist from the first `update` on.
         r, s, rel: Norms and residual of the last evaluation, [B]; they exist from the first `update` on.
         active: Whether a sample goes on, bool [B].

@@ -118,7 +118,7 @@ class Graphs:
         device = call.start.device
         if not can_record(device):
             return None, f"graphs are for CUDA, outside of other graphs, and tensors are on {device.type}"
-        op, how = call.op, call.op.says if call.op else ""
+        op, how = call.op, call.op.label if call.op else ""
         if op is None:
             op, how = plan_steps(call.settings.solver, device, call.layout.width, call.layout.dtype)
         if op is None or not call.layout.batch:

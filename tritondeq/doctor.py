@@ -99,7 +99,7 @@ def _solves(device: torch.device) -> str:
 
 def _solve(whole: dispatch.WholeSolve, solver: Picard | Anderson, device: torch.device) -> str:
     op, _ = whole.pick(device, solver.fused()["memory"], TOL)
-    return _step(solver, device) if op is None else "gemm" if "step" in op.says else "whole"
+    return _step(solver, device) if op is None else "gemm" if "step" in op.label else "whole"
 
 
 def _step(solver: Picard | Anderson | Broyden, device: torch.device) -> str:

@@ -96,7 +96,7 @@ class Gated(RowCell):
         return WholeSolve(
             op="rows.gated",
             problem={"shapes": [tuple(w.shape) for w in weights], "dtype": dtype},
-            operands=(weights, inputs),  # type: ignore[arg-type]
-            at=lambda z: (weights, gru_slopes(z, *gru(weights, inputs, z))),  # type: ignore[arg-type, return-value]
+            operands=(weights, inputs),
+            at=lambda z: (weights, gru_slopes(z, *gru(weights, inputs, z))),
             options=lambda tol: kernel_options("tanh", tol, narrow),
         )

@@ -118,7 +118,7 @@ class Reformulation:
         return WholeSolve(
             **affine_problem(matrix, len(self.shift), self.name),
             operands=(matrix, self.shift),
-            at=lambda _: (matrix, pre),  # type: ignore[arg-type, return-value]
+            at=lambda _: (matrix, pre),
             options=lambda tol: {"activation": self.name, "terms": bf16_terms(tol, self.narrow)},
         )
 

@@ -1,4 +1,4 @@
-"""Every cell begins contractive, as the table of bench/CELLS.md has it."""
+"""Every cell begins contractive, as `python -m tritondeq.bench.cells` measures it."""
 
 import pytest
 

@@ -135,18 +135,21 @@ def test_a_cell_may_write_over_what_it_returned():
 
 @pytest.mark.parametrize("solver", [Anderson(), Broyden()], ids=repr)
 def test_a_masked_element_is_outside_every_inner_product(solver):
-    """The unmasked half behaves as if the other, which diverges, were not there."""
-    a = torch.tensor([[0.9, 0.2], [-0.3, 0.7]], dtype=torch.float64)
-    b = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
+    """The unmasked elements behave as if the others, which diverge, were not there."""
+    a = torch.tensor([[0.9, 0.2, 0.1], [-0.3, 0.7, 0.2], [0.1, -0.4, 0.8]], dtype=torch.float64)
+    b = torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64)
+
+    def alone(z):
+        return torch.sin(z @ a.T) + b
 
     def both(z):
-        return torch.cat([z[:, :2] @ a.T + b, 3 * z[:, 2:] + 1], dim=1)
+        return torch.cat([alone(z[:, :3]), 3 * z[:, 3:] + 1], dim=1)
 
-    mask = torch.tensor([[True, True, False, False]])
-    half = fixed_point(lambda z: z @ a.T + b, torch.zeros(1, 2, dtype=torch.float64), solver=solver, tol=1e-9)
-    whole = fixed_point(both, torch.zeros(1, 4, dtype=torch.float64), solver=solver, tol=1e-9, mask=mask)
-    assert half.converged.all() and torch.equal(half.steps, whole.steps)
-    torch.testing.assert_close(whole.value[:, :2], half.value, rtol=1e-12, atol=1e-12)
+    mask = torch.tensor([[True] * 3 + [False] * 2])
+    part = fixed_point(alone, torch.zeros(1, 3, dtype=torch.float64), solver=solver, tol=1e-9)
+    whole = fixed_point(both, torch.zeros(1, 5, dtype=torch.float64), solver=solver, tol=1e-9, mask=mask)
+    assert part.converged.all() and torch.equal(part.steps, whole.steps)
+    torch.testing.assert_close(whole.value[:, :3], part.value, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

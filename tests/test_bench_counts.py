@@ -8,6 +8,7 @@ import torch
 import tritondeq as tdeq
 from tritondeq.bench import launches, machine, measure, memory, rivals, shapes, steps
 from tritondeq.kernels import launch
+from tritondeq.toolbox import PeakMemory
 
 CPU = torch.device("cpu")
 SOLVERS = list(steps.OURS.items())
@@ -102,18 +103,18 @@ def test_rivals_reach_the_same_fixed_point(name):
 
 
 def test_the_peak_is_that_of_what_is_alive_at_once():
-    with measure.Peak() as seen:
+    with PeakMemory(CPU) as memory:
         a = torch.ones(1000)
         b = a + 1
         del a
         c = b.view(10, 100) * 2
         b.add_(1)  # nothing new
-        assert seen.now == 8000
+        assert memory.bytes == 8000
         assert (b + c.view(-1)).sum() > 0
         del b, c
         d = torch.ones(10)
-        assert seen.now == d.nbytes == 40
-    assert seen.most == 12004 + 1  # three vectors, their sum, and whether it is positive
+        assert memory.bytes == d.nbytes == 40
+    assert memory.peak == 12004 + 1  # three vectors, their sum, and whether it is positive
 
 
 def test_memory_is_flat_in_steps_and_that_of_explicit_nets_is_not():

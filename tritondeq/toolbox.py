@@ -20,13 +20,7 @@ from .layout import pytree
 
 @contextmanager
 def writable(out: Path) -> Iterator[None]:
-    """Makes a folder and writes to it once, so that a run does not fail at its end.
-
-    A run that fails leaves no new empty folder behind.
-
-    Raises:
-        OSError: The folder can't be written to; the message is a sentence.
-    """
+    """Makes a folder and writes to it, or raises OSError; a block that fails leaves no new empty folder."""
     new = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)

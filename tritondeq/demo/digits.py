@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -20,11 +22,12 @@ from torch import Tensor, nn
 from ..adjoints import Implicit, Unrolled
 from ..deq import DEQ
 from ..fixed_point import fixed_point
+from ..inspect import plot
 from ..toolbox import training_memory
-from . import pictures
-from .training import QUICK, Run, report, train
+from .training import QUICK, Run, report, save, train
 
 TEST = 360  # images held out of training
+SHOWN = 8  # of them, the easiest and the hardest
 CHANNELS, DEPTH, BATCH, EPOCHS = 24, 12, 64, 12
 TOL, MAX_STEPS = 1e-3, 50
 LR, DECAY = 2e-3, 1e-2
@@ -119,7 +122,7 @@ def run(seeds: range, out: Path, device: torch.device, quick: bool, finished: li
             runs.append(measure(model, seed, data, epochs))
             finished.append(f"{model} (seed {seed}) {runs[-1].scores[ACCURACY]:.1f} %")
     print(report(runs), QUICK if quick else conclusion(runs), "", sep="\n")
-    for path in pictures.digits(runs[0].shown, Data.split(seeds[0], device), TOL, out):
+    for path in pictures(runs[0].shown, Data.split(seeds[0], device), out):
         print(f"saved {path}")
 
 
@@ -168,3 +171,33 @@ def conclusion(runs: list[Run]) -> str:
         + ("\nDigits need no depth, and no equilibrium; `demo parity` is a task that does." if alike else "")
         + f"\n{converged:.1f} % of the DEQ's test images converge to {TOL:g} within {MAX_STEPS} steps."
     )
+
+
+def pictures(shown: dict[str, Any], data: Data, out: Path) -> list[Path]:
+    """Draws residual against step, and steps per image with the images at both ends, of the DEQ of one run."""
+
+    def residuals(figure: Figure) -> None:
+        ax = plot.residuals(shown["solves"], tol=TOL, ax=figure.subplots())
+        ax.set_title("Digits: the DEQ's residual on test images (median, middle 80 %)", fontsize=11)
+
+    def steps(figure: Figure) -> None:
+        parts: Any = figure.subfigures(2, height_ratios=[1, 1.05])
+        top, bottom = parts
+        ax = plot.steps(shown["steps"], ax=top.subplots())
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set(ylabel="test images", xlabel="steps (evaluations of the cell; fewer is faster)")
+        ax.set_title("Digits: how many steps each test image takes", fontsize=11)
+        order = shown["steps"].argsort(stable=True).tolist()
+        ends = {"easiest": order[:SHOWN], "hardest": order[: -SHOWN - 1 : -1]}
+        for row, (name, indices) in zip(bottom.subplots(2, SHOWN), ends.items(), strict=True):
+            row[0].set_ylabel(name, fontsize=10)
+            for ax, i in zip(row, indices, strict=True):
+                label, guess = data.test_y[i].item(), shown["guesses"][i].item()
+                wrong = "" if guess == label else f", read as {guess}"
+                ax.imshow(data.test_x[i, 0].cpu().numpy(), cmap="gray_r")
+                ax.set_title(f"{int(shown['steps'][i])} steps", fontsize=9, pad=3)
+                ax.set_xlabel(f"{label}{wrong}", fontsize=9, color=plot.COLOURS[1] if wrong else "black", labelpad=2)
+                ax.set(xticks=[], yticks=[])
+                ax.spines[:].set_color("0.8")
+
+    return [save(residuals, out / "digits_residual.png"), save(steps, out / "digits_steps.png", height=5.6)]

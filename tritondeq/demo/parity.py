@@ -6,15 +6,18 @@ A step sees two positions to each side, so a longer string needs more steps: a D
 from collections.abc import Callable
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ..fixed_point import fixed_point
+from ..inspect import plot
 from ..toolbox import training_memory
-from . import pictures
-from .training import QUICK, Run, report, train
+from .training import QUICK, Run, report, save, train
 
 TRAINED = 20  # bits
 LENGTHS = {20: 128, 40: 128, 80: 128, 160: 128, 320: 64}  # bits: strings tested
@@ -141,7 +144,7 @@ def run(seeds: range, out: Path, device: torch.device, quick: bool, finished: li
             finished.append(f"{model} (seed {seed})")
     print("Columns of bits: share of test strings of that length with every bit right, in %.", report(runs), sep="\n")
     print(QUICK if quick else CONCLUSION)
-    print(f"\nsaved {pictures.parity(runs, TRAINED, out)}")
+    print(f"\nsaved {picture(runs, out)}")
 
 
 def measure(model: str, seed: int, updates: int, lengths: dict[int, int], device: torch.device) -> Run:
@@ -171,6 +174,29 @@ def test(net: Net, seed: int, length: int, count: int) -> tuple[float, float]:
     logits, steps = net.answer(bits)
     exact = ((logits > 0) == (labels > 0)).all(1)
     return 100 * exact.float().mean().item(), steps.float().mean().item()
+
+
+def picture(runs: list[Run], out: Path) -> Path:
+    """Draws exact match against length: each seed thin, their mean thick."""
+
+    def exact(figure: Figure) -> None:
+        ax = plot.tidy(figure.subplots())
+        for i, model in enumerate(dict.fromkeys(run.model for run in runs)):
+            curves = [list(run.shown.values()) for run in runs if run.model == model]
+            ax.plot(lengths, np.transpose(curves), color=plot.COLOURS[i], alpha=0.4, linewidth=1)
+            # Each model's smaller than the last one's, so that all are seen where they meet.
+            size: Any = {"linewidth": 3.6 - 1.1 * i, "markersize": 9 - 2.2 * i}
+            ax.plot(lengths, np.mean(curves, axis=0), color=plot.COLOURS[i], label=model, marker="o", **size)
+        ax.axvline(TRAINED, color="0.4", linestyle="--", linewidth=1)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(lengths, lengths)
+        ax.set(xlabel="length, bits (dashed: the length trained on)", ylim=(-4, 104))
+        ax.set(ylabel="strings with every bit right, % (up is better)")
+        ax.set_title(f"Prefix parity, trained on {TRAINED} bits: exact match (thin: single seeds)", fontsize=11)
+        ax.legend(frameon=False)
+
+    lengths = list(runs[0].shown)
+    return save(exact, out / "parity_exact_match.png")
 
 
 CONCLUSION = f"""Steps: of the longest strings. A block sees 2 positions to each side, the stack of {DEPTH} sees

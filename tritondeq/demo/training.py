@@ -1,11 +1,13 @@
-"""What the demonstrations share: one training loop, what is measured of a run, and one table."""
+"""What the demonstrations share: one training loop, what is measured of a run, one table, and pictures as PNG."""
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -62,3 +64,11 @@ def report(runs: list[Run]) -> str:
         costs = [f"{parameters(each[0].net):,}", f"{each[0].memory / 2**20:.2f}", spread([r.seconds for r in each])]
         rows.append([model, *costs, *(spread([run.scores[name] for run in each]) for name in each[0].scores)])
     return "\n" + table(["model", "parameters", "memory, MiB", "training, s", *runs[0].scores], rows) + "\n" + LEGEND
+
+
+def save(draw: Callable[[Figure], None], path: Path, height: float = 4.0) -> Path:
+    """Saves a picture that `draw` draws, and returns its path."""
+    figure = Figure(figsize=(6.8, height), layout="constrained")
+    draw(figure)
+    figure.savefig(path, dpi=150)
+    return path

@@ -159,7 +159,7 @@ def measure(model: str, seed: int, updates: int, lengths: dict[int, int], device
 
     memory = training_memory(net, lambda: net.loss(*batches[0], lambda low, high: high))
     title = f"{model}, seed {seed}"
-    seconds = train(title, net, lambda batch: net.loss(*batch, draw), batches, lr=LR, warm_up=0.1)
+    seconds = train(title, net, lambda batch: net.loss(batch[0], batch[1], draw), batches, lr=LR, warm_up=0.1)
     exact, steps = zip(*(test(net, seed, length, count) for length, count in lengths.items()), strict=True)
     shown = dict(zip(lengths, exact, strict=True))
     scores = {f"{n} bits": shown[n] for n in (20, 80, 320) if n in shown} | {"steps": steps[-1]}

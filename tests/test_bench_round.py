@@ -81,7 +81,7 @@ def test_the_tests_of_the_round(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "TESTS", tmp_path)
     (tmp_path / "test_a.py").write_text("def test_a(): pass\n")
     (tmp_path / "test_bench_b.py").write_text("def test_b(): assert False\n")
-    assert bench._tests()["passed"] is True and "1 passed" in bench._tests()["text"]
+    assert bench._tests()["passed"] is True
     (tmp_path / "test_c.py").write_text("def test_c(): assert False\n")
     outcome = bench._tests()
     assert outcome["passed"] is False and "1 failed" in outcome["text"]

@@ -36,11 +36,10 @@ def test_no_step_has_more_operations_than_promised(name, solver, gain, tol):
 
 
 @torch.no_grad()
-def test_captured_steps_are_the_steps():
+@pytest.mark.parametrize("solver", steps.OURS.values(), ids=steps.OURS)
+def test_captured_steps_are_the_steps(solver):
     """On a CPU through the loop: that the contestant of a GPU does the same work."""
-    f, z0 = steps.problem(8, 16, 1.2, CPU)
-    for solver in steps.OURS.values():
-        assert steps.captured(f, z0, solver)() == steps.EVALUATIONS
+    assert steps.captured(*steps.problem(8, 16, 1.2, CPU), solver)() == steps.EVALUATIONS
 
 
 def test_a_call_is_timed_as_a_user_makes_it(monkeypatch):
@@ -69,11 +68,24 @@ def test_fewer_evaluations_than_were_asked_for_are_a_fault(monkeypatch):
     assert not any("seconds" in r for r in records)
 
 
-def test_the_counter_counts():
+def test_the_counters_count():
+    """Operations that launch something and values that are read; bytes that are alive at once."""
     with measure.AtenOps() as ops:
         x = torch.ones(3)  # one fill
         (x.view(3, 1).t() + 1).sum().item()
     assert dict(ops.counts) == {"ones": 1, "add": 1, "sum": 1} and ops.total == 3 and ops.reads == 1
+    with PeakMemory(CPU) as memory:
+        a = torch.ones(1000)
+        b = a + 1
+        del a
+        c = b.view(10, 100) * 2
+        b.add_(1)  # nothing new
+        assert memory.bytes == 8000
+        assert (b + c.view(-1)).sum() > 0
+        del b, c
+        d = torch.ones(10)
+        assert memory.bytes == d.nbytes == 40
+    assert memory.peak == 12004 + 1  # three vectors, their sum, and whether it is positive
 
 
 @pytest.mark.skipif(not machine.installed("torchdeq"), reason="needs torchdeq")
@@ -100,21 +112,6 @@ def test_rivals_reach_the_same_fixed_point(name):
     truth = tdeq.fixed_point(f, z0, tol=1e-7, max_steps=200).value
     z, evaluations = rivals.solvers()[name](f, z0, 1e-5, 200)
     assert (z - truth).norm() <= 1e-3 * truth.norm() and 3 < evaluations < 60
-
-
-def test_the_peak_is_that_of_what_is_alive_at_once():
-    with PeakMemory(CPU) as memory:
-        a = torch.ones(1000)
-        b = a + 1
-        del a
-        c = b.view(10, 100) * 2
-        b.add_(1)  # nothing new
-        assert memory.bytes == 8000
-        assert (b + c.view(-1)).sum() > 0
-        del b, c
-        d = torch.ones(10)
-        assert memory.bytes == d.nbytes == 40
-    assert memory.peak == 12004 + 1  # three vectors, their sum, and whether it is positive
 
 
 def test_memory_is_flat_in_steps_and_that_of_explicit_nets_is_not():

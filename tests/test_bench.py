@@ -41,6 +41,7 @@ def test_the_round_writes_what_it_measured(tiny):
     assert "not the Triton kernels" in reported
     kinds = {"evaluations", "steps", "states", "depth", "solve", "train", "memory"}
     assert {r["kind"] for r in results["records"]} == kinds
+    assert {r["case"] for r in results["records"] if r["kind"] == "evaluations"} >= {"gain 0.5", "gain 1.2"}
     for record in results["records"]:
         assert {"case", "contestant", "rows", "width", "wrong"} <= record.keys()
         if record["kind"] in ("steps", "depth", "solve", "train"):
@@ -126,11 +127,12 @@ def test_what_time_does_not_allow_is_named(tmp_path):
 
 
 def test_a_round_of_shapes_measures_those_and_nothing_else(tmp_path):
-    status, results, printed, _ = run([*TINY, *"--cell mlp --features 8 16 --rows 5".split()], tmp_path)
-    assert status == 0 and results["shapes"] == ["MLP 5x8 fp32", "MLP 5x16 fp32"] and results["complete"]
-    assert {(r["rows"], r["width"]) for r in results["records"]} == {(5, 8), (5, 16)}
-    assert {r["kind"] for r in results["records"]} == {"solve", "train", "steps", "memory"}
-    assert "| MLP 5x16 fp32 forward " in printed
+    status, results, printed, _ = run([*TINY, *"--cell mlp --features 8 --rows 5".split()], tmp_path)
+    assert status == 0 and results["shapes"] == ["MLP 5x8 fp32"] and results["complete"]
+    assert {(r["kind"], r["rows"], r["width"]) for r in results["records"]} == {
+        (kind, 5, 8) for kind in ("solve", "train", "steps", "memory")
+    }
+    assert "| MLP 5x8 fp32 forward " in printed
 
 
 def test_interrupted_it_writes_what_it_has(tmp_path, monkeypatch):

@@ -103,12 +103,9 @@ def test_every_cell_is_measured_and_agrees_with_its_rivals(cell, low):
     assert not lost
 
 
-def test_flops_are_those_of_the_cell():
+def test_flops_and_steps_are_counted_and_fewer_steps_are_a_fault(monkeypatch):
     setup = solves.Setup(solves.Case("solve", 5, 16, cell="gated"), CPU)
     assert setup.flops == pytest.approx(2 * 3 * 16 * 16 * 5 * setup.mean) and setup.nbytes == 4 * (2 * 5 * 16 + 768)
-
-
-def test_counted_steps_are_taken_by_all_or_it_is_a_fault(monkeypatch):
     setup = solves.Setup(solves.Case("depth", 4, 16, steps=6), CPU)
     assert setup.steps == setup.mean == 6 and setup.wrong("tied loop", (setup.values[1], 6)) is None
     with torch.no_grad():

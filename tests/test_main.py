@@ -2,10 +2,8 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -27,13 +25,6 @@ def fails(capsys, *arguments: str) -> tuple[int, str]:
     out, error = capsys.readouterr()
     assert not out and error.endswith("\n") and error.count("\n") == 1, (out, error)
     return status, error
-
-
-def start(code: str, *arguments: str, **options) -> subprocess.Popen:
-    """The command in a new process, after `code`."""
-    code = f"import sys\n{code}\nfrom tritondeq.__main__ import main\nsys.exit(main())"
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 WHOLE = "takes an integer from {} to 2147483647, got '{}'"
@@ -103,21 +94,6 @@ def test_a_missing_package(capsys, monkeypatch, tmp_path, name):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-def test_interrupted_while_it_trains(tmp_path):
-    """The handler is set by hand, because a shell's background jobs, and so this test in one, ignore the signal."""
-    handler = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
-    process = start(handler, "demo", "parity", "--out", str(tmp_path / "out"))
-    first = process.stdout.readline()
-    time.sleep(0.7)
-    process.send_signal(signal.SIGINT)
-    out, error = process.communicate()
-    assert process.returncode == 130 and "parity" in first and not out
-    assert error == "tritondeq: interrupted; finished: nothing yet\n"
-    assert not (tmp_path / "out").exists()
-
-
 def test_interrupted_after_some_runs(capsys, monkeypatch, tmp_path):
     def run(seeds, out, device, quick, finished):
         finished += ["DEQ (seed 0) 98.1 %", "one block (seed 0) 97.9 %"]
@@ -146,8 +122,9 @@ def test_options_reach_the_demonstration(monkeypatch, tmp_path):
 def test_a_closed_pipe():
     """As in `python -m tritondeq doctor | true`."""
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    quick = "import tritondeq.doctor as d\nd.report = lambda: 'all is well'"
-    with start(quick, "doctor", env=buffered) as process:
+    code = "import tritondeq.doctor as d, tritondeq.__main__ as m\nd.report = lambda: 'well'\nexit(m.main(['doctor']))"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=buffered, **pipes) as process:
         process.stdout.close()
         assert not process.stderr.read()
     assert process.returncode == 1

@@ -1,13 +1,10 @@
 """Counts of the bench that hold on any machine: operations, launches, evaluations, bytes."""
 
-from collections import Counter
-
 import pytest
 import torch
 
 import tritondeq as tdeq
 from tritondeq.bench import launches, machine, measure, memory, rivals, shapes, steps
-from tritondeq.kernels import launch
 from tritondeq.toolbox import PeakMemory
 
 CPU = torch.device("cpu")
@@ -148,23 +145,3 @@ def test_launches_and_waits_are_counted_apart():
     events += [("cudaMemcpyAsync", False), ("aten::mm", False)]
     counts = launches.tally(events)
     assert (counts["launches"], counts["copies"], counts["waits"], counts["looks"]) == (2, 2, 1, 1)
-
-
-def test_launches_of_a_step_are_the_difference_of_two_solves(monkeypatch):
-    asked = []
-    monkeypatch.setattr(tdeq, "fixed_point", lambda *_, max_steps, **__: asked.append(max_steps))
-    monkeypatch.setattr(rivals, "solvers", dict)
-    monkeypatch.setattr(steps, "problem", lambda *a, make=steps.problem: make(*a[:3], CPU))
-
-    def profile(call):
-        call()
-        n = asked.pop() if asked else None
-        return Counter(launches=2) if n is None else Counter(launches=9 + 4 * n, waits=1, looks=n // 4)
-
-    monkeypatch.setattr(launches, "profile", profile)
-    records = list(launches.run(torch.device("cuda")))
-    assert [r["contestant"] for r in records] == list(steps.OURS) * 2
-    programs = [launch.parameters("steps.anderson", width=r["width"], itemsize=4)["SPLITS"] for r in records]
-    assert programs == [1, 1, 2, 2], "samples of one program and of several"
-    assert all((r["launches"], r["syncs"], r["looks"], r["copies"]) == (2, 0, 0.25, 0) for r in records)
-    assert list(launches.run(CPU)) == []

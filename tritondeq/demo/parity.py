@@ -144,7 +144,7 @@ def run(seeds: range, out: Path, device: torch.device, quick: bool, finished: li
             finished.append(f"{model} (seed {seed})")
     print("Columns of bits: share of test strings of that length with every bit right, in %.", report(runs), sep="\n")
     print(QUICK if quick else CONCLUSION)
-    print(f"\nsaved {picture(runs, out)}")
+    print(f"\nsaved {save(lambda figure: picture(figure, runs), out / 'parity_exact_match.png')}")
 
 
 def measure(model: str, seed: int, updates: int, lengths: dict[int, int], device: torch.device) -> Run:
@@ -176,27 +176,22 @@ def test(net: Net, seed: int, length: int, count: int) -> tuple[float, float]:
     return 100 * exact.float().mean().item(), steps.float().mean().item()
 
 
-def picture(runs: list[Run], out: Path) -> Path:
+def picture(figure: Figure, runs: list[Run]) -> None:
     """Draws exact match against length: each seed thin, their mean thick."""
-
-    def exact(figure: Figure) -> None:
-        ax = plot.tidy(figure.subplots())
-        for i, model in enumerate(dict.fromkeys(run.model for run in runs)):
-            curves = [list(run.shown.values()) for run in runs if run.model == model]
-            ax.plot(lengths, np.transpose(curves), color=plot.COLOURS[i], alpha=0.4, linewidth=1)
-            # Each model's smaller than the last one's, so that all are seen where they meet.
-            size: Any = {"linewidth": 3.6 - 1.1 * i, "markersize": 9 - 2.2 * i}
-            ax.plot(lengths, np.mean(curves, axis=0), color=plot.COLOURS[i], label=model, marker="o", **size)
-        ax.axvline(TRAINED, color="0.4", linestyle="--", linewidth=1)
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(lengths, lengths)
-        ax.set(xlabel="length, bits (dashed: the length trained on)", ylim=(-4, 104))
-        ax.set(ylabel="strings with every bit right, % (up is better)")
-        ax.set_title(f"Prefix parity, trained on {TRAINED} bits: exact match (thin: single seeds)", fontsize=11)
-        ax.legend(frameon=False)
-
-    lengths = list(runs[0].shown)
-    return save(exact, out / "parity_exact_match.png")
+    lengths, ax = list(runs[0].shown), plot.tidy(figure.subplots())
+    for i, model in enumerate(dict.fromkeys(run.model for run in runs)):
+        curves = [list(run.shown.values()) for run in runs if run.model == model]
+        ax.plot(lengths, np.transpose(curves), color=plot.COLOURS[i], alpha=0.4, linewidth=1)
+        # Each model's smaller than the last one's, so that all are seen where they meet.
+        size: Any = {"linewidth": 3.6 - 1.1 * i, "markersize": 9 - 2.2 * i}
+        ax.plot(lengths, np.mean(curves, axis=0), color=plot.COLOURS[i], label=model, marker="o", **size)
+    ax.axvline(TRAINED, color="0.4", linestyle="--", linewidth=1)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(lengths, lengths)
+    ax.set(xlabel="length, bits (dashed: the length trained on)", ylim=(-4, 104))
+    ax.set(ylabel="strings with every bit right, % (up is better)")
+    ax.set_title(f"Prefix parity, trained on {TRAINED} bits: exact match (thin: single seeds)", fontsize=11)
+    ax.legend(frameon=False)
 
 
 CONCLUSION = f"""Steps: of the longest strings. A block sees 2 positions to each side, the stack of {DEPTH} sees

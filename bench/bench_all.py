@@ -8,8 +8,8 @@ import functools
 import pytest
 import torch
 
-from tritondeq.bench import machine, measure, rivals, solves, steps
-from tritondeq.toolbox import one_thread
+from tritondeq.bench import machine, rivals, solves, steps
+from tritondeq.toolbox import one_thread, synchronize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = solves.cases("quick", DEVICE.type == "cuda")
@@ -33,7 +33,7 @@ def call_of(benchmark, calls: dict, contestant: str):
 
     def call():
         outcome = calls[contestant]()
-        measure.synchronize(DEVICE)
+        synchronize(DEVICE)
         return outcome
 
     return call

@@ -1,4 +1,4 @@
-"""The clock, the counters of operations and bytes, and how contestants are tried and timed."""
+"""The clock, the counter of operations, and how contestants are tried and timed."""
 
 import collections
 import contextlib
@@ -7,7 +7,6 @@ import statistics
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -195,46 +194,6 @@ def deadline(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for the device; a CPU has nothing to wait for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-class Peak(TorchDispatchMode):
-    """Counts in `most` the bytes of the tensors that were made under it and alive at once.
-
-    There is no such count on a CPU. What an operation uses inside itself does not show.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.most = 0
-        self.alive: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {_storage(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        made = func(*args, **(kwargs or {}))
-        for t in pytree.tree_leaves(made):
-            if isinstance(t, Tensor) and _storage(t) not in known and _storage(t) not in self.alive:
-                self._hold(t.untyped_storage())
-        return made
-
-    def _hold(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self.alive[key] = size
-        self.now += size
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._free, key)
-
-    def _free(self, key: int) -> None:
-        self.now -= self.alive.pop(key)
-
-
-def _storage(t: Tensor) -> int:
-    return t.untyped_storage()._cdata
 
 
 class AtenOps(TorchDispatchMode):

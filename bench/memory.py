@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 import tritondeq as tdeq
+from tritondeq.toolbox import PeakMemory
 
-from . import blocks, measure, rivals, shapes
+from . import blocks, rivals, shapes
 from .measure import Record
 
 ANDERSON = tdeq.Anderson(memory=4)
@@ -121,13 +122,6 @@ def of_net(net: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, train: 
 
 def peak(call: Callable[[], Any], device: torch.device) -> int:
     """Returns peak bytes beyond those before a call that was made once already."""
-    if device.type != "cuda":
-        with measure.Peak() as seen:
-            call()
-        return seen.most
-    measure.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    call()
-    measure.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    with PeakMemory(device) as memory:
+        call()
+    return memory.peak

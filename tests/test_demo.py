@@ -1,9 +1,7 @@
 """The demonstrations: a quick run of each from end to end, and that what they measure is so."""
 
-import copy
 import re
 import sys
-from functools import partial
 
 import numpy as np
 import pytest
@@ -13,31 +11,17 @@ from matplotlib.image import imread
 from sklearn.datasets import load_digits
 from torch import nn
 
-from tritondeq import Implicit, Solution, fixed_point, plot, toolbox
 from tritondeq import __main__ as cli
+from tritondeq import fixed_point, plot, toolbox
 from tritondeq.demo import digits, parity
 
 CPU = torch.device("cpu")
-BLOCK, PARITY_BLOCK = 2 * (24 * 24 * 9 + 24) + 2 * 24, 2 * (3 * 32 * 32 + 32) + 2 * 32
-ENDS, PARITY_ENDS = (1 * 24 * 9 + 24) + 2 * 24 + (24 * 16 * 10 + 10), (3 * 32 + 32) + (32 + 1)
-EXPECTED = {  # parameters and steps of each model, and the pictures
+EXPECTED = {  # steps of each model, and the pictures
     "digits": (
-        {
-            "DEQ": (ENDS + BLOCK, None),
-            "stack of 12 blocks": (ENDS + 12 * BLOCK, 12),
-            "one block": (ENDS + BLOCK, 1),
-            "weight-tied loop of 12": (ENDS + BLOCK, 12),
-        },
+        {"DEQ": None, "stack of 12 blocks": 12, "one block": 1, "weight-tied loop of 12": 12},
         {"digits_residual.png", "digits_steps.png"},
     ),
-    "parity": (
-        {
-            "DEQ": (PARITY_ENDS + PARITY_BLOCK, None),
-            "stack of 10 blocks": (PARITY_ENDS + 10 * PARITY_BLOCK, 10),
-            "weight-tied loop": (PARITY_ENDS + PARITY_BLOCK, 40),
-        },
-        {"parity_exact_match.png"},
-    ),
+    "parity": ({"DEQ": None, "stack of 10 blocks": 10, "weight-tied loop": 40}, {"parity_exact_match.png"}),
 }
 
 
@@ -56,9 +40,10 @@ def test_from_end_to_end(capsys, tmp_path, task):
     rows = [re.split(r"  +", line) for line in text.splitlines() if line.startswith(tuple(models))]
     assert [row[0] for row in rows] == list(models)
     for row in rows:
-        parameters, steps = models[row[0]]
-        assert row[1] == f"{parameters:,}" and all(float(cell) >= 0 for cell in row[2:])
+        steps = models[row[0]]
+        assert all(float(cell) >= 0 for cell in row[2:])
         assert float(row[-1]) == steps or (steps is None and 1 < float(row[-1]) < 50)
+        assert row[1] == rows[0][1] or row[0].startswith("stack of")
     memory = {row[0]: float(row[2]) for row in rows}
     assert memory["DEQ"] == min(value for name, value in memory.items() if name != "one block")
     assert "its numbers mean nothing" in text
@@ -71,7 +56,6 @@ def test_from_end_to_end(capsys, tmp_path, task):
         ink = (image < 0.9).any(axis=2)
         assert min(image.shape[:2]) >= 500 and 0.01 < ink.mean() < 0.5, "blank, or black"
         assert not ink[[0, -1]].any() and not ink[:, [0, -1]].any(), "something is cut off"
-        assert (image[ink].max(axis=1) - image[ink].min(axis=1) > 0.3).any(), "no curve"
 
 
 @pytest.mark.parametrize("existed", [True, False])
@@ -79,12 +63,13 @@ def test_a_failed_run_leaves_no_empty_folder(tmp_path, existed):
     out = tmp_path / "out"
     if existed:
         out.mkdir()
-    for files in ((), ("a.png",)):
-        with pytest.raises(ZeroDivisionError), toolbox.writable(out):
-            for name in files:
-                (out / name).touch()
-            raise ZeroDivisionError
-        assert out.exists() == (existed or bool(files))
+    with pytest.raises(ZeroDivisionError), toolbox.writable(out):
+        raise ZeroDivisionError
+    assert out.exists() == existed
+    with pytest.raises(ZeroDivisionError), toolbox.writable(out):
+        (out / "a.png").touch()
+        raise ZeroDivisionError
+    assert out.exists()
 
 
 def test_table_and_spread():
@@ -93,10 +78,9 @@ def test_table_and_spread():
     assert toolbox.spread([2.0]) == "2.0" and toolbox.spread([1.0, 3.0], 2) == "2.00 ± 1.41"
 
 
-@pytest.mark.parametrize("depth", [1, 10, 40])
-def test_memory_of_a_chain(device, depth):
+def test_memory_of_a_chain(device):
     """`sin` saves its argument, a step back needs a few tensors beside, and a view of the data is free."""
-    size = 1 << 16
+    size, depth = 1 << 16, 10
     net = nn.Linear(1, 1, bias=False).to(device)
     x = torch.rand(25 * size, 1, device=device)
 
@@ -111,70 +95,32 @@ def test_memory_of_a_chain(device, depth):
     assert toolbox.training_memory(net, loss) == taken and net.weight.grad is None
 
 
-def test_memory_grows_with_a_stack_and_not_with_a_solve():
-    data = digits.Data.split(0, CPU)
-
-    def memory(body):
-        torch.manual_seed(0)
-        net = digits.Net(body)
-        return toolbox.training_memory(net, lambda: nn.functional.cross_entropy(net(data.x[:16]), data.y[:16]))
-
-    def solved(steps):
-        adjoint = Implicit(tol=1e-12, max_steps=steps)
-        return digits.DEQ(digits.Block(), tol=1e-12, max_steps=steps, adjoint=adjoint)
-
-    one, two, six = (memory(partial(digits.Stack, depth)) for depth in (1, 2, 6))
-    assert six - two == pytest.approx(4 * (two - one), rel=0.02)
-    few, many = memory(partial(solved, 8)), memory(partial(solved, 16))
-    assert many == pytest.approx(few, rel=0.01) and many < six
-
-
-def test_every_model_has_the_same_ends_and_first_block():
-    def start(make) -> list[torch.Tensor]:
-        torch.manual_seed(3)
-        net = make()
-        (first, *_) = [m for m in net.modules() if isinstance(m, (digits.Block, parity.Block))]
-        return [*net.stem.parameters(), *net.head.parameters(), *first.parameters()]
-
-    for models in ([partial(digits.Net, body) for body in digits.MODELS.values()], parity.MODELS.values()):
-        first, *others = map(start, models)
-        for other in others:
-            assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-
-
 def test_the_split_is_stratified_and_depends_on_the_seed_only():
-    images, labels = load_digits(return_X_y=True)
-    data = digits.Data.split(0, CPU)
+    data, labels = digits.Data.split(0, CPU), torch.tensor(load_digits().target)
     assert data.x.shape == (1437, 1, 8, 8) and data.test_x.shape == (360, 1, 8, 8)
-    whole = torch.cat([data.x, data.test_x]).flatten(1).mul(16).round().long()
-    got = torch.cat([whole, torch.cat([data.y, data.test_y]).unsqueeze(1)], dim=1)
-    want = torch.cat([torch.tensor(images).long(), torch.tensor(labels).unsqueeze(1)], dim=1)
-    assert sorted(got.tolist()) == sorted(want.tolist()), "each image is in one part, once, with its label"
-    assert ((data.test_y.bincount(minlength=10) - torch.bincount(torch.tensor(labels)) * 360 / 1797).abs() < 1).all()
+    assert ((data.test_y.bincount(minlength=10) - labels.bincount() * 360 / 1797).abs() < 1).all()
+    assert torch.equal(data.y.bincount() + data.test_y.bincount(), labels.bincount())
     torch.rand(7), np.random.rand(7)
     assert torch.equal(data.x, digits.Data.split(0, CPU).x) and not torch.equal(data.x, digits.Data.split(6, CPU).x)
 
 
 @pytest.mark.parametrize("task", [digits, parity])
 def test_training_depends_on_the_seed_only(task):
-    net = digits.Net(digits.MODELS[digits.ONE]) if task is digits else parity.MODELS[parity.IMPLICIT]()
     data = digits.Data(*(t[:128] for t in vars(digits.Data.split(0, CPU)).values()))
 
     def weights(seed: int) -> torch.Tensor:
-        twin = copy.deepcopy(net)
-        torch.rand(seed)  # the global generator is elsewhere each time
-        rest = (data, seed % 10, 1) if task is digits else (seed % 10, 2, CPU)
-        task.train(("", seed), twin, task.losses(twin, *rest), 2, lambda: ({}, {}), lr=1e-2)
-        return torch.cat([p.flatten() for p in twin.parameters()])
+        torch.rand(7)  # the global generator is elsewhere each time
+        args = (digits.ONE, seed, data, 1) if task is digits else (parity.IMPLICIT, seed, 2, {9: 2}, CPU)
+        return nn.utils.parameters_to_vector(task.measure(*args).net.parameters())
 
-    assert torch.equal(weights(1), weights(11)) and not torch.equal(weights(1), weights(2))
+    assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
 
 
 @pytest.mark.parametrize(("one", "advises"), [(98.5, True), (97.9, True), (90.0, False)])
 def test_the_conclusion_follows_from_the_numbers(one, advises):
     shown = {"converged": torch.tensor([True, True, True, False])}
     runs = [
-        digits.Run(model, 0, 1, 1, 1.0, {digits.ACCURACY: one if model == digits.ONE else 98.2}, shown)
+        digits.Run(model, nn.Identity(), 1, 1.0, {digits.ACCURACY: one if model == digits.ONE else 98.2}, shown)
         for model in digits.MODELS
     ]
     text = digits.conclusion(runs)
@@ -182,20 +128,14 @@ def test_the_conclusion_follows_from_the_numbers(one, advises):
     assert ("no equilibrium" in text) == advises
 
 
-def test_prefix_parity_against_a_loop():
-    bits, labels = parity.strings(50, 33, torch.Generator().manual_seed(0), CPU)
-    for string, label in zip(bits.tolist(), labels.tolist(), strict=True):
-        odd = False
-        for bit, wanted in zip(string, label, strict=True):
-            odd ^= bit == 1
-            assert wanted == int(odd)
-    assert set(bits.unique().tolist()) == {0, 1} and 0.45 < bits.float().mean() < 0.55
+def test_prefix_parity_by_hand():
+    assert parity.prefix_parity(torch.tensor([[1, 0, 1, 1]])).tolist() == [[1, 1, 0, 1]]
 
 
 @torch.no_grad()
 def test_what_the_stack_can_see():
     """Random weights in float64, one bit flipped: the answers that change are as far as the conclusion has it."""
-    net = parity.Stack().double()
+    net = parity.MODELS[parity.STACK]().double()
     for p in net.parameters():
         p.normal_()
     bits, _ = parity.strings(2, 64, torch.Generator().manual_seed(0), CPU)
@@ -212,7 +152,7 @@ def test_loss_of_the_equilibrium_net(pick, free, tracked):
     net = parity.MODELS[parity.IMPLICIT]().double()
     bits, labels = parity.strings(4, 9, torch.Generator().manual_seed(0), CPU)
     bits = bits.double()
-    loss = net.loss(bits, labels, lambda low, high: pick(low, high))
+    loss = net.loss(bits, labels, pick)
     z, u = net.start(bits)
     for _ in range(free):
         z = net.blocks[0](z, u).detach()
@@ -240,43 +180,31 @@ def test_answers_of_the_tied_nets(monkeypatch):
         assert (steps == 9).all() if name == parity.TIED else (steps < 300).all()
 
 
-def test_a_string_counts_where_every_bit_is_right():
-    class Net(nn.Linear):
-        """Misses the last bit of every other string."""
+def test_a_string_counts_where_every_bit_is_right(monkeypatch):
+    def answer(self, bits):  # misses the last bit of every other string
+        logits = parity.prefix_parity(bits) - 0.5
+        logits[::2, -1] *= -1
+        return logits, torch.full((len(bits),), 7)
 
-        def answer(self, bits):
-            logits = parity.prefix_parity(bits) - 0.5
-            logits[::2, -1] *= -1
-            return logits, torch.full((len(bits),), 7)
-
-    assert parity.test(Net(1, 1), seed=0, length=10, count=8) == (50.0, 7.0)
+    monkeypatch.setattr(parity.Net, "answer", answer)
+    assert parity.test(parity.Net(), seed=0, length=10, count=8) == (50.0, 7.0)
 
 
-def solved() -> Solution:
+def test_plots(monkeypatch):
     rate = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9]).unsqueeze(1)
-    return fixed_point(lambda z: rate * z + 1, torch.zeros(5, 1), tol=1e-3, max_steps=200, trace=True)
-
-
-def test_plot_of_residuals():
-    solution = solved()
+    solution = fixed_point(lambda z: rate * z + 1, torch.zeros(5, 1), tol=1e-3, max_steps=200, trace=True)
     ax = plot.residuals({"a": solution, "b": solution.trace}, tol=1e-3, ax=Figure().subplots())
-    want = np.median(solution.trace.numpy(), axis=1)
+    low, want, high = np.quantile(solution.trace.numpy(), [0.1, 0.5, 0.9], axis=1)
     curves = [line for line in ax.get_lines() if len(line.get_xdata()) == len(want)]
     assert len(curves) == 2 and all(np.allclose(curve.get_ydata(), want) for curve in curves)
     assert curves[0].get_xdata()[0] == 1 and ax.get_yscale() == "log" and ax.get_xlabel() and ax.get_ylabel()
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
-    low, high = (np.quantile(solution.trace.numpy(), q, axis=1) for q in (0.1, 0.9))
     edge = ax.collections[0].get_paths()[0].vertices[:, 1]
     assert edge.min() == pytest.approx(low.min()) and edge.max() == pytest.approx(high.max())
-    trace = torch.tensor([1.0, 0.1, 0.01])  # a batch shape of ()
-    ax = plot.residuals(trace, ax=Figure().subplots())
-    assert np.allclose(ax.get_lines()[0].get_ydata(), trace) and ax.get_legend() is None
+    ax = plot.residuals(torch.tensor([1.0, 0.1, 0.01]), ax=Figure().subplots())  # a batch shape of ()
+    assert np.allclose(ax.get_lines()[0].get_ydata(), [1.0, 0.1, 0.01]) and ax.get_legend() is None
     with pytest.raises(ValueError, match="trace=True"):
         plot.residuals(fixed_point(lambda z: z / 2, torch.ones(1, 1)), ax=Figure().subplots())
-
-
-def test_plot_of_steps(monkeypatch):
-    solution = solved()
     ax = plot.steps(solution, ax=Figure().subplots())
     bars = {round(bar.get_x() + bar.get_width() / 2): int(bar.get_height()) for bar in ax.patches if bar.get_height()}
     values, counts = solution.steps.unique(return_counts=True)

@@ -3,25 +3,18 @@
 import argparse
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
-EXTRAS = {
-    "sklearn": ("scikit-learn", "demo"),
-    "matplotlib": ("matplotlib", "demo"),
-    "tqdm": ("tqdm", "demo"),
-    "pytest": ("pytest", "bench"),
-    "pytest_benchmark": ("pytest-benchmark", "bench"),
-    "torchdeq": ("torchdeq", "bench"),
-}
+EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}  # packages by module
 TASKS, SEEDS = ("digits", "parity"), 3
 TUNED = ("affine", "monotone", "mlp", "gated", "transformer", "conv", "any")
 DTYPES = ("fp32", "bf16", "fp64")
-SIZES = {"features": (64, 128, 256), "rows": (256, 16384)}  # what `tune` measures by default
 MOST = 2**31 - 1  # seeds that every generator takes
 INTERRUPTED = 130
 
@@ -32,10 +25,10 @@ def main(argv: list[str] | None = None) -> int:
     finished: list[str] = []
     try:
         if argv[:1] == ["bench"]:  # which parses its options itself
-            return _bench(argv[1:])
-        arguments, rest = _parser().parse_known_args(argv)
-        if rest:
-            arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            from .bench.__main__ import main as bench
+
+            return bench(argv[1:])
+        arguments = _parser().parse_args(argv)
         status = arguments.command(arguments, finished) or 0
         sys.stdout.flush()  # a closed pipe has to raise here
         return status
@@ -45,8 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         module = (error.name or "").partition(".")[0]
         if module not in EXTRAS:
             raise
-        package, extra = EXTRAS[module]
-        return _fail(f'{package} is missing: pip install "tritondeq[{extra}]"')
+        return _fail(f'{EXTRAS[module]} is missing: pip install "tritondeq[demo]"')
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python is quiet as it exits
         return 1
@@ -76,16 +68,6 @@ def _tune(arguments: argparse.Namespace, finished: list[str]) -> int:
     return run(chosen, finished, fresh=arguments.fresh)
 
 
-def _bench(argv: list[str]) -> int:
-    try:
-        from .bench.__main__ import main as bench
-    except ModuleNotFoundError as error:
-        if error.name not in ("tritondeq.bench", "tritondeq.bench.__main__"):
-            raise
-        return _fail("this installation has no tritondeq.bench")
-    return bench(argv) or 0
-
-
 def _fail(message: str, status: int = 1) -> int:
     print(f"tritondeq: {message}", file=sys.stderr)
     return status
@@ -102,12 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser("python -m tritondeq", description="Deep Equilibrium layers for PyTorch.", allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def add(name: str, command: Callable | None, help: str) -> argparse.ArgumentParser:
+    def add(name: str, help: str, command: Callable | None = None) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, allow_abbrev=False, description=help, help=help)
-        sub.set_defaults(command=command, parser=sub)
+        sub.set_defaults(command=command)
         return sub
 
-    demo = add("demo", _demo, help="train a DEQ beside the explicit nets it has to be compared with")
+    demo = add("demo", "train a DEQ beside the explicit nets it has to be compared with", _demo)
     demo.add_argument("which", nargs="?", choices=TASKS, default=TASKS[0], help=f"the task (default: {TASKS[0]})")
     counts = f"default: {SEEDS}, or 1 if --quick"
     demo.add_argument("--seeds", type=_at_least(1), metavar="N", help=f"how many seeds ({counts})")
@@ -115,15 +97,20 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default="demo_out", metavar="DIR", help="pictures (default: demo_out)")
     demo.add_argument("--device", type=_device, default="auto", help="cpu, cuda, cuda:N or auto (the default)")
     demo.add_argument("--quick", action="store_true", help="seconds; shows that all works, trains nothing of use")
-    add("doctor", _doctor, help="print what this machine will run, and why")
-    tune = add("tune", _tune, help="measure launch parameters on this GPU, and use the best from then on")
-    options = {"cell": ({"choices": TUNED}, TUNED), "dtype": ({"choices": DTYPES}, DTYPES[:2])}
-    options |= {name: ({"type": _at_least(1), "metavar": "N"}, sizes) for name, sizes in SIZES.items()}
+    add("doctor", "print what this machine will run, and why", _doctor)
+    tune = add("tune", "measure launch parameters on this GPU, and use the best from then on", _tune)
+    sizes: dict[str, Any] = {"type": _at_least(1), "metavar": "N"}
+    options: dict[str, tuple[dict[str, Any], tuple]] = {
+        "cell": ({"choices": TUNED}, TUNED),
+        "dtype": ({"choices": DTYPES}, DTYPES[:2]),
+        "features": (sizes, (64, 128, 256)),
+        "rows": (sizes, (256, 16384)),
+    }
     for name, (kind, usual) in options.items():
         words = f"default: {' '.join(map(str, usual))}"
         tune.add_argument(f"--{name}", nargs="+", default=list(usual), help=words, **kind)
     tune.add_argument("--fresh", action="store_true", help="measure again what has been measured")
-    add("bench", None, help="measure against eager PyTorch; `bench --help` lists its options")
+    add("bench", "measure against eager PyTorch; `bench --help` lists its options")
     return parser
 
 
@@ -137,18 +124,15 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 
 def _device(text: str) -> torch.device:
-    if text == "auto":
-        text = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"takes auto, cpu, cuda or cuda:N, got {text!r}")
     count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
+    if text == "auto":
+        return torch.device("cuda" if count else "cpu")
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"takes auto, cpu, cuda or cuda:N, got {text!r}")
+    if text != "cpu" and int(match[1] or 0) >= count:
         raise argparse.ArgumentTypeError(f"asks for {text}, and torch sees {count} CUDA devices")
-    return device
+    return torch.device(text)
 
 
 if __name__ == "__main__":

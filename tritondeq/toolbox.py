@@ -20,13 +20,7 @@ from .layout import pytree
 
 @contextmanager
 def writable(out: Path) -> Iterator[None]:
-    """Makes a folder and writes to it once, so that a run does not fail at its end.
-
-    A run that fails leaves no new empty folder behind.
-
-    Raises:
-        OSError: The folder can't be written to; the message is a sentence.
-    """
+    """Makes a folder and writes to it, or raises OSError; a block that fails leaves no new empty folder."""
     new = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -81,22 +75,16 @@ def synchronize(device: torch.device) -> None:
 
 
 class PeakMemory(TorchDispatchMode):
-    """Measures the bytes at the peak of what is allocated under it, beside all that existed before.
+    """Measures in `peak` the bytes at the peak of what is allocated under it, beside all that existed before.
 
-    On CUDA the caching allocator counts. On a CPU the storages of tensors that operations return are counted.
-
-        with PeakMemory(device) as memory:
-            loss(net(x)).backward()
-        print(memory.peak)
-
-    Attributes:
-        peak: Bytes; on CUDA it is known when the block has ended.
+    On CUDA the caching allocator counts, and `peak` is known when the block has ended. On a CPU the storages of tensors
+    that operations return are counted; what an operation uses inside itself does not show.
     """
 
-    def __init__(self, device: torch.device | None = None):
+    def __init__(self, device: torch.device):
         super().__init__()
-        self.cuda = device if device is not None and device.type == "cuda" else None
-        self.live: dict[int, int] = {}  # bytes by address
+        self.cuda = device if device.type == "cuda" else None
+        self.live: dict[int, int] = {}  # bytes by storage
         self.bytes = self.peak = 0
 
     def __enter__(self) -> "PeakMemory":
@@ -114,23 +102,23 @@ class PeakMemory(TorchDispatchMode):
         self.peak = torch.cuda.max_memory_allocated(self.cuda) - self.bytes
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
         old = _storages((args, kwargs))
-        for address, storage in _storages(out).items():
-            if address not in old and address not in self.live:
-                self.live[address] = storage.nbytes()
+        out = func(*args, **(kwargs or {}))
+        for key, storage in _storages(out).items():
+            if key not in old and key not in self.live:
+                self.live[key] = storage.nbytes()
                 self.bytes += storage.nbytes()
-                weakref.finalize(storage, self._free, address)
+                weakref.finalize(storage, self._free, key)
         self.peak = max(self.peak, self.bytes)
         return out
 
-    def _free(self, address: int) -> None:
-        self.bytes -= self.live.pop(address)
+    def _free(self, key: int) -> None:
+        self.bytes -= self.live.pop(key)
 
 
 def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
     storages = [leaf.untyped_storage() for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-    return {storage.data_ptr(): storage for storage in storages}
+    return {storage._cdata: storage for storage in storages}
 
 
 def training_memory(net: nn.Module, loss: Callable[[], Tensor]) -> int:

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         module = (error.name or "tritondeq").partition(".")[0]
         if module == "tritondeq":
             raise
-        return _fail(f'{EXTRAS.get(module, [module])[0]} is missing: pip install "tritondeq[studies]"')
+        return _fail(f'{EXTRAS.get(module, module)} is missing: pip install "tritondeq[studies]"')
     except (OSError, ValueError) as error:
         return _fail(str(error))
     return 0

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from tritondeq.demo.pictures import save
+from tritondeq.demo.training import save
 from tritondeq.toolbox import spread
 
 from ..report import markdown

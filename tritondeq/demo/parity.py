@@ -3,19 +3,21 @@
 A step sees two positions to each side, so a longer string needs more steps: a DEQ takes them, a stack has none left.
 """
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from ..adjoints import Unrolled
 from ..fixed_point import fixed_point
-from . import pictures
-from .training import QUICK, Run, report, train
+from ..inspect import plot
+from ..toolbox import training_memory
+from .training import QUICK, Run, report, save, train
 
 TRAINED = 20  # bits
 LENGTHS = {20: 128, 40: 128, 80: 128, 160: 128, 320: 64}  # bits: strings tested
@@ -24,6 +26,7 @@ FREE, TRACKED = 25, (3, 8)  # DEQ training: at most so many steps without gradie
 DECAY, SETTLE = 0.8, 0.1  # of the state, weight of the residual in the DEQ's loss: without, some seeds do not converge
 LOOP = (1, 20)  # loop training: so many steps, all with gradient
 TOL, MAX_STEPS = 1e-3, 1000
+IMPLICIT, STACK, TIED = "DEQ", f"stack of {DEPTH} blocks", "weight-tied loop"
 REACH = 2 * DEPTH  # positions to each side that the stack sees
 Draw = Callable[[int, int], int]  # a random integer from the first to the second
 
@@ -66,10 +69,17 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Bits [B, L] -> logits [B, L]."""
+    """Bits [B, L] -> logits [B, L], by blocks one after another, again from the first where there are more steps.
 
-    def __init__(self, blocks: int = 1):
+    Args:
+        blocks: How many, each with other weights.
+        model: IMPLICIT is solved for its fixed point in a test; STACK goes once through its blocks; TIED makes a random
+            number of steps in training, and one per bit in a test.
+    """
+
+    def __init__(self, blocks: int = 1, model: str = STACK):
         super().__init__()
+        self.model = model
         self.stem = nn.Linear(3, CHANNELS)
         self.head = nn.Linear(CHANNELS, 1)
         self.blocks = nn.ModuleList(Block() for _ in range(blocks))
@@ -84,81 +94,43 @@ class Net(nn.Module):
         return self.head(z).squeeze(-1)
 
     def repeat(self, z: Tensor, u: Tensor, steps: int) -> Tensor:
-        """Applies the first block so many times."""
-        return fixed_point(self.blocks[0], z, (u,), adjoint=Unrolled(steps)).value
-
-    def loss(self, bits: Tensor, labels: Tensor, draw: Draw) -> Tensor:
-        """Returns the loss of as many steps as it draws."""
-        raise NotImplementedError
-
-    def answer(self, bits: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the logits, and the steps for each string."""
-        raise NotImplementedError
-
-
-class Stack(Net):
-    """So many blocks, each with its own weights."""
-
-    def __init__(self):
-        super().__init__(DEPTH)
-
-    def loss(self, bits: Tensor, labels: Tensor, draw: Draw) -> Tensor:
-        """Returns the loss of as many steps as it draws."""
-        return cross_entropy(self.answer(bits)[0], labels)
-
-    def answer(self, bits: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the logits, and the steps for each string."""
-        z, u = self.start(bits)
-        for block in self.blocks:
+        """Returns the state so many steps on."""
+        for block in islice(cycle(self.blocks), steps):
             z = block(z, u)
-        return self.read(z), torch.full((len(bits),), DEPTH)
-
-
-class Loop(Net):
-    """One block, applied a random number of times in training, and once per bit in a test."""
+        return z
 
     def loss(self, bits: Tensor, labels: Tensor, draw: Draw) -> Tensor:
-        """Returns the loss of as many steps as it draws."""
-        return cross_entropy(self.read(self.repeat(*self.start(bits), draw(*LOOP))), labels)
+        """Returns the loss of as many steps as it draws.
 
-    def answer(self, bits: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the logits, and the steps for each string."""
-        length = bits.shape[1]
-        return self.read(self.repeat(*self.start(bits), length)), torch.full((len(bits),), length)
-
-
-class Equilibrium(Net):
-    """One block, solved for its fixed point in a test.
-
-    In training a random number of steps without gradient, then a few that are differentiated: whatever the number, the
-    answer must be right, and the last step must change little, which is what makes a fixed point of it.
-    """
-
-    def loss(self, bits: Tensor, labels: Tensor, draw: Draw) -> Tensor:
-        """Returns the loss of as many steps as it draws."""
+        Of IMPLICIT these are steps without gradient, then a few that are differentiated: whatever the number, the
+        answer must be right, and the last step must change little, which is what makes a fixed point of it.
+        """
         z, u = self.start(bits)
-        free, tracked = draw(0, FREE), draw(*TRACKED)
-        if free:
-            with torch.no_grad():
-                z = self.repeat(z, u, free)
-        z = self.repeat(z, u, tracked - 1)
-        onward = self.blocks[0](z, u)
+        if self.model != IMPLICIT:
+            steps = draw(*LOOP) if self.model == TIED else len(self.blocks)
+            return cross_entropy(self.read(self.repeat(z, u, steps)), labels)
+        with torch.no_grad():
+            z = self.repeat(z, u, draw(0, FREE))
+        z = self.repeat(z, u, draw(*TRACKED) - 1)
+        onward = self.repeat(z, u, 1)
         residual = (onward - z).flatten(1).norm(dim=1) / onward.flatten(1).norm(dim=1)
         return cross_entropy(self.read(onward), labels) + SETTLE * residual.mean()
 
     def answer(self, bits: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the logits, and the steps for each string."""
         z, u = self.start(bits)
-        solution = fixed_point(self.blocks[0], z, (u,), tol=TOL, max_steps=MAX_STEPS)
-        return self.read(solution.value), solution.steps
+        if self.model == IMPLICIT:
+            solution = fixed_point(self.blocks[0], z, (u,), tol=TOL, max_steps=MAX_STEPS)
+            return self.read(solution.value), solution.steps
+        steps = bits.shape[1] if self.model == TIED else len(self.blocks)
+        return self.read(self.repeat(z, u, steps)), torch.full((len(bits),), steps)
 
 
 MODELS: dict[str, Callable[[], Net]] = {
-    "DEQ": Equilibrium,
-    f"stack of {DEPTH} blocks": Stack,
-    "weight-tied loop": Loop,
+    IMPLICIT: lambda: Net(1, IMPLICIT),
+    STACK: lambda: Net(DEPTH, STACK),
+    TIED: lambda: Net(1, TIED),
 }
-IMPLICIT, STACK, TIED = MODELS
 
 
 def run(seeds: range, out: Path, device: torch.device, quick: bool, finished: list[str]) -> None:
@@ -172,33 +144,26 @@ def run(seeds: range, out: Path, device: torch.device, quick: bool, finished: li
             finished.append(f"{model} (seed {seed})")
     print("Columns of bits: share of test strings of that length with every bit right, in %.", report(runs), sep="\n")
     print(QUICK if quick else CONCLUSION)
-    print(f"\nsaved {pictures.parity(runs, TRAINED, out)}")
+    print(f"\nsaved {save(lambda figure: picture(figure, runs), out / 'parity_exact_match.png')}")
 
 
 def measure(model: str, seed: int, updates: int, lengths: dict[int, int], device: torch.device) -> Run:
-    """Trains one model and tests it at each length."""
+    """Trains one model, with strings and numbers of steps that depend on the seed only, and tests it at each length."""
     torch.manual_seed(seed)
     net = MODELS[model]().to(device)
-
-    def tested() -> tuple[dict[str, float], dict[Any, float]]:
-        exact, steps = zip(*(test(net, seed, length, count) for length, count in lengths.items()), strict=True)
-        shown = dict(zip(lengths, exact, strict=True))
-        return {f"{n} bits": shown[n] for n in (20, 80, 320) if n in shown} | {"steps": steps[-1]}, shown
-
-    return train((model, seed), net, losses(net, seed, updates, device), updates, tested, lr=LR, warm_up=0.1)
-
-
-def losses(net: Net, seed: int, updates: int, device: torch.device) -> Iterator[Callable[[], Tensor]]:
-    """Yields the loss of one batch after another; strings and numbers of steps depend on the seed only."""
-    first = strings(BATCH, TRAINED, torch.Generator().manual_seed(seed), device)
-    yield partial(net.loss, *first, lambda low, high: high)
     data, depths = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
+    batches = [strings(BATCH, TRAINED, data, device) for _ in range(updates)]
 
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (), generator=depths))
 
-    for _ in range(updates):
-        yield partial(net.loss, *strings(BATCH, TRAINED, data, device), draw)
+    memory = training_memory(net, lambda: net.loss(*batches[0], lambda low, high: high))
+    title = f"{model}, seed {seed}"
+    seconds = train(title, net, lambda batch: net.loss(batch[0], batch[1], draw), batches, lr=LR, warm_up=0.1)
+    exact, steps = zip(*(test(net, seed, length, count) for length, count in lengths.items()), strict=True)
+    shown = dict(zip(lengths, exact, strict=True))
+    scores = {f"{n} bits": shown[n] for n in (20, 80, 320) if n in shown} | {"steps": steps[-1]}
+    return Run(model, net, memory, seconds, scores, shown)
 
 
 @torch.no_grad()
@@ -209,6 +174,24 @@ def test(net: Net, seed: int, length: int, count: int) -> tuple[float, float]:
     logits, steps = net.answer(bits)
     exact = ((logits > 0) == (labels > 0)).all(1)
     return 100 * exact.float().mean().item(), steps.float().mean().item()
+
+
+def picture(figure: Figure, runs: list[Run]) -> None:
+    """Draws exact match against length: each seed thin, their mean thick."""
+    lengths, ax = list(runs[0].shown), plot.tidy(figure.subplots())
+    for i, model in enumerate(dict.fromkeys(run.model for run in runs)):
+        curves = [list(run.shown.values()) for run in runs if run.model == model]
+        ax.plot(lengths, np.transpose(curves), color=plot.COLOURS[i], alpha=0.4, linewidth=1)
+        # Each model's smaller than the last one's, so that all are seen where they meet.
+        size: Any = {"linewidth": 3.6 - 1.1 * i, "markersize": 9 - 2.2 * i}
+        ax.plot(lengths, np.mean(curves, axis=0), color=plot.COLOURS[i], label=model, marker="o", **size)
+    ax.axvline(TRAINED, color="0.4", linestyle="--", linewidth=1)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(lengths, lengths)
+    ax.set(xlabel="length, bits (dashed: the length trained on)", ylim=(-4, 104))
+    ax.set(ylabel="strings with every bit right, % (up is better)")
+    ax.set_title(f"Prefix parity, trained on {TRAINED} bits: exact match (thin: single seeds)", fontsize=11)
+    ax.legend(frameon=False)
 
 
 CONCLUSION = f"""Steps: of the longest strings. A block sees 2 positions to each side, the stack of {DEPTH} sees

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tritondeq import DEQ, __main__, backend, cells, tune
-from tritondeq.kernels import dispatch, launch, tables
+from tritondeq.kernels import devices, dispatch, launch, tables
 
 pytestmark = pytest.mark.skipif(not dispatch.has_triton(), reason="needs triton")
 
@@ -20,7 +20,7 @@ def cache(tmp_path, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("for the interpreter")
     monkeypatch.setenv("TRITONDEQ_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(launch, "gpu", lambda device: GPU)
+    monkeypatch.setattr(devices, "gpu", lambda device: GPU)
     launch.reread()
     yield tmp_path / "cache"
     launch.reread()

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import group_norm, rms_norm
 
 from tritondeq import DEQ, Anderson, Broyden, Picard, backend, cells, fixed_point
-from tritondeq.kernels import dispatch, launch
+from tritondeq.kernels import devices, dispatch, launch
 
 CHIPS = [(80, 166912), (86, 101376), (90, 232448), (100, 232448)]
 SIZES = [((d, d),) for d in (1, 16, 37, 64, 128, 256)] + [((64, 32), (32, 64)), ((128, 128),) * 3]
@@ -105,7 +105,7 @@ def test_few_rows_have_small_tiles_and_many_rows_large_ones():
     assert many == [32, 64, 32], "wgmma is of sm_90"
 
 
-@pytest.mark.parametrize("shared", [launch.SHARED, 101376, 232448])
+@pytest.mark.parametrize("shared", [devices.SHARED, 101376, 232448])
 def test_affine_steps_keep_a_gpu_busy(shared):
     sizes = itertools.product((257, 1000, 4096), (1, 2, 3), (1, 64, 2048, 1 << 20), (False, True))
     for features, terms, batch, start in sizes:
@@ -114,7 +114,7 @@ def test_affine_steps_keep_a_gpu_busy(shared):
         assert m == 16 or -(-batch // m) * -(-features // n) >= launch.ENOUGH
         assert not (start and m > 64)
     largest = launch.affine_steps(batch=1 << 20, features=512, terms=2, shared=shared)
-    assert largest["BLOCK_M"] == {launch.SHARED: 128, 101376: 64, 232448: 256}[shared]
+    assert largest["BLOCK_M"] == {devices.SHARED: 128, 101376: 64, 232448: 256}[shared]
 
 
 def test_a_key_is_a_shape_whose_pure_function_is_the_same():
@@ -141,7 +141,7 @@ def test_a_sample_does_not_depend_on_its_batch():
 
 def test_a_table_leaves_the_bits_of_a_row_alone(monkeypatch):
     """The row of a batch of 1 and of 64, with a choice that is not the pure function's."""
-    monkeypatch.setattr(launch, "gpu", lambda device: "Fake 9000")
+    monkeypatch.setattr(devices, "gpu", lambda device: "Fake 9000")
     choice = {"BLOCK_B": 32, "STREAM": False, "num_warps": 2}
     entry = launch.tables.Entry("rows.affine", {}, choice, 1.1, [], "2026-01-31")
     monkeypatch.setattr(launch.tables, "nearest", lambda gpu, op, key: entry if key["batch"] == 1 else None)

@@ -51,12 +51,10 @@ def test_a_solver_with_steps_of_its_own_inherits_no_kernel(device):
     cell, x = Affine(8).to(device), torch.randn(3, 8, device=device)
     injection = cell.inject(x)
     solvers = Halved(), Picard(damping=0.5), Renamed(damping=0.5)
+    options = {"tol": 1e-5, "max_steps": 200}
     with tdeq.backend("triton"):
-        whole = [DEQ(cell, solver=solver, tol=1e-5, max_steps=200).solve(x) for solver in solvers]
-        stepwise = [
-            tdeq.fixed_point(lambda z: cell(z, injection), x, solver=solver, tol=1e-5, max_steps=200)
-            for solver in solvers
-        ]
+        whole = [DEQ(cell, solver=solver, **options).solve(x) for solver in solvers]
+        stepwise = [tdeq.fixed_point(lambda z: cell(z, injection), x, solver=solver, **options) for solver in solvers]
     for halved, picard, renamed in (whole, stepwise):
         assert "launch" not in halved.path and "launch" in picard.path and "launch" in renamed.path
         assert (halved.steps - picard.steps).abs().max() <= 1 and torch.equal(renamed.steps, picard.steps)

@@ -29,10 +29,10 @@ def shared_memory(device: torch.device | None) -> int:
 
 
 @cache
-def limits(device: torch.device) -> dict[str, int]:
-    """Returns the properties of a device that whole solves depend on; without a GPU sm_80's memory and sm_90's chip."""
+def chip(device: torch.device) -> int:
+    """Returns ten times the capability of the device, and 90 without a GPU."""
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-    return {"shared": shared_memory(device), "chip": 10 * major + minor}
+    return 10 * major + minor
 
 
 @cache

@@ -27,13 +27,11 @@ _scoped: ContextVar[str | None] = ContextVar("tritondeq_backend", default=None)
 class Op:
     """A solve of a cell in one launch.
 
-    Attributes:
-        solve: Solves z = f(z) for rows; returns what `rows.skeleton.Rows.solve` does.
-        adjoint: Solves u = J' u + g for rows, the same way.
-        solve_ref: `solve` in torch, for any device and floating dtype.
-        adjoint_ref: `adjoint` in torch.
-        refuses: Takes keyword arguments that describe the problem; returns why the op can't take it, or None.
-        label: What the op does, for `path` and `doctor`.
+    `solve` solves z = f(z) for rows, and `adjoint` u = J' u + g; both return what `rows.skeleton.Rows.solve` does.
+    `solve_ref` and `adjoint_ref` do the same in torch, for any device and floating dtype.
+
+    Every kind of op has `refuses`, which takes keyword arguments that describe the problem and returns why the op can't
+    take it, or None; and `label`, what the op does, for `path` and `doctor`.
     """
 
     solve: Callable
@@ -46,13 +44,7 @@ class Op:
 
 @dataclass(frozen=True)
 class StepsOp:
-    """The steps of a solver in one launch or two each, for any cell.
-
-    Attributes:
-        start: Called as `start(z, mask, tol, limit, tail, **options)`; returns a `steps.base.Steps`.
-        refuses: As `Op.refuses`.
-        label: As `Op.label`.
-    """
+    """A solver's steps for any cell: `start(z, mask, tol, limit, tail, **options)` returns a `steps.base.Steps`."""
 
     start: Callable
     refuses: Callable[..., str | None]
@@ -61,14 +53,7 @@ class StepsOp:
 
 @dataclass(frozen=True)
 class RowOp:
-    """A part of a cell that maps rows or groups one by one, without gradients.
-
-    Attributes:
-        run: Does it in Triton.
-        ref: Does it in torch, with the same signature.
-        refuses: As `Op.refuses`.
-        label: As `Op.label`.
-    """
+    """A part of a cell that maps rows or groups one by one, without gradients: `run` by Triton, `ref` by torch."""
 
     run: Callable
     ref: Callable
@@ -78,14 +63,7 @@ class RowOp:
 
 @dataclass(frozen=True)
 class CellOp:
-    """A solve of a cell step by step, by steps that evaluate the cell themselves.
-
-    Attributes:
-        solve: Takes what `Op.solve` does; returns a `steps.base.Samples` for the loop to drive.
-        adjoint: The same of `Op.adjoint`.
-        refuses: As `Op.refuses`.
-        label: As `Op.label`.
-    """
+    """A solve by steps that evaluate the cell: as of an Op, but each returns a `steps.base.Samples` for the loop."""
 
     solve: Callable
     adjoint: Callable
@@ -98,27 +76,12 @@ _ops: dict[str, AnyOp] = {}
 
 
 def register(name: str, op: AnyOp) -> AnyOp:
-    """Makes an op known, so that `pick` and `load` find it.
-
-    The last statement of the op's module calls this. A second call with the same name changes nothing.
-
-    Args:
-        name: The module below this folder, "rows.affine" for kernels/rows/affine.py.
-        op: What runs, its references, and what it refuses.
-
-    Returns:
-        The op that is registered under this name.
-    """
+    """Makes an op known by the name of its module, "rows.affine" for kernels/rows/affine.py; the first one stays."""
     return _ops.setdefault(name, op)
 
 
 def load(name: str) -> AnyOp:
-    """Returns the op of that name, importing its module, and Triton with it, if it is the first to ask.
-
-    Raises:
-        ModuleNotFoundError: There is no such module.
-        KeyError: The module registers no op of that name.
-    """
+    """Returns the op of that name, importing its module, and Triton with it, if it is the first to ask."""
     if name not in _ops:
         importlib.import_module(f"{__package__}.{name}")
     return _ops[name]
@@ -135,9 +98,8 @@ def _checked(name: str) -> str:
 def set_backend(name: str) -> None:
     """Chooses the backend of the whole process.
 
-    Args:
-        name: "auto" (Triton for CUDA tensors where it is installed, else torch), "triton" (raise where it can't run;
-            CPU tensors then need Triton's interpreter, TRITON_INTERPRET=1 before the import) or "torch".
+    "auto" is Triton for CUDA tensors where it is installed, else torch; "triton" raises where it can't run, and for CPU
+    tensors needs Triton's interpreter: TRITON_INTERPRET=1 before the import.
 
     Raises:
         ValueError: `name` is none of these, or is "triton" and Triton is not installed.
@@ -172,16 +134,16 @@ def triton_version() -> tuple[int, int]:
     """Returns the major and minor version of Triton, which it imports."""
     import triton
 
-    major, minor = triton.__version__.split(".")[:2]
+    major, minor, *_ = triton.__version__.split(".")
     return int(major), int(minor)
 
 
 def too_old() -> str | None:
     """Returns why this Triton can't run the kernels, or None; imports it."""
-    if triton_version() >= LEAST:
-        return None
     import triton
 
+    if triton_version() >= LEAST:
+        return None
     return f"triton {triton.__version__} is installed, and the kernels need {'.'.join(map(str, LEAST))} or later"
 
 
@@ -193,18 +155,16 @@ def interpreting() -> bool:
 def pick(name: str, device: torch.device, **problem) -> tuple[AnyOp | None, str]:
     """Returns the op for this problem, or None where torch does the work, and the reason in one line either way.
 
-    Args:
-        name: Name of the op, as `register` has it.
-        device: Where the tensors are.
-        problem: The keyword arguments of the op's `refuses`.
+    `problem` has the keyword arguments of the op's `refuses`.
 
     Raises:
         RuntimeError: Backend "triton" is forced for tensors on which it can't run, or Triton is too old.
     """
     cuda = device.type == "cuda"
+    forced = chosen() == "triton"
     if chosen() == "torch":
         return None, "the torch backend is chosen"
-    if chosen() == "auto" and not cuda:
+    if not cuda and not forced:
         return None, f"tensors are on {device.type}, and Triton is for CUDA"
     if not has_triton():
         return None, "triton is not installed"
@@ -214,29 +174,24 @@ def pick(name: str, device: torch.device, **problem) -> tuple[AnyOp | None, str]
             "before triton is imported to use its (slow) interpreter"
         )
     reason = too_old()
+    if reason and forced:
+        raise RuntimeError(f"backend 'triton' can't run: {reason}")
     if reason:
-        if chosen() == "triton":
-            raise RuntimeError(f"backend 'triton' can't run: {reason}")
         return None, reason
     op = load(name)
     if isinstance(op, Op):
         problem["device"] = device  # for the size of its shared memory
     reason = op.refuses(**problem)
-    if reason:
-        return None, reason
-    return op, op.label + ("" if cuda else ", interpreted")
+    return (None, reason) if reason else (op, op.label + ("" if cuda else ", interpreted"))
 
 
 @dataclass(frozen=True)
 class WholeSolve:
-    """What a cell asks of an op that solves it: an Op or a CellOp.
+    """What a cell asks of the Op or CellOp that solves it.
 
-    Attributes:
-        op: Name of the op.
-        problem: Keyword arguments of the op's `refuses`, but for the solver's memory and the terms of weights.
-        operands: Tensors that the op's `solve` takes before the start.
-        at: Returns the tensors that `adjoint` takes before the cotangent, for the solution z [B, N].
-        options: Returns the op's keyword arguments beside the solver's, for a tolerance.
+    `problem` has the keyword arguments of the op's `refuses`, but for the solver's memory and the terms of weights.
+    Its `solve` takes `operands` before the start, its `adjoint` what `at` returns for the solution z [B, N] before the
+    cotangent. For a tolerance `options` returns their keyword arguments beside the solver's.
     """
 
     op: str
@@ -246,6 +201,6 @@ class WholeSolve:
     options: Callable[[float], dict[str, Any]]
 
     def pick(self, device: torch.device, solver_memory: int, tol: float) -> tuple[Op | CellOp | None, str]:
-        """Returns what `pick` does, for a solver with so many differences and this tolerance."""
+        """As the function `pick`, for a solver with so many differences and this tolerance."""
         problem = self.problem | {"solver_memory": solver_memory, "terms": self.options(tol)["terms"]}
         return pick(self.op, device, **problem)

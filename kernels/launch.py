@@ -1,9 +1,9 @@
 """Launch parameters of every op.
 
-Each op has a pure function of its shape, named in SHAPES, so that a machine without a GPU can list all there are. Its
-upper-case keywords are the tunable choices, whose values TUNABLE lists; the function derives all else from them and
-from the shape, and returns None where they do not fit. A choice can so make a launch slow, but never wrong. It comes
-from `override`, else from the table that `python -m tritondeq tune` wrote for the GPU, else from the function itself.
+Each op has a pure function of its shape, named in SHAPES. Its upper-case keywords and `num_warps` are the tunable
+choices, whose values TUNABLE lists; the function derives all else from them and from the shape, and returns None where
+they do not fit. A choice can so make a launch slow, but never wrong. It comes from `override`, else from the table that
+`python -m tritondeq tune` wrote for the GPU, else from the function itself.
 """
 
 import contextlib
@@ -14,13 +14,8 @@ from typing import Any
 
 import torch
 
-from . import tables
-from .devices import SHARED as SHARED
-from .devices import gpu as gpu
-from .devices import limits as limits
-from .devices import multiprocessors as multiprocessors
-from .devices import on as on
-from .devices import shared_memory as shared_memory
+from . import devices, tables
+from .devices import SHARED
 from .dispatch import triton_version
 
 FEATURES = 256  # most of an affine cell that one launch holds
@@ -70,16 +65,9 @@ def rows(
     memory, all but the first are streamed, BLOCK_K rows at a time. A tile takes new rows when half of its lanes are
     idle (REFILL): that costs about one and a half steps, and at 15 steps a row a tile of 16 loses least near there.
 
-    Args:
-        batch: Rows; what is chosen depends on which side of LARGE it is, and on no more.
-        shapes: Of the weights, (out, in).
-        terms: bf16 terms of each weight.
-        memory: Differences of Anderson, 0 for Picard.
-        shared: Bytes of shared memory that a block can have.
-        chip: Ten times the capability.
-        BLOCK_B: Rows of a tile.
-        STREAM: Whether all terms but the first are streamed.
-        num_warps: Warps of a program.
+    Of `batch` only the side of LARGE matters. `shapes` are those of the weights, (out, in), each held in `terms` bf16
+    terms; `memory` is Anderson's, 0 for Picard; `shared` is in bytes, and `chip` ten times the capability. A tile has
+    BLOCK_B rows; with STREAM all terms but the first are streamed.
     """
     block_d = block(shapes[0][1])
     wide = max(block(n) for shape in shapes for n in shape)
@@ -102,16 +90,9 @@ def rows(
     holds = BLOCK_B < 64 or (lone and not memory and (num_warps or warps) >= 4)
     if not (streams and holds and row_bytes(shapes, BLOCK_B, resident, terms) <= shared and _near(num_warps, warps)):
         return None
-    return {
-        "BLOCK_B": BLOCK_B,
-        "BLOCK_D": block_d,
-        "BLOCK_K": min(64, block_d),
-        "STREAM": STREAM,
-        "REFILL": BLOCK_B // 2,
-        "num_warps": num_warps or warps,
-        "num_stages": 1,
-        "programs": PROGRAMS.get(wide, 1),
-    }
+    tile = {"BLOCK_B": BLOCK_B, "BLOCK_D": block_d, "BLOCK_K": min(64, block_d), "STREAM": STREAM}
+    programs = PROGRAMS.get(wide, 1)
+    return tile | {"REFILL": BLOCK_B // 2, "num_warps": num_warps or warps, "num_stages": 1, "programs": programs}
 
 
 def steps(*, width, itemsize, features=0, BLOCK_N=None, num_warps=None) -> dict | None:
@@ -161,12 +142,9 @@ def whole_rows(*, features, BLOCK_R=None, num_warps=None) -> dict | None:
 def affine_steps(*, batch, features, terms, start=False, shared=SHARED, TILE=None, num_warps=None) -> dict | None:
     """Parameters of a step of the affine cell with its GEMM.
 
-    By default the largest tile that fits and of which there are ENOUGH, else the smallest: large tiles read less from
-    L2 for each FLOP, by 1 / BLOCK_M + 1 / (terms BLOCK_N). The epilogue takes a tile in SUB parts, so that no register
-    is spilled.
-
-    `start` is the first step, whose rows are float32 and are split into bf16 terms as they are read. TILE is (rows,
-    columns, depth of a stage, stages in flight).
+    By default TILE is the largest that fits and of which there are ENOUGH, else the smallest: large tiles read less
+    from L2 for each FLOP, by 1 / BLOCK_M + 1 / (terms BLOCK_N). The epilogue takes a tile in SUB parts, so that no
+    register is spilled. `start` is the first step, whose rows are float32 and are split into terms as they are read.
     """
 
     def fits(m: int, n: int, k: int, stages: int) -> bool:
@@ -182,15 +160,9 @@ def affine_steps(*, batch, features, terms, start=False, shared=SHARED, TILE=Non
     warps = num_warps or (8 if m * n > 64 * 64 else 4)
     if warps not in (4, 8):
         return None
-    return {
-        "BLOCK_M": m,
-        "BLOCK_N": n,
-        "BLOCK_K": k,
-        "GROUP": 8,
-        "SUB": max(1, m * n // (512 * warps)),  # 16 elements a thread in each
-        "num_warps": warps,
-        "num_stages": stages,
-    }
+    sub = max(1, m * n // (512 * warps))  # 16 elements a thread in each
+    tile = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_stages": stages}
+    return tile | {"GROUP": 8, "SUB": sub, "num_warps": warps}
 
 
 def group_norm(*, pixels, width, BLOCK_P=None, num_warps=None) -> dict | None:
@@ -215,15 +187,11 @@ def _near(chosen: int | None, warps: int) -> bool:
 
 
 SHAPES: dict[str, Callable[..., dict | None]] = {
-    "rows.affine": rows,
-    "rows.mlp": rows,
-    "rows.gated": rows,
+    **dict.fromkeys(("rows.affine", "rows.mlp", "rows.gated"), rows),
+    **dict.fromkeys(("steps.picard", "steps.anderson", "steps.broyden"), steps),
+    "steps.affine": affine_steps,
     "norms.residual_rms": whole_rows,
     "norms.group_norm": group_norm,
-    "steps.affine": affine_steps,
-    "steps.picard": steps,
-    "steps.anderson": steps,
-    "steps.broyden": steps,
 }
 
 _WARPS = (1, 2, 4, 8, 16)
@@ -255,32 +223,26 @@ def key(op: str, **shape) -> dict[str, Any]:
 
 def candidates(op: str, **shape) -> list[dict[str, Any]]:
     """Returns the choices that fit this shape, the pure function's, {}, first; none where it has none."""
-    pure = SHAPES[op]
-    choices, configs = [{}], [pure(**shape)]
+    values = TUNABLE[SHAPES[op]]
+    choices = [{}, *(dict(zip(values, chosen, strict=True)) for chosen in product(*values.values()))]
+    configs = [SHAPES[op](**shape, **choice) for choice in choices]
     if configs[0] is None:
         return []
-    values = TUNABLE.get(pure, {})
-    for chosen in product(*values.values()):
-        choice = dict(zip(values, chosen, strict=True))
-        config = pure(**shape, **choice)
-        if config is not None and config not in configs:
-            choices.append(choice)
-            configs.append(config)
-    return choices
+    return [choices[i] for i, config in enumerate(configs) if config is not None and config not in configs[:i]]
 
 
 def parameters(op: str, device: torch.device | None = None, **shape) -> dict | None:
     """Returns the launch parameters of `op` for this shape on this device, or None where none would do.
 
-    They are those of the override in force, else of the table of the device, else of the pure function; where a choice
-    does not fit this shape, of the pure function.
+    They are those of the override in force, else of the device's table, else of the pure function, as they are where a
+    choice does not fit.
     """
     if device is not None and _recorded is not None:
         _recorded.append((op, shape))
     for name, choice, at in reversed(_overrides):
         if name == op and (at is None or at == key(op, **shape)):
             return _configured(op, choice, shape)
-    name = None if device is None else gpu(device)
+    name = None if device is None else devices.gpu(device)
     if name is None:
         return SHAPES[op](**shape)
     config = _from_table(op, name, tuple(shape.items()))
@@ -288,26 +250,24 @@ def parameters(op: str, device: torch.device | None = None, **shape) -> dict | N
 
 
 def _configured(op: str, choice: dict, shape: dict) -> dict | None:
-    tunable = TUNABLE.get(SHAPES[op], {})
-    chosen = {name: value for name, value in choice.items() if name in tunable}
+    tunable = TUNABLE[SHAPES[op]].keys()
+    chosen = {name: choice[name] for name in tunable & choice.keys()}
     config = SHAPES[op](**shape, **chosen) or SHAPES[op](**shape)
     return config and config | {name: value for name, value in choice.items() if name not in tunable}
 
 
 @lru_cache(1024)
 def _from_table(op: str, name: str, items: tuple) -> dict | None:
-    shape, choice = dict(items), {}
-    tunable = TUNABLE.get(SHAPES[op], {})
-    entry = tables.nearest(name, op, key(op, **shape)) if tunable else None
-    if entry is not None and all(one in tunable.get(part, ()) for part, one in entry.choice.items()):
-        choice = entry.choice
-    return _configured(op, choice, shape)
+    shape, tunable = dict(items), TUNABLE[SHAPES[op]]
+    entry = tables.nearest(name, op, key(op, **shape))
+    known = entry is not None and all(value in tunable.get(part, ()) for part, value in entry.choice.items())
+    return _configured(op, entry.choice if known else {}, shape)
 
 
 def reread() -> None:
     """Makes the next launch read the tables again."""
     _from_table.cache_clear()
-    tables.forget()
+    tables.entries.cache_clear()
 
 
 # Backward passes on CUDA run in a thread of autograd, so that these two are the process's and not a thread's.
@@ -319,11 +279,8 @@ _recorded: list[tuple[str, dict]] | None = None
 def override(op: str, choice: dict[str, Any], at: dict[str, Any] | None = None) -> Iterator[None]:
     """Launches `op` with this choice in place of the table's, in all threads, until the block ends.
 
-    Args:
-        op: Name of the op.
-        choice: Values of some tunable parameters, from which the pure function derives the others; further constants,
-            such as REFILL, replace those of the result.
-        at: A `key`: other shapes are left alone. None: all shapes.
+    `choice` has values of tunable parameters, from which the pure function derives the others; further constants, such
+    as REFILL, replace those of the result. Other shapes than those of the `key` `at` are left alone.
     """
     _overrides.append((op, choice, at))
     try:
@@ -345,7 +302,7 @@ def recorded() -> Iterator[list[tuple[str, dict[str, Any]]]]:
 
 def too_large(op: str, shapes, terms: int, memory: int, device: torch.device | None) -> str | None:
     """Returns why weights of these shapes can't be held by a multiprocessor of this device, or None."""
-    shared = shared_memory(device)
+    shared = devices.shared_memory(device)
     if SHAPES[op](batch=1, shapes=shapes, terms=terms, memory=memory, shared=shared):
         return None
     size = 2 * terms * sum(n * m for n, m in shapes)

@@ -51,12 +51,10 @@ def test_a_solver_with_steps_of_its_own_inherits_no_kernel(device):
     cell, x = Affine(8).to(device), torch.randn(3, 8, device=device)
     injection = cell.inject(x)
     solvers = Halved(), Picard(damping=0.5), Renamed(damping=0.5)
+    options = {"tol": 1e-5, "max_steps": 200}
     with tdeq.backend("triton"):
-        whole = [DEQ(cell, solver=solver, tol=1e-5, max_steps=200).solve(x) for solver in solvers]
-        stepwise = [
-            tdeq.fixed_point(lambda z: cell(z, injection), x, solver=solver, tol=1e-5, max_steps=200)
-            for solver in solvers
-        ]
+        whole = [DEQ(cell, solver=solver, **options).solve(x) for solver in solvers]
+        stepwise = [tdeq.fixed_point(lambda z: cell(z, injection), x, solver=solver, **options) for solver in solvers]
     for halved, picard, renamed in (whole, stepwise):
         assert "launch" not in halved.path and "launch" in picard.path and "launch" in renamed.path
         assert (halved.steps - picard.steps).abs().max() <= 1 and torch.equal(renamed.steps, picard.steps)
@@ -120,14 +118,15 @@ def test_the_switch():
     assert dispatch.chosen() == "auto"
     tdeq.set_backend("torch")
     try:
-        assert dispatch.chosen() == "torch"
         with tdeq.backend("auto"):
             assert dispatch.chosen() == "auto"
             other = []
             thread = threading.Thread(target=lambda: other.append(dispatch.chosen()))
             thread.start()
             thread.join()
-            assert other == ["torch"]  # a with block is its own thread's; the default is everyone's
+            assert other == ["torch"], "a with block is its thread's; the default is the process's"
+        with pytest.raises(ZeroDivisionError), tdeq.backend("triton"):
+            raise ZeroDivisionError
         assert dispatch.chosen() == "torch"
     finally:
         tdeq.set_backend("auto")
@@ -137,40 +136,36 @@ def test_the_switch():
         pass
 
 
-def test_the_backend_is_restored_after_an_error():
-    with pytest.raises(ZeroDivisionError), tdeq.backend("torch"):
-        raise ZeroDivisionError
-    assert dispatch.chosen() == "auto"
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_auto_is_torch_on_the_cpu():
-    layer = DEQ(Affine(8))
-    layer(torch.randn(2, 8))
+def test_without_a_gpu_auto_is_torch_and_triton_needs_the_interpreter(monkeypatch):
+    layer, x = DEQ(Affine(8)), torch.randn(2, 8)
+    layer(x)
     assert layer.last.path == "loop: tensors are on cpu, and Triton is for CUDA"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_forcing_triton_without_a_gpu_or_interpreter_raises(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
-    with tdeq.backend("triton"), pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
-        DEQ(Affine(8))(torch.randn(2, 8))
+    with tdeq.backend("triton"), pytest.raises(RuntimeError, match="can't run on cpu tensors.*TRITON_INTERPRET=1"):
+        layer(x)
 
 
-def test_a_triton_that_is_too_old_is_said(monkeypatch, device):
+def pick():
+    return dispatch.pick("steps.picard", torch.device("cuda"), width=3, dtype=torch.float32)
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
+    assert pick() == (None, "triton is not installed")
+    with pytest.raises(ValueError, match="backend 'triton' needs the triton package, which is not installed"):
+        tdeq.set_backend("triton")
+
+
+def test_a_triton_that_is_too_old(monkeypatch, device):
     """Torch 2.6 brings Triton 3.2, in which the kernels do not run."""
-    import triton
-
-    monkeypatch.setattr(triton, "__version__", "3.2.0")
+    monkeypatch.setattr("triton.__version__", "3.2.0")
     dispatch.triton_version.cache_clear()
     try:
-        assert dispatch.pick("steps.picard", torch.device("cuda"), width=3, dtype=torch.float32) == (
-            None,
-            "triton 3.2.0 is installed, and the kernels need 3.4 or later",
-        )
+        assert pick() == (None, "triton 3.2.0 is installed, and the kernels need 3.4 or later")
         with tdeq.backend("triton"), pytest.raises(RuntimeError, match="can't run: triton 3.2.0.*need 3.4"):
             DEQ(Affine(4).to(device))(torch.zeros(2, 4, device=device))
-        monkeypatch.setattr(triton, "__version__", "3.10.1+git1")
+        monkeypatch.setattr("triton.__version__", "3.10.1+git1")
         dispatch.triton_version.cache_clear()
         assert dispatch.too_old() is None
     finally:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tritondeq import doctor, set_backend
-from tritondeq.kernels import dispatch, launch, tables
+from tritondeq.kernels import devices, dispatch, tables
 
 
 def lines(start: str) -> list[str]:
@@ -28,9 +28,9 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    launch.gpu.cache_clear()
+    devices.gpu.cache_clear()
     yield properties
-    launch.gpu.cache_clear()
+    devices.gpu.cache_clear()
 
 
 def solves() -> dict[str, list[str]]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tritondeq import DEQ, __main__, backend, cells, tune
-from tritondeq.kernels import dispatch, launch, tables
+from tritondeq.kernels import devices, dispatch, launch, tables
 
 pytestmark = pytest.mark.skipif(not dispatch.has_triton(), reason="needs triton")
 
@@ -20,7 +20,7 @@ def cache(tmp_path, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("for the interpreter")
     monkeypatch.setenv("TRITONDEQ_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(launch, "gpu", lambda device: GPU)
+    monkeypatch.setattr(devices, "gpu", lambda device: GPU)
     launch.reread()
     yield tmp_path / "cache"
     launch.reread()
@@ -37,25 +37,26 @@ def rows(cell="affine", features=16, count=3, dtype="fp32") -> list[tune.Workloa
     return tune.workloads([cell], [features], [count], [dtype])
 
 
-class Clock:
-    """Notes the choice in force at each call, and makes some of them fast."""
-
-    def __init__(self, op: str, fast=(), by: float = 0.5, **shape):
-        self.op, self.shape, self.fast, self.by, self.seen = op, shape, list(fast), by, []
-
-    def __call__(self, call) -> float:
-        config = launch.parameters(self.op, CPU, **self.shape)
-        self.seen.append(config)
-        return self.by if config in self.fast else 1.0
-
-
 ROW = {"batch": 3, "shapes": ((16, 16),), "terms": 2, "memory": 0}
 CHOICES = launch.candidates("rows.affine", **ROW)
 CONFIGS = [launch.rows(**ROW, **choice) for choice in CHOICES]
+NAME = "rows.affine of affine 3x16 fp32"
 
 
-def clock(*fast: int, by: float = 0.5) -> Clock:
-    return Clock("rows.affine", [CONFIGS[i] for i in fast], by, **ROW)
+def in_force() -> int:
+    """Returns the index of the choice that is in force."""
+    return CONFIGS.index(launch.parameters("rows.affine", CPU, **ROW))
+
+
+def clock(times=(), seen=None):
+    """Returns a clock whose times depend on the choice in force; `seen` gets each of these."""
+
+    def time(call) -> float:
+        if seen is not None:
+            seen.append(in_force())
+        return dict(times).get(in_force(), 1.0)
+
+    return time
 
 
 def run(workloads, clock, **options) -> tuple[int, list[str]]:
@@ -68,27 +69,27 @@ def entries(folder) -> list[dict]:
     return json.loads(path.read_text())["entries"]
 
 
-def job(*workloads: tune.Workload) -> tune.Job:
-    return tune.Job("rows.affine", ROW, launch.key("rows.affine", **ROW), list(workloads) or rows())
+def measured(clock) -> tables.Entry:
+    with backend("triton"):
+        return tune.measure(tune.Job("rows.affine", ROW, launch.key("rows.affine", **ROW), rows()), CPU, clock)
 
 
-def test_from_a_layer_to_its_next_launch(cache, capsys):
-    layer, x = DEQ(cells.Affine(16), tol=1e-4), torch.randn(3, 16)
+def test_from_a_layer_to_its_next_launch(cache, few, capsys):
+    layer, x, seen = DEQ(cells.Affine(16), tol=1e-4), torch.randn(3, 16), []
 
     def use():
         with torch.no_grad(), backend("triton"):
             return layer(x)
 
-    before, timed = use(), clock(5)
-    status, finished = run(rows(), timed)
-    assert (status, finished) == (0, ["rows.affine of affine 3x16 fp32"])
-    assert timed.seen == [*CONFIGS, CONFIGS[0], CONFIGS[5]], "all were right and timed, and the fastest twice"
+    before = use()
+    assert run(rows(), clock({2: 0.5}, seen)) == (0, [NAME])
+    assert seen == [0, 1, 2, 0, 2], "all were right and timed, and the fastest twice"
     (entry,) = entries(cache)
-    assert entry["choice"] == CHOICES[5] and entry["gain"] == 2.0 and entry["measured"] == ["affine 3x16 fp32"]
-    assert launch.parameters("rows.affine", CPU, **ROW) == CONFIGS[5], "in force at once"
+    assert entry["choice"] == CHOICES[2] and entry["gain"] == 2.0 and entry["measured"] == ["affine 3x16 fp32"]
+    assert in_force() == 2, "at once"
     torch.testing.assert_close(use(), before, rtol=1e-5, atol=1e-5)
-    words = " ".join(f"{name} {value}" for name, value in CHOICES[5].items())
-    assert f"rows.affine of affine 3x16 fp32: 2.00x with {words}\nwritten: {cache}" in capsys.readouterr().out
+    words = " ".join(f"{name} {value}" for name, value in CHOICES[2].items())
+    assert f"{NAME}: 2.00x with {words}\nwritten: {cache}" in capsys.readouterr().out
 
 
 OPS = {
@@ -121,31 +122,18 @@ def test_solvers_of_cells_without_a_whole_solve():
     assert names == ["any 2x8 fp32 Picard", "any 2x8 fp32 Anderson", "any 2x8 fp32 Broyden", "gated 2x8 fp32"]
 
 
-@pytest.mark.parametrize("by", [1.0, 0.99, 1.5])
-def test_no_gain_is_the_pure_function(few, by):
-    with backend("triton"):
-        entry = tune.measure(job(), CPU, clock(1, by=by))
-    assert entry.choice == {} and entry.gain == 1.0
-
-
-def test_a_gain_by_chance_is_none(few):
+@pytest.mark.parametrize("times", [[1.0, 1.0, 1.0], [1.0, 0.99, 1.5, 1.0, 0.99], [1.0, 0.9, 0.5, 1.0, 0.999]])
+def test_no_gain_or_one_by_chance_is_the_pure_function(few, times):
     """The fastest is timed again beside the pure function."""
-    times = iter([1.0, 0.9, 0.5, 1.0, 0.999])
-    with backend("triton"):
-        entry = tune.measure(job(), CPU, lambda call: next(times))
-    assert entry.choice == {} and entry.gain == 1.0
+    times = iter(times)
+    entry = measured(lambda call: next(times))
+    assert entry.choice == {} and entry.gain == 1.0 and not list(times)
 
 
 def test_one_choice_for_several_workloads(cache, few):
     """That of the least product of times, which has the largest mean gain."""
-    many = rows(count=5)[0]
     times = {3: {1: 0.25, 2: 0.5}, 5: {1: 3.0, 2: 0.6}}
-
-    def time(call):
-        config = launch.parameters("rows.affine", CPU, **ROW)
-        return times[len(call.args[1])].get(CONFIGS.index(config), 1.0)
-
-    assert run([*rows(), many], time)[0] == 0
+    assert run([*rows(), *rows(count=5)], lambda call: times[len(call.args[1])].get(in_force(), 1.0))[0] == 0
     (entry,) = entries(cache)
     assert entry["choice"] == CHOICES[2] and entry["gain"] == round((2 / 0.6) ** 0.5, 3)
     assert entry["measured"] == ["affine 3x16 fp32", "affine 5x16 fp32"]
@@ -157,8 +145,7 @@ def broken(monkeypatch):
     solve, faults = tune._solved, {}
 
     def spoiled(*problem):
-        i = CONFIGS.index(launch.parameters("rows.affine", CPU, **ROW))
-        fault = faults.get(i, 0.0) if dispatch.chosen() == "triton" else 0.0
+        fault = faults.get(in_force(), 0.0) if dispatch.chosen() == "triton" else 0.0
         if isinstance(fault, Exception):
             raise fault
         z, *gradients = solve(*problem)
@@ -175,20 +162,14 @@ FAULTS = (0.01, float("nan"), RuntimeError("out of resource: shared memory"), to
 def test_a_choice_that_is_wrong_or_fails_is_left_out(few, broken, fault, best):
     """However fast it is. NaN is wrong, too; a little more error than the pure function's is not."""
     broken[1] = fault
-    times = {1: 0.25, 2: 0.5}
-
-    def time(call):
-        return times.get(CONFIGS.index(launch.parameters("rows.affine", CPU, **ROW)), 1.0)
-
-    with backend("triton"):
-        assert tune.measure(job(), CPU, time).choice == CHOICES[best]
+    assert measured(clock({1: 0.25, 2: 0.5})).choice == CHOICES[best]
 
 
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
         (RuntimeError("no kernel\nimage"), "left out: affine 3x16 fp32: RuntimeError: no kernel\n"),
-        (0.5, "left out: rows.affine of affine 3x16 fp32: RuntimeError: the pure function's parameters give wrong"),
+        (0.5, f"left out: {NAME}: RuntimeError: the pure function's parameters give wrong"),
     ],
 )
 def test_a_workload_that_can_not_be_measured(broken, capsys, fault, message):
@@ -198,7 +179,7 @@ def test_a_workload_that_can_not_be_measured(broken, capsys, fault, message):
 
 
 def test_sizes_that_a_cell_refuses_are_left_out(few, capsys):
-    assert run([*rows("conv", 12), *rows()], clock()) == (0, ["rows.affine of affine 3x16 fp32"])
+    assert run([*rows("conv", 12), *rows()], clock()) == (0, [NAME])
     assert "left out: conv 3x12 fp32 Picard: ValueError: groups=8 must divide" in capsys.readouterr().out
 
 
@@ -213,12 +194,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped(cache, few, capsys):
     finished = []
     with pytest.raises(KeyboardInterrupt):
         tune.run(workloads, finished, device=CPU, gpu=GPU, clock=stops)
-    assert finished == ["rows.affine of affine 3x16 fp32"] and [one["op"] for one in entries(cache)] == ["rows.affine"]
-    assert launch.parameters("rows.affine", CPU, **ROW) == CONFIGS[0], "no choice is left in force"
+    assert finished == [NAME] and [one["op"] for one in entries(cache)] == ["rows.affine"]
+    assert in_force() == 0, "no choice is left in force"
     assert run(workloads, clock()) == (0, ["rows.gated of gated 3x16 fp32"])
     assert "1 choices to make, 1 known" in capsys.readouterr().out
-    assert run(rows(), clock()) == (0, [])
-    assert run(rows(), clock(), fresh=True)[1] == ["rows.affine of affine 3x16 fp32"]
+    assert run(rows(), clock(), fresh=True)[1] == [NAME]
     assert len(run(rows(count=4), clock())[1]) == 1, "other rows"
 
 
@@ -226,7 +206,7 @@ def test_a_table_that_is_stale_is_measured_anew(cache, few, capsys):
     run(rows(), clock())
     (path,) = cache.glob("*.json")
     path.write_text(path.read_text().replace(tables.made(), "triton 1.0"))
-    assert len(run(rows(), clock(2))[1]) == 1
+    assert len(run(rows(), clock({2: 0.5}))[1]) == 1
     assert entries(cache)[0]["choice"] == CHOICES[2] and tables.made() in path.read_text()
     assert f"{path} was made with triton 1.0, and this is {tables.made()}: it is begun anew" in capsys.readouterr().out
 

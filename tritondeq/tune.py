@@ -11,10 +11,10 @@ import itertools
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from importlib import util
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from . import cells
 from .deq import DEQ
 from .kernels import dispatch, launch, tables
 from .solvers import Anderson, Broyden, Picard, Solver
+from .toolbox import writable
 
 FACTOR, FLOOR = 2.0, 1e-5  # a candidate's error may be this much above that of the pure function's parameters
 SANE = 0.1  # relative error above which these themselves are wrong
@@ -46,12 +47,9 @@ class _Any(nn.Module):
 class Workload:
     """A layer and its input.
 
-    Attributes:
-        cell: One of CELLS.
-        features: Width of a row, or channels.
-        rows: Rows, tokens or pixels of all samples together, as far as whole samples allow.
-        dtype: A key of DTYPES; bf16 are the operands of a cell of ROWS, and all of another.
-        solver: The layer's; None is the cell's default.
+    `cell` is one of CELLS, `features` the width of a row, or channels, and `rows` the rows, tokens or pixels of all
+    samples together, as far as whole samples allow. `dtype` is a key of DTYPES; bf16 are the operands of a cell of
+    ROWS, and all of another. Without a solver it is the cell's default.
     """
 
     cell: str
@@ -64,34 +62,30 @@ class Workload:
         solver = f" {type(self.solver).__name__}" if self.solver else ""
         return f"{self.cell} {self.rows}x{self.features} {self.dtype}{solver}"
 
-    def layer(self, **options: Any) -> tuple[DEQ, tuple[int, ...]]:
-        """Returns a layer with these options of DEQ, and the shape of its input: [B, D], [B, T, D] or [B, C, H, W]."""
-        features, shape, dtype = self.features, (self.rows, self.features), DTYPES[self.dtype]
-        if self.cell in ROWS:
-            narrow = {"operands": "bf16"} if dtype == torch.bfloat16 else {"dtype": dtype}
-            cell = ROWS[self.cell](features, **narrow)
-        elif self.cell == "transformer":
-            cell = cells.Transformer(features, heads=math.gcd(8, features), dtype=dtype)
-            tokens = max(1, min(self.rows, launch.WIDE // features))
-            shape = max(1, self.rows // tokens), tokens, features
-        elif self.cell == "conv":
-            cell = cells.Conv(features, dtype=dtype)
-            side = next((side for side in (32, 8) if side * side <= self.rows), 2)
-            shape = max(1, self.rows // side**2), features, side, side
-        else:
-            cell = _Any()
-        return DEQ(cell, solver=self.solver, **options), shape
-
     def prepare(self, device: torch.device) -> tuple[Callable[[], list[Tensor]], list[Tensor]]:
         """Returns a call that solves and differentiates, and what it should give, by torch in float64."""
-        narrow = self.dtype == "bf16" and self.cell not in ROWS
+        features, dtype = self.features, DTYPES[self.dtype]
+        shape: tuple[int, ...] = self.rows, features
+        cell: nn.Module
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
-            layer, shape = self.layer(tol=None if narrow else TOL, max_steps=100)
-            x, cotangent = torch.randn(2, *shape)
-        layer = layer.to(device)
-        dtype = DTYPES[self.dtype] if self.cell not in ROWS or self.dtype == "fp64" else torch.float32
-        x, cotangent = x.to(device, dtype), cotangent.to(device, dtype)
+            if self.cell in ROWS:
+                narrow = {"operands": "bf16"} if self.dtype == "bf16" else {"dtype": dtype}
+                cell = ROWS[self.cell](features, **narrow)
+                dtype = torch.promote_types(dtype, torch.float32)
+            elif self.cell == "transformer":
+                cell = cells.Transformer(features, heads=math.gcd(8, features), dtype=dtype)
+                tokens = max(1, min(self.rows, launch.WIDE // features))
+                shape = max(1, self.rows // tokens), tokens, features
+            elif self.cell == "conv":
+                cell = cells.Conv(features, dtype=dtype)
+                side = next((side for side in (32, 8) if side * side <= self.rows), 2)
+                shape = max(1, self.rows // side**2), features, side, side
+            else:
+                cell = _Any()
+            tol = None if dtype == torch.bfloat16 else TOL
+            layer = DEQ(cell, solver=self.solver, tol=tol, max_steps=100).to(device)
+            x, cotangent = torch.randn(2, *shape).to(device, dtype)
         exact = copy.deepcopy(layer).double()
         exact.tol, exact.max_steps = 1e-10, 1000
         # Without threads, because the backward pass of another thread would not see the backend.
@@ -115,7 +109,7 @@ class Job:
     op: str
     shape: dict[str, Any]
     key: dict[str, Any]
-    workloads: list[Workload] = field(default_factory=list)
+    workloads: list[Workload]
 
     def __str__(self) -> str:
         return f"{self.op} of {', '.join(map(str, self.workloads))}"
@@ -143,21 +137,16 @@ def run(
     gpu: str | None = None,
     clock: Callable[[Callable], float] = seconds,
 ) -> int:
-    """Makes the choices that these workloads ask for, and writes each at once.
+    """Makes the choices that these workloads ask for, and writes each at once to the table of this GPU.
 
-    Args:
-        workloads: The layers to run.
-        finished: Gets the jobs that are written, for the message after an interruption.
-        fresh: Whether to measure again what the table has.
-        device: Default is the current GPU.
-        gpu: Name of the table's GPU; default is that of the device.
-        clock: call -> seconds.
+    `finished` gets the jobs that are written, for the message after an interruption. With `fresh` it measures again
+    what the table has. The other arguments are for tests.
 
     Returns:
         The exit status: 0, or 1 where nothing could be measured.
 
     Raises:
-        OSError: the table can't be written, or there is no Triton to measure; the message is a sentence.
+        OSError: The table can't be written, or there is no Triton to measure; the message is a sentence.
     """
     if device is None and not torch.cuda.is_available():
         print(
@@ -167,47 +156,47 @@ def run(
         return 1
     device = device or torch.device("cuda", torch.cuda.current_device())
     gpu = gpu or torch.cuda.get_device_name(device)
-    _check(gpu)
-    path = tables.path(gpu)
+    path = _table(gpu)
     known, fault = tables.read(gpu)
     if fault:
-        print(f"{path} {fault}: it is begun anew", flush=True)
+        print(f"{fault}: it is begun anew", flush=True)
     done = {} if fresh else {(one.op, str(one.key)): one.measured for one in known}
     with dispatch.backend("triton"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", re.escape(str(path)))  # launches warn of that fault, too
-        jobs = _jobs(_progress(workloads), device)
+        jobs = _jobs(workloads, device)
         left = [job for job in jobs if not set(map(str, job.workloads)) <= set(done.get((job.op, str(job.key)), ()))]
         print(f"{gpu}: {len(left)} choices to make, {len(jobs) - len(left)} known", flush=True)
-        for job in _progress(left):
+        for i, job in enumerate(left, 1):
             try:
                 entry = measure(job, device, clock)
             except Exception as error:  # of the memory, the compiler or a launch
-                print(f"left out: {job}: {_line(error)}", flush=True)
+                _left_out(job, error)
                 continue
             tables.write(gpu, entry)
             launch.reread()
             finished.append(str(job))
             words = " ".join(f"{name} {value}" for name, value in entry.choice.items()) or "the pure function's"
-            print(f"{job}: {entry.gain:.2f}x with {words}", flush=True)
+            print(f"[{i}/{len(left)}] {job}: {entry.gain:.2f}x with {words}", flush=True)
     if finished:
         print(f"written: {path}")
     return int(not jobs or (bool(left) and not finished))
 
 
-def _jobs(workloads: Iterable[Workload], device: torch.device) -> list[Job]:
+def _jobs(workloads: list[Workload], device: torch.device) -> list[Job]:
     """Runs each workload once, to see what it launches."""
+    print(f"running {len(workloads)} layers once, to see what they launch", flush=True)
     jobs: dict[tuple, Job] = {}
     for workload in workloads:
         try:
             with launch.recorded() as asked:
                 workload.prepare(device)[0]()
         except Exception as error:  # of the cell, the memory or the compiler
-            print(f"left out: {workload}: {_line(error)}", flush=True)
+            _left_out(workload, error)
             continue
         for op, shape in asked:
             if len(launch.candidates(op, **shape)) > 1:
                 key = launch.key(op, **shape)
-                job = jobs.setdefault((op, str(key)), Job(op, shape, key))
+                job = jobs.setdefault((op, str(key)), Job(op, shape, key, []))
                 job.workloads += [] if workload in job.workloads else [workload]
     return list(jobs.values())
 
@@ -221,59 +210,45 @@ def measure(job: Job, device: torch.device, clock: Callable[[Callable], float] =
     choices = launch.candidates(job.op, **job.shape)
     prepared = [workload.prepare(device) for workload in job.workloads]
 
-    def errors() -> list[float]:
-        pairs = [pair for call, exact in prepared for pair in zip(call(), exact, strict=True)]
+    def errors(choice: dict) -> list[float]:
+        with launch.override(job.op, choice, job.key):
+            pairs = [pair for call, exact in prepared for pair in zip(call(), exact, strict=True)]
         return [((a.double() - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in pairs]
 
-    def time() -> float:
-        return math.prod(clock(call) for call, _ in prepared) ** (1 / len(prepared))
+    def time(choice: dict) -> float:
+        with launch.override(job.op, choice, job.key):
+            return math.prod(clock(call) for call, _ in prepared) ** (1 / len(prepared))
 
-    with launch.override(job.op, {}, job.key):
-        bounds = [FACTOR * error + FLOOR for error in errors()]
-        if not all(bound <= FACTOR * SANE for bound in bounds):
-            raise RuntimeError("the pure function's parameters give wrong results; please report it")
-        best, least = {}, time()
-    for choice in choices[1:]:
+    bounds = [FACTOR * error + FLOOR for error in errors({})]
+    if not all(bound <= FACTOR * SANE for bound in bounds):
+        raise RuntimeError("the pure function's parameters give wrong results; please report it")
+    times = [(time({}), 0)]
+    for i, choice in enumerate(choices[1:], 1):
         try:
-            with launch.override(job.op, choice, job.key):
-                if all(error <= bound for error, bound in zip(errors(), bounds, strict=True)):
-                    best, least = min((best, least), (choice, time()), key=lambda one: one[1])
+            if all(error <= bound for error, bound in zip(errors(choice), bounds, strict=True)):
+                times.append((time(choice), i))
         except Exception:  # of the compiler, or of a launch: this choice will not do
             continue
-    gain = 1.0
-    if best:  # timed anew, because the least of many times is low by chance
-        with launch.override(job.op, {}, job.key):
-            before = time()
-        with launch.override(job.op, best, job.key):
-            gain = before / time()
+    best = choices[min(times)[1]]
+    gain = time({}) / time(best) if best else 1.0  # anew, because the least of many times is low by chance
     if gain < LEAST:
         best, gain = {}, 1.0
     names, today = [str(workload) for workload in job.workloads], datetime.date.today().isoformat()
     return tables.Entry(job.op, job.key, best, round(gain, 3), names, today)
 
 
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+def _left_out(what: Job | Workload, error: Exception) -> None:
+    print(f"left out: {what}: {type(error).__name__}: {error}".splitlines()[0][:300], flush=True)
 
 
-def _check(gpu: str) -> None:
-    """Raises OSError where the table can't be written, or where there is no Triton to measure."""
-    from .toolbox import writable
-
+def _table(gpu: str) -> Path:
+    """Returns the table's path; raises OSError where it can't be written, or where there is no Triton to measure."""
     why = dispatch.too_old() if dispatch.has_triton() else "triton is not installed: on Linux, pip install triton"
     if why:
         raise OSError(why)
+    path = tables.path(gpu)
     try:
-        with writable(tables.path(gpu).parent):
-            pass
+        with writable(path.parent):
+            return path
     except OSError as error:
         raise OSError(f"{error}: set TRITONDEQ_CACHE to a folder that can be written to") from error
-
-
-def _progress(items: list) -> Iterable:
-    """Returns the items, with a progress bar where tqdm and a terminal are there."""
-    if not items or not util.find_spec("tqdm"):
-        return items
-    from tqdm import tqdm
-
-    return tqdm(items, leave=False, disable=None)

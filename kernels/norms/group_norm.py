@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import launch
+from .. import devices, launch
 from ..dispatch import RowOp, interpreting, register
 from ..tl_common import act, add2, bf16_pair
 
@@ -193,7 +193,7 @@ def group_norm(
     part = a.new_empty(batch, groups, splits, 3, dtype=torch.float32) if splits > 1 else y
     block_s = triton.next_power_of_2(splits) if splits > 1 else 0
     rounds = interp and dtype == torch.bfloat16
-    with launch.on(a.device):
+    with devices.on(a.device):
         if splits > 1:
             _measure_kernel[grid](a, other, part, *strides, **flags)
         _normalise_kernel[grid](

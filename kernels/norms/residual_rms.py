@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import launch
+from .. import devices, launch
 from ..dispatch import RowOp, interpreting, register
 from ..tl_common import bf16_pair
 
@@ -86,7 +86,7 @@ def residual_rms(
         config = launch.parameters("norms.residual_rms", a.device, features=features)
         flags = {"HAS_GAMMA": gamma is not None, "HAS_WEIGHT": weight is not None, "KEEP_SUM": keep_sum}
         vectors = (a if gamma is None else gamma.contiguous(), a if weight is None else weight.contiguous())
-        with launch.on(a.device):
+        with devices.on(a.device):
             _rms_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
                 *(a, b, *vectors, n if s is None else s, n, rows, features, eps),
                 **flags,

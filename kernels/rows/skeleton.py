@@ -36,7 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import launch
+from .. import devices, launch
 from ..dispatch import interpreting, triton_version
 from ..reference import RIDGE
 from ..tl_anderson import anderson_step
@@ -282,8 +282,9 @@ class Rows:
         if len(z) == 0:
             return z, steps, residual, status
         problem = {"batch": len(z), "shapes": shapes, "terms": terms, "memory": memory}
-        config = launch.parameters(self.op, z.device, **problem, **launch.limits(z.device))
-        programs = config.pop("programs") * launch.multiprocessors(z.device)
+        limits = {"shared": devices.shared_memory(z.device), "chip": devices.chip(z.device)}
+        config = launch.parameters(self.op, z.device, **problem, **limits)
+        programs = config.pop("programs") * devices.multiprocessors(z.device)
         programs = min(triton.cdiv(len(z), config["BLOCK_B"]), programs)
         scratch = z
         if config["STREAM"]:
@@ -293,7 +294,7 @@ class Rows:
         vector_tensors = tuple(v.contiguous() for v in vectors) or (z,)  # an empty tuple may be no argument of a launch
         tensors = (tuple(bf16_terms(w, terms) for w in matrices), vector_tensors, inputs)
         tensors += (z if z0 is None else z0.contiguous(), scratch, z, steps, residual, status)
-        with launch.on(z.device):
+        with devices.on(z.device):
             rows_kernel[(programs,)](
                 *tensors,
                 *(len(z), tol, max_steps, damping, max(ridge, RIDGE)),
@@ -332,7 +333,7 @@ def refuses(op, shapes, dtype, terms, solver_memory, device) -> str | None:
     if solver_memory > MEMORY:
         return f"Anderson memory {solver_memory}, and the registers hold {MEMORY}"
     if triton_version() < (3, 5) and not interpreting():
-        shared = launch.shared_memory(device)
+        shared = devices.shared_memory(device)
         config = launch.SHAPES[op](batch=1, shapes=shapes, terms=terms, memory=solver_memory, shared=shared)
         if config and config["STREAM"]:
             return f"{terms} terms of W, of which Triton 3.4 compiles no kernel that reads them from memory"

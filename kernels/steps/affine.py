@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import launch
+from .. import devices, launch
 from ..dispatch import CellOp, interpreting, register
 from ..formulas import ACTIVATIONS
 from ..rows.skeleton import bf16_terms
@@ -230,7 +230,7 @@ class AffineSteps(Samples):
     def __init__(self, w, u, start, pre, activation, tol, limit, damping, terms):
         batch, features = u.shape
         super().__init__(batch, u.dtype, u.device, tol)
-        shape = {"batch": batch, "features": features, "terms": terms, "shared": launch.shared_memory(u.device)}
+        shape = {"batch": batch, "features": features, "terms": terms, "shared": devices.shared_memory(u.device)}
         configs = [launch.parameters("steps.affine", u.device, start=start, **shape) for start in (False, True)]
         wide = max(config[block] for config in configs for block in ("BLOCK_N", "BLOCK_K"))
         width = triton.cdiv(features, wide) * wide

@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import launch
+from .. import devices, launch
 from ..dispatch import interpreting
 from ..rules import FLOOR, FLOOR_FP64, Rules
 from ..tails import Tail
@@ -58,7 +58,7 @@ class Samples:
         """Launches a kernel whose arguments are constants among `known`, or attributes: `z_ptr` is `self.z`."""
         given = {name: known[name] if name in known else getattr(self, name[:-4]) for name in kernel.arg_names}
         options = {name: known[name] for name in ("num_warps", "num_stages") if name in known}
-        with launch.on(self.count.device):
+        with devices.on(self.count.device):
             kernel[grid](**given, **options, enable_fp_fusion=True)
 
     def estimate(self) -> tuple[Tensor, Tensor] | None:

@@ -193,7 +193,7 @@ def _compile(calls: list) -> list[list[dict]]:
     from triton.backends.driver import DriverBase
     from triton.runtime.jit import JITFunction
 
-    from tritondeq.kernels import launch
+    from tritondeq.kernels import devices
 
     class Driver(DriverBase):
         """Answers what Triton asks of a GPU before it launches; each chip is another device."""
@@ -239,7 +239,7 @@ def _compile(calls: list) -> list[list[dict]]:
             triton.runtime.driver.set_active(Driver(chip))
             launched.clear()
             limits = {"chip": lambda _, chip=chip: chip, "shared_memory": lambda _, chip=chip: SHARED[chip]}
-            with patch.multiple(launch, **limits):
+            with patch.multiple(devices, **limits):
                 globals()[name](**options)
             results.append([{"name": of, "constants": known} | _read(kernel, chip) for of, known, kernel in launched])
     return results

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import group_norm, rms_norm
 
 from tritondeq import DEQ, Anderson, Broyden, Picard, backend, cells, fixed_point
-from tritondeq.kernels import dispatch, launch
+from tritondeq.kernels import devices, dispatch, launch
 
 CHIPS = [(80, 166912), (86, 101376), (90, 232448), (100, 232448)]
 SIZES = [((d, d),) for d in (1, 16, 37, 64, 128, 256)] + [((64, 32), (32, 64)), ((128, 128),) * 3]
@@ -48,14 +48,10 @@ def test_candidates_are_distinct_and_begin_with_the_pure_function():
         assert max(len(choices) for name, _, _, choices in ALL if name == op) > 8
 
 
-def test_tiles_are_powers_of_two_and_warps_are_few():
-    for _, _, config in CONFIGS:
+def test_tiles_fit():
+    for op, shape, config in CONFIGS:
         sizes = [size for name, size in config.items() if name.startswith("BLOCK_") or name == "num_warps"]
         assert all(size > 0 and size & (size - 1) == 0 for size in sizes) and config["num_warps"] <= 16
-
-
-def test_tiles_fit_in_shared_memory():
-    for op, shape, config in CONFIGS:
         if op == "rows.affine":
             resident = 1 if config["STREAM"] else shape["terms"]
             weights = sum(launch.block(n) * launch.block(m) for n, m in shape["shapes"])
@@ -66,7 +62,7 @@ def test_tiles_fit_in_shared_memory():
         elif op == "steps.affine":
             m, n, k, stages = (config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_stages"))
             assert stages * k * ((4 if shape["start"] else 2) * m + 2 * shape["terms"] * n) + m * n <= shape["shared"]
-            assert config["SUB"] == max(1, m * n // (512 * config["num_warps"]))
+            assert config["SUB"] == max(1, m * n // (512 * config["num_warps"])) and (m <= 64 or not shape["start"])
 
 
 def test_programs_cover_a_sample():
@@ -91,30 +87,26 @@ def test_what_does_not_fit_has_no_parameters():
 
 
 def test_only_weights_that_do_not_fit_are_streamed():
-    def stream(features, terms):
-        return launch.parameters("rows.affine", batch=1, shapes=[(features, features)], terms=terms, memory=0)["STREAM"]
-
-    assert [stream(256, terms) for terms in (1, 2, 3)] == [False, True, True]
-    assert not any(stream(128, terms) for terms in (1, 2, 3))
+    streamed = [launch.rows(batch=1, shapes=[(256, 256)], terms=terms, memory=0)["STREAM"] for terms in (1, 2, 3)]
+    assert streamed == [False, True, True]
+    assert not any(launch.rows(batch=1, shapes=[(128, 128)], terms=terms, memory=0)["STREAM"] for terms in (1, 2, 3))
 
 
 def test_few_rows_have_small_tiles_and_many_rows_large_ones():
     shape = {"shapes": [(64, 64)], "terms": 2, "memory": 0}
-    assert launch.parameters("rows.affine", batch=launch.LARGE, **shape)["BLOCK_B"] == 16
-    many = [launch.parameters("rows.affine", batch=1 << 20, chip=chip, **shape)["BLOCK_B"] for chip in (80, 90, 100)]
+    assert launch.rows(batch=launch.LARGE, **shape)["BLOCK_B"] == 16
+    many = [launch.rows(batch=1 << 20, chip=chip, **shape)["BLOCK_B"] for chip in (80, 90, 100)]
     assert many == [32, 64, 32], "wgmma is of sm_90"
 
 
-@pytest.mark.parametrize("shared", [launch.SHARED, 101376, 232448])
-def test_affine_steps_keep_a_gpu_busy(shared):
+@pytest.mark.parametrize(("shared", "largest"), [(devices.SHARED, 128), (101376, 64), (232448, 256)])
+def test_affine_steps_keep_a_gpu_busy(shared, largest):
     sizes = itertools.product((257, 1000, 4096), (1, 2, 3), (1, 64, 2048, 1 << 20), (False, True))
     for features, terms, batch, start in sizes:
         config = launch.affine_steps(batch=batch, features=features, terms=terms, start=start, shared=shared)
         m, n = config["BLOCK_M"], config["BLOCK_N"]
         assert m == 16 or -(-batch // m) * -(-features // n) >= launch.ENOUGH
-        assert not (start and m > 64)
-    largest = launch.affine_steps(batch=1 << 20, features=512, terms=2, shared=shared)
-    assert largest["BLOCK_M"] == {launch.SHARED: 128, 101376: 64, 232448: 256}[shared]
+    assert launch.affine_steps(batch=1 << 20, features=512, terms=2, shared=shared)["BLOCK_M"] == largest
 
 
 def test_a_key_is_a_shape_whose_pure_function_is_the_same():
@@ -141,7 +133,7 @@ def test_a_sample_does_not_depend_on_its_batch():
 
 def test_a_table_leaves_the_bits_of_a_row_alone(monkeypatch):
     """The row of a batch of 1 and of 64, with a choice that is not the pure function's."""
-    monkeypatch.setattr(launch, "gpu", lambda device: "Fake 9000")
+    monkeypatch.setattr(devices, "gpu", lambda device: "Fake 9000")
     choice = {"BLOCK_B": 32, "STREAM": False, "num_warps": 2}
     entry = launch.tables.Entry("rows.affine", {}, choice, 1.1, [], "2026-01-31")
     monkeypatch.setattr(launch.tables, "nearest", lambda gpu, op, key: entry if key["batch"] == 1 else None)
@@ -152,56 +144,53 @@ def test_a_table_leaves_the_bits_of_a_row_alone(monkeypatch):
     assert configs[0]["BLOCK_B"] == 32 and configs[0] == configs[1] == configs[2]
 
 
-class TestOverride:
+def picard(**shape):
+    return launch.parameters("steps.picard", **{"width": 4096, "itemsize": 4} | shape)
+
+
+PURE = picard()
+
+
+def test_an_override_is_a_choice_from_which_the_rest_follows():
+    with launch.override("steps.picard", {"BLOCK_N": 1024, "num_warps": 2}):
+        assert picard() == {"BLOCK_N": 1024, "SPLITS": 4, "num_warps": 2}
+        assert launch.parameters("steps.anderson", width=4096, itemsize=4) == PURE, "another op"
+        with launch.override("steps.picard", {"num_warps": 4}):
+            assert picard() == PURE | {"num_warps": 4}, "the inner one holds"
+        assert picard()["BLOCK_N"] == 1024
+    with launch.override("steps.picard", {"num_warps": 4}, launch.key("steps.picard", width=4096, itemsize=4)):
+        assert picard()["num_warps"] == 4 and picard(width=2048) == launch.steps(width=2048, itemsize=4), "one key"
+    for choice in ({"BLOCK_N": 1 << 20}, {"num_warps": 1}):
+        with launch.override("steps.picard", choice):
+            assert picard() == PURE, "what does not fit is the pure function's"
+    with launch.override("steps.picard", {"REFILL": 0, "SPLITS": 9}):
+        assert picard() == PURE | {"REFILL": 0, "SPLITS": 9}, "other constants are taken as they are"
+
+
+def test_an_override_ends_with_an_error_and_holds_in_other_threads():
+    seen = []
+    with pytest.raises(KeyError), launch.override("steps.picard", {"num_warps": 4}):
+        thread = threading.Thread(target=lambda: seen.append(picard()))
+        thread.start()
+        thread.join()
+        raise KeyError
+    assert seen[0]["num_warps"] == 4 and picard() == PURE
+
+
+def test_launches_are_recorded_with_their_devices_only():
     shape = {"width": 4096, "itemsize": 4}
-    pure = launch.steps(**shape)
-
-    def parameters(self, **shape):
-        return launch.parameters("steps.picard", **self.shape | shape)
-
-    def test_the_rest_follows_from_the_choice(self):
-        with launch.override("steps.picard", {"BLOCK_N": 1024, "num_warps": 2}):
-            assert self.parameters() == {"BLOCK_N": 1024, "SPLITS": 4, "num_warps": 2}
-            assert launch.parameters("steps.anderson", **self.shape) == self.pure, "another op"
-            with launch.override("steps.picard", {"num_warps": 4}):
-                assert self.parameters() == self.pure | {"num_warps": 4}, "the inner one holds"
-            assert self.parameters()["BLOCK_N"] == 1024
-        assert self.parameters() == self.pure
-
-    def test_it_can_be_for_one_key(self):
-        with launch.override("steps.picard", {"num_warps": 4}, launch.key("steps.picard", **self.shape)):
-            assert self.parameters()["num_warps"] == 4
-            assert self.parameters(width=2048) == launch.steps(width=2048, itemsize=4)
-
-    def test_what_does_not_fit_is_the_pure_functions(self):
-        for choice in ({"BLOCK_N": 1 << 20}, {"num_warps": 1}):
-            with launch.override("steps.picard", choice):
-                assert self.parameters() == self.pure
-
-    def test_other_constants_are_taken_as_they_are(self):
-        with launch.override("steps.picard", {"REFILL": 0, "SPLITS": 9}):
-            assert self.parameters() == self.pure | {"REFILL": 0, "SPLITS": 9}
-
-    def test_it_ends_with_an_error_and_holds_in_other_threads(self):
-        seen = []
-        with pytest.raises(KeyError), launch.override("steps.picard", {"num_warps": 4}):
-            thread = threading.Thread(target=lambda: seen.append(self.parameters()))
-            thread.start()
-            thread.join()
-            raise KeyError
-        assert seen[0]["num_warps"] == 4 and self.parameters() == self.pure
-
-    def test_launches_are_recorded_with_their_devices_only(self):
-        with launch.recorded() as asked:
-            self.parameters()
-            launch.parameters("steps.picard", torch.device("cpu"), **self.shape)
-        launch.parameters("steps.picard", torch.device("cpu"), **self.shape)
-        assert asked == [("steps.picard", self.shape)]
+    with launch.recorded() as asked:
+        picard()
+        launch.parameters("steps.picard", torch.device("cpu"), **shape)
+    launch.parameters("steps.picard", torch.device("cpu"), **shape)
+    assert asked == [("steps.picard", shape)]
 
 
-def solved(cell):
+def solved(cell, scale=1.0):
     """Returns a call that solves a layer with this cell, and what it should give."""
     x = torch.randn(3, cell.features)
+    for parameter in cell.parameters():
+        parameter.data.mul_(scale)
 
     def value():
         with torch.no_grad(), backend("triton"):
@@ -211,25 +200,14 @@ def solved(cell):
         return value, DEQ(copy.deepcopy(cell).double(), tol=1e-9, max_steps=500)(x.double())
 
 
-def contractive(features):
-    """Returns an affine cell that is solved in two or three steps, for large tiles take the interpreter long."""
-    cell = cells.Affine(features)
-    with torch.no_grad():
-        cell.weight.mul_(0.05)
-    return cell
-
-
 def stepped(solver):
     c = torch.linspace(-1, 1, 600).reshape(2, 300)
 
-    def value():
-        with torch.no_grad(), backend("triton"):
-            return fixed_point(lambda z: c + 0.1 * torch.tanh(z), torch.zeros_like(c), solver=solver, tol=1e-2).value
+    def value(solver=solver, tol=1e-2, name="triton"):
+        with torch.no_grad(), backend(name):
+            return fixed_point(lambda z: c + 0.1 * torch.tanh(z), torch.zeros_like(c), solver=solver, tol=tol).value
 
-    z = torch.zeros_like(c)
-    for _ in range(20):
-        z = c + 0.1 * torch.tanh(z)
-    return value, z
+    return value, value(Picard(), 1e-6, "torch")
 
 
 def rms():
@@ -249,7 +227,7 @@ PROBLEMS = {
     "rows.affine": lambda: solved(cells.Affine(16)),
     "rows.mlp": lambda: solved(cells.MLP(16)),
     "rows.gated": lambda: solved(cells.Gated(16)),
-    "steps.affine": lambda: solved(contractive(260)),
+    "steps.affine": lambda: solved(cells.Affine(260), 0.05),  # few steps: large tiles take the interpreter long
     "steps.picard": lambda: stepped(Picard()),
     "steps.anderson": lambda: stepped(Anderson(memory=1)),
     "steps.broyden": lambda: stepped(Broyden(memory=1)),

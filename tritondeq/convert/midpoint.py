@@ -25,6 +25,7 @@ class Call:
     def __init__(self, x: Any, args: tuple = (), kwargs: dict[str, Any] | None = None):
         self.x = x
         self.cached = False
+        self.further: tuple | None = None  # what the block returns beside the state, at the fixed point
         self.args = tuple(map(self._wrap, args))
         self.kwargs = {name: self._wrap(value) for name, value in (kwargs or {}).items()}
 

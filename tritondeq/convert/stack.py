@@ -1,6 +1,6 @@
 """A stack of residual blocks as an equilibrium of one of them."""
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -8,6 +8,7 @@ from ..cells import Cell
 from ..checks import integer, number
 from ..deq import DEQ
 from ..layout import describe
+from ..solution import Solution
 from .blocks import BATCH_NORM, one_block, refuse_batch_norm
 from .midpoint import Call, ImplicitMidpoint
 
@@ -138,11 +139,13 @@ class EquilibriumLayer(DEQ):
         call = Call(x, args, kwargs)
         if call.cached and self.graph:
             raise ValueError("graph=True takes no cache, which a replay would not fill: pass use_cache=False")
-        f = self._map(call)
-        z = self._solve(f, call, None, None).value
-        if not self.cell.more and not call.cached:
-            return z
-        with f.held(f.weights.values):
-            cell: Any = self.cell
-            out = cell.at_solution(z, f.injection)
-        return (z, *out[1:]) if isinstance(out, tuple) else z
+        z = self.solve(call).value
+        return z if call.further is None else (z, *call.further)
+
+    def _solve(self, f: Any, x: Any, z0: Any, mask: Any) -> Solution:
+        solution, cell = super()._solve(f, x, z0, mask), cast(ImplicitMidpoint, self.cell)
+        if isinstance(x, Call) and (cell.more or x.cached):
+            with f.held(f.weights.values):
+                out = cell.at_solution(solution.value, f.injection)
+            x.further = out[1:] if isinstance(out, tuple) else None
+        return solution

@@ -1,7 +1,6 @@
 """Watch reports what `last` of each layer has, waits for no step, and warns where solves fail."""
 
 import copy
-import warnings
 
 import pytest
 import torch

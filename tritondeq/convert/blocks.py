@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ..held import FixedDropout
 
-BATCH_NORM = ("group", "frozen")
 _GROUPS, _CHANNELS = 8, 4  # of the GroupNorm that takes a BatchNorm's place: groups at most, channels in one at least
 _ATTENTION_DROPOUT = ("attn_drop", "attn_dropout", "attention_dropout")  # read by attention as a number
 _PLACE = ("layer_idx", "layer_id", "layer_number")  # what blocks differ in because of where they stand
@@ -21,9 +20,6 @@ def one_block(blocks: list[nn.Module], how: str, first: int, batch_norm: str | N
     """Returns a copy of the first block, with its weights or their means over all, fit to be iterated.
 
     Options are those of `to_equilibrium`; `first` is the index of the first block in its stack, for errors.
-
-    Raises:
-        ValueError: The blocks differ in more than their weights; or there is a BatchNorm and `batch_norm` is None.
     """
     _require_alike(blocks, first)
     if batch_norm is None:
@@ -32,7 +28,15 @@ def one_block(blocks: list[nn.Module], how: str, first: int, batch_norm: str | N
     if how == "mean":
         _average(block, blocks)
     _fix_dropout(block, blocks if how == "mean" else blocks[:1])
-    _replace_batch_norm(block, batch_norm, first)
+    for path, module in list(block.named_modules()):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if type(module) not in _BATCH_NORMS:
+                raise ValueError(
+                    f"block {first} can't be converted: batch_norm={batch_norm!r} knows torch's BatchNorm only, and "
+                    f"its {path or 'block'} is a {type(module).__name__}"
+                )
+            norm = FrozenBatchNorm(module) if batch_norm == "frozen" else _group_norm(module)
+            _put(block, path, norm.train(module.training))
     return block
 
 
@@ -42,9 +46,8 @@ def refuse_batch_norm(block: nn.Module, name: str) -> None:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ValueError(
                 f"{name} can't be iterated as it is: its {path or 'block'} is a {type(module).__name__}, which mixes "
-                "the samples of a batch and moves its running statistics at every evaluation. With "
-                "batch_norm='group' a GroupNorm with its weights takes its place, with batch_norm='frozen' its "
-                "running statistics stay as they are"
+                "the samples of a batch and moves its running statistics at every evaluation. batch_norm='group' puts "
+                "a GroupNorm with its weights there, batch_norm='frozen' leaves its running statistics as they are"
             )
 
 
@@ -115,18 +118,6 @@ def _fix_dropout(block: nn.Module, blocks: list[nn.Module]) -> None:
             attention = path.rpartition(".")[2] in _ATTENTION_DROPOUT
             share = 0.0 if attention else sum(peer.p for peer in dropping) / len(peers)
             _put(block, path, FixedDropout(share, dropping[0].dims).train(module.training))
-
-
-def _replace_batch_norm(block: nn.Module, how: str | None, first: int) -> None:
-    for path, module in list(block.named_modules()):
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
-            continue
-        if type(module) not in _BATCH_NORMS:
-            raise ValueError(
-                f"block {first} can't be converted: batch_norm={how!r} knows torch's BatchNorm only, and its "
-                f"{path or 'block'} is a {type(module).__name__}"
-            )
-        _put(block, path, (FrozenBatchNorm if how == "frozen" else _group_norm)(module).train(module.training))
 
 
 def _group_norm(norm: nn.modules.batchnorm._BatchNorm) -> nn.GroupNorm:

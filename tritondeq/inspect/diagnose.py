@@ -27,12 +27,7 @@ SEED = 0x5EED
 
 @dataclass(frozen=True)
 class Advice:
-    """What would help.
-
-    Attributes:
-        text: In words.
-        changes: Attributes of the layer and their values, which did help on this input; empty if there are none to set.
-    """
+    """What would help: in words, and as attributes of the layer whose values did help on this input, if any."""
 
     text: str
     changes: dict[str, Any] = field(default_factory=dict)
@@ -46,10 +41,9 @@ class Diagnosis:
         layer: The layer, in a line.
         solution: The layer's solve, without its value.
         adjoint: The backward solve of a random cotangent, without its value; None where the adjoint solves nothing.
-        cosine: Of the angle between the gradient of an approximate adjoint and the exact one; None: it is exact.
+        cosine: Of the gradient of an approximate adjoint and the exact one; None: it is exact.
         radius: Spectral radius of each sample, at the best state that any solve reached.
-        floor: Largest residual of a sample where a solve goes on until nothing improves: what tol has to be above. NaN
-            if nothing that was tried converges.
+        floor: Largest residual where a solve goes on until nothing improves; NaN if nothing tried converges.
         apart: Largest relative distance of a sample's equilibria from two starts; NaN as above.
         advice: What would help; empty if all is well.
     """
@@ -64,20 +58,20 @@ class Diagnosis:
     advice: list[Advice]
 
     def __str__(self) -> str:
-        lines = {
-            "status": _outcome(self.solution),
-            "steps": _spread(self.solution.steps, "g"),
-            "residual": _spread(self.solution.residual, ".1e"),
-            "radius": _spread(self.radius, ".2f"),
-        }
+        lines = [
+            ("status", _outcome(self.solution)),
+            ("steps", _spread(self.solution.steps, "g")),
+            ("residual", _spread(self.solution.residual, ".1e")),
+            ("radius", _spread(self.radius, ".2f")),
+        ]
         if self.adjoint is not None:
-            lines["backward"] = f"{_outcome(self.adjoint)}, steps {_spread(self.adjoint.steps, 'g')}"
+            lines.append(("backward", f"{_outcome(self.adjoint)}, steps {_spread(self.adjoint.steps, 'g')}"))
         if self.cosine is not None:
-            lines["gradient"] = f"cosine {self.cosine:.2f} to the exact one"
+            lines.append(("gradient", f"cosine {self.cosine:.2f} to the exact one"))
         if not math.isnan(self.floor):
-            lines |= {"floor": f"{self.floor:.1e}", "starts": f"two of them end {self.apart:.1e} apart"}
+            lines += [("floor", f"{self.floor:.1e}"), ("starts", f"two of them end {self.apart:.1e} apart")]
         advice = [f"* {advice.text}" for advice in self.advice] or ["all is well"]
-        return "\n".join([self.layer, *(f"  {name:<10}{text}" for name, text in lines.items()), *advice])
+        return "\n".join([self.layer, *(f"  {name:<10}{text}" for name, text in lines), *advice])
 
 
 def diagnose(layer: DEQ, x: Any, z0: Any = None, mask: Any = None) -> Diagnosis:
@@ -90,8 +84,8 @@ def diagnose(layer: DEQ, x: Any, z0: Any = None, mask: Any = None) -> Diagnosis:
     Args:
         layer: The layer.
         x: Its input, such as training sees; a few samples will do.
-        z0: As `DEQ.solve` takes it.
-        mask: As `DEQ.solve` takes it.
+        z0: As in `DEQ.solve`.
+        mask: As in `DEQ.solve`.
 
     Raises:
         TypeError: The layer is no DEQ.
@@ -151,8 +145,12 @@ class _Trials:
             exact = self.differentiate(**changes, adjoint=Implicit(max_steps=PATIENCE * layer.max_steps))[1]
             cosine = torch.nn.functional.cosine_similarity(gradient, exact, dim=0).item()
         if not _failed(best):
-            if not changes and isinstance(layer.solver, Picard):
-                self.quicken(best.steps.median().item())
+            median = best.steps.median().item()
+            if median > SLOW and not changes and isinstance(layer.solver, Picard):
+                faster = self.solve(solver=Anderson())
+                steps = faster.steps.median().item()
+                if not _failed(faster) and steps <= FASTER * median:
+                    self.advise(f"a median of {steps} steps, not {median}", solver=Anderson())
             if rho.max() >= 1:
                 self.advise(
                     f"the spectral radius is up to {rho.max():.2f}, and undamped iteration leaves such an equilibrium: "
@@ -218,13 +216,6 @@ class _Trials:
             )
         return min([(solution, {}), *tried], key=_badness)
 
-    def quicken(self, median: int) -> None:
-        if median > SLOW:
-            faster = self.solve(solver=Anderson())
-            steps = faster.steps.median().item()
-            if not _failed(faster) and steps <= FASTER * median:
-                self.advise(f"a median of {steps} steps, not {median}", solver=Anderson())
-
     def mend_adjoint(self, backward: Solution | None, changes: dict[str, Any]) -> None:
         """Advises what would help a backward solve, at the equilibria that a solve with these changes reaches."""
         if backward is None or not _failed(backward):
@@ -246,8 +237,7 @@ class _Trials:
         torch.manual_seed(SEED + 1)
         start = torch.randn_like(flat) * flat.square().mean(dim=1, keepdim=True).sqrt().clamp(min=TINY)
         other = self.solve(layout.unpack(start), **changes | self.patient | {"tol": TINY})
-        distance = torch.linalg.vector_norm(layout.pack(other.value) - flat, dim=1)
-        distance = distance / torch.linalg.vector_norm(flat, dim=1).clamp(min=TINY)
+        distance = (layout.pack(other.value) - flat).norm(dim=1) / flat.norm(dim=1).clamp(min=TINY)
         both = (torch.maximum(finest.residual, other.residual) < 1e-2).flatten()
         return distance[both].max().item() if both.any() else math.nan
 
@@ -262,13 +252,12 @@ def _variant(layer: DEQ, **changes: Any) -> DEQ:
     return twin
 
 
-def _failed(solution: Solution) -> bool:
-    return bool((solution.status >= Status.MAX_STEPS).any())
+def _failed(solution: Solution) -> int:
+    return int((solution.status >= Status.MAX_STEPS).sum())
 
 
 def _badness(tried: tuple[Solution, dict[str, Any]]) -> tuple[int, float]:
-    solution = tried[0]
-    return int((solution.status >= Status.MAX_STEPS).sum()), solution.residual.nan_to_num(torch.inf).max().item()
+    return _failed(tried[0]), tried[0].residual.nan_to_num(torch.inf).max().item()
 
 
 def _shown(value: Any) -> str:

@@ -68,11 +68,10 @@ def spectral_radius(
 ) -> Tensor:
     """Returns max |eigenvalue of J| per sample: below 1, plain iteration converges from nearby, as does its adjoint.
 
-    The method is Arnoldi's (1951): a complex pair or two eigenvalues of opposite sign do no harm. It is exact to 1e-5
-    where a sample has no more elements than `products`, and else mostly low: 256 x 256 random numbers, whose
-    eigenvalues crowd at the radius, by up to 11 % with 20 products and 7 % with 30. A J far from a normal matrix may
-    come out high, as so many steps of an iteration would feel it. Leaves no graph, draws nothing from torch's
-    generators, and needs memory for `products` + 1 states.
+    The method is Arnoldi's (1951). It is exact to 1e-5 where a sample has no more elements than `products`, and else
+    mostly low: 256 x 256 random numbers, whose eigenvalues crowd at the radius, by up to 11 % with 20 products and 7 %
+    with 30. A J far from a normal matrix may come out high, as so many steps of an iteration would feel it. Leaves no
+    graph, draws nothing from torch's generators, and needs memory for `products` + 1 states.
 
     Args:
         f: As in `jacobian_penalty`; so are z, *args, batch_dims and mask, and what is raised.

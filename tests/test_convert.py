@@ -8,10 +8,9 @@ from torch import nn
 from tritondeq import Implicit, to_equilibrium
 
 
-@pytest.mark.parametrize("cell", ["mean", "first"])
-@pytest.mark.parametrize("kind", ["MLP", "Identity"])
-def test_rows(cell, kind):
-    stack = mlps(norm={"MLP": nn.LayerNorm, "Identity": lambda width: nn.Identity()}[kind])
+@pytest.mark.parametrize(("cell", "norm"), [("mean", nn.LayerNorm), ("first", lambda width: nn.Identity())])
+def test_rows(cell, norm):
+    stack = mlps(norm=norm)
     layer = to_equilibrium(stack, cell=cell, prelude=1, coda=1, gain=0.8, **TIGHT)
     x = torch.randn(5, 3, 6).double()
     assert_as_the_loop(layer, layer, x)
@@ -40,8 +39,7 @@ def test_images(batch_norm):
     torch.testing.assert_close(layer(x), alone, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("norm_first", [True, False])
-@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize(("norm_first", "batch_first"), [(True, True), (False, False)])
 def test_encoders(norm_first, batch_first):
     net = encoder(norm_first, batch_first, **TIGHT)
     x = torch.randn(3, 7, 8).double()
@@ -101,49 +99,46 @@ def test_a_cache_is_filled_once_at_the_solution():
         assert positional.layers[1].keys.shape[2] == 6
 
 
-def test_a_cache_that_changes_in_place_is_refused():
+def test_caches_that_are_refused():
     class StaticLayer(DynamicLayer):
         pass
 
-    layer = to_equilibrium(nn.ModuleList([Causal()]))
-    with pytest.raises(ValueError, match="DynamicCache of transformers.*StaticLayer.*use_cache=False"):
-        layer(torch.randn(2, 3, 8), cache=DynamicCache(kind=StaticLayer))
-    cache = DynamicCache()
-    cache.layers = None
-    with pytest.raises(ValueError, match="no list of layers"):
-        layer(torch.randn(2, 3, 8), cache=cache)
-    graphed = to_equilibrium(nn.ModuleList([Causal()]), graph=True)
-    with pytest.raises(ValueError, match="graph=True takes no cache"):
-        graphed(torch.randn(2, 3, 8), cache=DynamicCache())
-
-
-def test_norms_and_injections():
-    class Adapter(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(12, 6)
-
-        def forward(self, z, x):
-            return self.linear(torch.cat([z, x], -1))
-
-    x = torch.randn(4, 3, 6).double()
-    for options in (
-        {"norm": None, "gain": 0.7},
-        {"norm": nn.LayerNorm(6)},
-        {"norm": "sample"},
-        {"injection": Adapter()},
+    x, empty = torch.randn(2, 3, 8), DynamicCache()
+    empty.layers = None
+    for cache, options, message in (
+        (DynamicCache(kind=StaticLayer), {}, "DynamicCache of transformers.*StaticLayer.*use_cache=False"),
+        (empty, {}, "no list of layers"),
+        (DynamicCache(), {"graph": True}, "graph=True takes no cache"),
     ):
-        layer = to_equilibrium(mlps(), **options, **TIGHT).double()
-        assert_as_the_loop(layer, layer, x)
-        cell, z = layer.deq.cell, layer(x)
-        y = cell.injection(z, x) if "injection" in options else (x + z) / 2
-        v = x + options.get("gain", 1.0) * (cell.block(y) - y)
-        dims = (1, 2) if options.get("norm") == "sample" else -1
-        norm = options.get("norm", "outer")
-        want = v if norm is None else cell.norm(v) if isinstance(norm, nn.Module) else v * rms(x, dims) / rms(v, dims)
-        torch.testing.assert_close(z, want, rtol=1e-10, atol=1e-11)
-    channels_last = torch.randn(2, 3, 3, 6).double()  # an image of tokens, as no convolution takes it
-    torch.testing.assert_close(rms(to_equilibrium(mlps(), **TIGHT)(channels_last)), rms(channels_last))
+        with pytest.raises(ValueError, match=message):
+            to_equilibrium(nn.ModuleList([Causal()]), **options)(x, cache=cache)
+
+
+class Adapter(nn.Linear):
+    def forward(self, z, x):
+        return super().forward(torch.cat([z, x], -1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"norm": None, "gain": 0.7}, {"norm": nn.LayerNorm(6)}, {"norm": "sample"}, {"injection": Adapter(12, 6)}],
+)
+def test_norms_and_injections(options):
+    x = torch.randn(4, 3, 6).double()
+    layer = to_equilibrium(mlps(), **options, **TIGHT).double()
+    assert_as_the_loop(layer, layer, x)
+    cell, z = layer.deq.cell, layer(x)
+    y = cell.injection(z, x) if "injection" in options else (x + z) / 2
+    v = x + options.get("gain", 1.0) * (cell.block(y) - y)
+    dims, norm = (1, 2) if options.get("norm") == "sample" else -1, options.get("norm", "outer")
+    want = v if norm is None else cell.norm(v) if isinstance(norm, nn.Module) else v * rms(x, dims) / rms(v, dims)
+    torch.testing.assert_close(z, want, rtol=1e-10, atol=1e-11)
+
+
+def test_an_image_of_tokens_is_normed_by_token():
+    """As no convolution takes it: channels last."""
+    x = torch.randn(2, 3, 3, 6).double()
+    torch.testing.assert_close(rms(to_equilibrium(mlps(), **TIGHT)(x)), rms(x))
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def test_dropout_has_one_mask_a_solve(dropout):
     assert torch.equal(layer(x), layer(x))
 
 
-def test_shares_are_averaged_and_attention_drops_nothing():
+def test_shares_are_averaged():
     stack = mlps(4)
     stack[0].drop = nn.Identity()
     for share, block in zip((0.1, 0.2, 0.3), stack[1:], strict=True):
@@ -36,21 +36,19 @@ def test_shares_are_averaged_and_attention_drops_nothing():
     assert to_equilibrium(stack).deq.cell.block.drop.p == pytest.approx(0.15)
     assert isinstance(to_equilibrium(stack, cell="first").deq.cell.block.drop, nn.Identity)
     assert to_equilibrium(stack[2:], cell="first").deq.cell.block.drop.p == 0.2
-    stack[2].drop = StochasticDepth(0.2, "batch")
-    assert to_equilibrium(stack[2:3]).deq.cell.block.drop.dims == 0
-    stack[2].drop = FixedDropout(0.2, dims=2)
-    assert to_equilibrium(stack[2:3]).deq.cell.block.drop.dims == 2
+    for drop, dims in ((StochasticDepth(0.2, "batch"), 0), (FixedDropout(0.2, dims=2), 2)):
+        stack[2].drop = drop
+        assert to_equilibrium(stack[2:3]).deq.cell.block.drop.dims == dims
     stack[2].drop = DropPath(0.2, scale_by_keep=False)
     with pytest.raises(ValueError, match="scale_by_keep"):
         to_equilibrium(stack[2:3])
 
+
+def test_attention_drops_nothing():
     net = encoder(dropout=0.2, **TIGHT)
     block = net.layers.deq.cell.block
-    assert (
-        block.self_attn.dropout == 0
-        and block.dropout1.p == pytest.approx(0.2)
-        and net.layers[0].self_attn.dropout == 0.2
-    )
+    assert block.self_attn.dropout == 0 and block.dropout1.p == pytest.approx(0.2)
+    assert net.layers[0].self_attn.dropout == 0.2
     net.layers[0].eval(), net.layers[2].eval()
     assert_as_the_loop(net, net.layers, torch.randn(3, 7, 8).double())
     stack = nn.ModuleList([Causal()])
@@ -84,99 +82,84 @@ def test_masks_that_no_module_shows_are_refused(how):
         given(torch.randn(2, 6).double())
 
 
-def test_batch_norm_is_refused_or_replaced():
-    stage = nn.Sequential(*(Basic() for _ in range(3)))
-    with pytest.raises(ValueError, match="block 1.*bn1 is a BatchNorm2d.*batch_norm='group'.*'frozen'"):
-        to_equilibrium(stage, prelude=1)
-    with pytest.raises(ValueError, match="cell can't be iterated.*bn1"):
-        to_equilibrium(stage, cell=Basic(), batch_norm="group")
-
+def test_batch_norm_is_refused():
     class BatchNormAct(nn.BatchNorm2d):
         pass
 
-    with pytest.raises(ValueError, match="block 0.*torch's BatchNorm only.*BatchNormAct"):
-        to_equilibrium(nn.Sequential(Basic(norm=BatchNormAct)), batch_norm="group")
-    untracked = nn.Sequential(Basic(norm=lambda c: nn.BatchNorm2d(c, track_running_stats=False)))
-    with pytest.raises(ValueError, match="frozen.*tracks none"):
-        to_equilibrium(untracked, batch_norm="frozen")
+    untracked = Basic(norm=lambda c: nn.BatchNorm2d(c, track_running_stats=False))
+    for block, options, message in (
+        (Basic(), {}, "block 0.*bn1 is a BatchNorm2d.*batch_norm='group'.*'frozen'"),
+        (MLP(), {"cell": Basic(), "batch_norm": "group"}, "cell can't be iterated.*bn1"),
+        (Basic(norm=BatchNormAct), {"batch_norm": "group"}, "block 0.*torch's BatchNorm only.*BatchNormAct"),
+        (untracked, {"batch_norm": "frozen"}, "frozen.*tracks none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            to_equilibrium(nn.Sequential(block), **options)
+
+
+def test_batch_norm_is_replaced():
     for channels, groups in ((8, 2), (48, 8), (6, 1)):
         block = to_equilibrium(nn.Sequential(Basic(channels, channels)), batch_norm="group").deq.cell.block
         assert block.bn1.num_groups == groups and block.bn1.eps == 1e-5
-
     layer, x = images(batch_norm="frozen")
-    block = layer.deq.cell.block
-    stats = block.bn1.running_mean.clone()
-    for p in layer(x).sum(), layer(2 * x).sum():
-        p.backward()
-    assert torch.equal(stats, block.bn1.running_mean) and block.bn1.weight.grad.norm() > 0
+    frozen = layer.deq.cell.block.bn1
+    stats = frozen.running_mean.clone()
+    layer(x).sum().backward()
+    assert torch.equal(stats, frozen.running_mean) and frozen.weight.grad.norm() > 0
     plain = nn.BatchNorm2d(8).double().eval()
-    plain.load_state_dict({**plain.state_dict(), **block.bn1.state_dict()})
-    torch.testing.assert_close(block.bn1(layer[0](x)), plain(layer[0](x)))
+    plain.load_state_dict({**plain.state_dict(), **frozen.state_dict()})
+    torch.testing.assert_close(frozen(layer[0](x)), plain(layer[0](x)))
 
 
 @pytest.mark.parametrize(
-    "make,error,message",
+    ("options", "error", "message"),
     [
-        (lambda: to_equilibrium(MLP()), TypeError, "stack must be an nn.Sequential or nn.ModuleList.*MLP"),
-        (lambda: to_equilibrium([MLP()]), TypeError, "stack.*list"),
-        (lambda: to_equilibrium(mlps(3), prelude=2, coda=1), ValueError, "prelude=2 and coda=1.*3 blocks"),
-        (lambda: to_equilibrium(mlps(3), prelude=-1), ValueError, "prelude"),
-        (lambda: to_equilibrium(mlps(3), coda=1.0), TypeError, "coda"),
-        (lambda: to_equilibrium(mlps(3), cell="last"), ValueError, "cell must be 'mean', 'first' or a module.*'last'"),
-        (lambda: to_equilibrium(mlps(3), cell=cells.Affine(6)), TypeError, "cell.*signature.*Affine"),
-        (lambda: to_equilibrium(mlps(3), norm="rms"), ValueError, "norm must be 'outer', 'tokens', 'sample', None"),
-        (lambda: to_equilibrium(mlps(3), injection=None), ValueError, "injection must be 'add' or a module, got None"),
-        (lambda: to_equilibrium(mlps(3), gain=0), ValueError, "gain"),
-        (lambda: to_equilibrium(mlps(3), batch_norm="eval"), ValueError, "batch_norm must be None, 'group'.*'eval'"),
-        (lambda: to_equilibrium(mlps(3), unroll=0), ValueError, "steps"),
-        (lambda: to_equilibrium(mlps(3), depth=3), TypeError, "depth"),
-        (lambda: to_equilibrium(mlps(3), tol=-1.0), ValueError, "tol"),
-        (
-            lambda: to_equilibrium(nn.Sequential(Basic(4, 8, 2), Basic()), batch_norm="group"),
-            ValueError,
-            r"block 1 can't share one cell with block 0: it has conv1.in_channels 8, and block 0 has 4.*prelude=",
-        ),
-        (
-            lambda: to_equilibrium(nn.Sequential(Basic(), Basic(), Basic(8, 8, 2)), prelude=1, batch_norm="group"),
-            ValueError,
-            r"block 2 can't share.*block 1: it has conv1.stride \(2, 2\), and block 1 has \(1, 1\)",
-        ),
-        (lambda: to_equilibrium(nn.Sequential(MLP(), Causal(6))), ValueError, "block 1.*kind Causal.*has MLP"),
-        (
-            lambda: to_equilibrium(nn.Sequential(MLP(), MLP(norm=nn.RMSNorm))),
-            ValueError,
-            "block 1.*it has norm RMSNorm, and block 0 has LayerNorm",
-        ),
-        (
-            lambda: to_equilibrium(nn.Sequential(MLP(norm=lambda w: nn.Identity()), MLP())),
-            ValueError,
-            "block 1.*has norm LayerNorm, and block 0 has none",
-        ),
-        (
-            lambda: to_equilibrium(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, bias=False))),
-            ValueError,
-            r"block 1.*has no bias, and block 0 has of shape \(3,\)",
-        ),
+        ({"prelude": 2, "coda": 1}, ValueError, "prelude=2 and coda=1.*3 blocks"),
+        ({"prelude": -1}, ValueError, "prelude"),
+        ({"coda": 1.0}, TypeError, "coda"),
+        ({"cell": "last"}, ValueError, "cell must be 'mean', 'first' or a module.*'last'"),
+        ({"cell": cells.Affine(6)}, TypeError, "cell.*signature.*Affine"),
+        ({"norm": "rms"}, ValueError, "norm must be 'outer', 'tokens', 'sample', None"),
+        ({"injection": None}, ValueError, "injection must be 'add' or a module, got None"),
+        ({"gain": 0}, ValueError, "gain"),
+        ({"batch_norm": "eval"}, ValueError, "batch_norm must be None, 'group'.*'eval'"),
+        ({"unroll": 0}, ValueError, "steps"),
+        ({"depth": 3}, TypeError, "depth"),
+        ({"tol": -1.0}, ValueError, "tol"),
+        ({"stack": MLP()}, TypeError, "stack must be an nn.Sequential or nn.ModuleList.*MLP"),
     ],
 )
-def test_what_can_not_be_converted(make, error, message):
+def test_bad_arguments(options, error, message):
     with pytest.raises(error, match=message):
-        make()
+        to_equilibrium(**{"stack": mlps(3), **options})
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ([Basic(4, 8, 2), Basic()], "block 1 can't share one cell .* 0: it has conv1.in_channels 8, .* 4.*prelude="),
+        ([Basic(), Basic(8, 8, 2)], r"block 1 can't share.*it has conv1.stride \(2, 2\), and block 0 has \(1, 1\)"),
+        ([MLP(), Causal(6)], "block 1.*kind Causal.*has MLP"),
+        ([MLP(), MLP(norm=nn.RMSNorm)], "block 1.*it has norm RMSNorm, and block 0 has LayerNorm"),
+        ([MLP(norm=lambda w: nn.Identity()), MLP()], "block 1.*has norm LayerNorm, and block 0 has none"),
+        ([nn.Linear(3, 3), nn.Linear(3, 3, bias=False)], r"block 1.*has no bias, and block 0 has of shape \(3,\)"),
+    ],
+)
+def test_blocks_that_differ(blocks, message):
+    with pytest.raises(ValueError, match=message):
+        to_equilibrium(nn.Sequential(*blocks), batch_norm="group")
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_what_can_not_be_solved():
-    with pytest.raises(ValueError, match=r"block 1 can't be replaced.*\(2, 6\).*\(2, 3\).*prelude="):
-        to_equilibrium(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)), prelude=1)(torch.randn(2, 6))
-    layer = to_equilibrium(nn.Sequential(MLP()))
-    with pytest.raises(TypeError, match="must be a floating-point tensor.*int64"):
-        layer(torch.ones(2, 6).long())
-    with pytest.raises(ValueError, match="nested.*use_nested_tensor"):
-        layer(torch.nested.nested_tensor([torch.ones(2, 6), torch.ones(1, 6)]))
-
-    class InPlace(nn.Module):
-        def forward(self, h):
-            return h.relu_()
-
-    with pytest.raises(RuntimeError, match="block 0 changes its input in place"):
-        to_equilibrium(nn.Sequential(InPlace()))(torch.randn(2, 6))
+@pytest.mark.parametrize(
+    ("block", "x", "error", "message"),
+    [
+        (nn.Linear(6, 3), torch.randn(2, 6), ValueError, r"block 0 can't be replaced.*\(2, 6\).*\(2, 3\).*prelude="),
+        (nn.ReLU(inplace=True), torch.randn(2, 6), RuntimeError, "block 0 changes its input in place"),
+        (MLP(), torch.ones(2, 6).long(), TypeError, "must be a floating-point tensor.*int64"),
+        (MLP(), [torch.ones(2, 6), torch.ones(1, 6)], ValueError, "nested.*use_nested_tensor"),
+    ],
+)
+def test_what_can_not_be_solved(block, x, error, message):
+    with pytest.raises(error, match=message):
+        to_equilibrium(nn.Sequential(block))(torch.nested.nested_tensor(x) if isinstance(x, list) else x)

@@ -145,12 +145,11 @@ def test_a_stage_that_changes_the_shape():
         to_equilibrium(swin)
 
 
-def test_the_readme(capsys):
+def test_the_page_on_replacing_a_stack(capsys):
     """Its numbers of memory are so, and some of its steps lead where it goes."""
     pytest.importorskip("timm"), pytest.importorskip("sklearn")
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    pattern = r"## Replace a residual stack.*?```python\n(.*?)```\n\n    (.*?)\n"
-    block, output = re.search(pattern, readme, re.S).groups()
+    page = (Path(__file__).parent.parent / "docs" / "replace-a-stack.md").read_text()
+    block, output = re.search(r"```python\n(.*?)```\n\n    (.*?)\n", page, re.S).groups()
     assert block.count("range(200)") == 1
     names = {}
     exec(block.replace("range(200)", "range(6)"), names)

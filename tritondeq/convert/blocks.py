@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ..held import FixedDropout
 
-BATCH_NORM = ("group", "frozen")
 _GROUPS, _CHANNELS = 8, 4  # of the GroupNorm that takes a BatchNorm's place: groups at most, channels in one at least
 _ATTENTION_DROPOUT = ("attn_drop", "attn_dropout", "attention_dropout")  # read by attention as a number
 _PLACE = ("layer_idx", "layer_id", "layer_number")  # what blocks differ in because of where they stand
@@ -21,9 +20,6 @@ def one_block(blocks: list[nn.Module], how: str, first: int, batch_norm: str | N
     """Returns a copy of the first block, with its weights or their means over all, fit to be iterated.
 
     Options are those of `to_equilibrium`; `first` is the index of the first block in its stack, for errors.
-
-    Raises:
-        ValueError: The blocks differ in more than their weights; or there is a BatchNorm and `batch_norm` is None.
     """
     _require_alike(blocks, first)
     if batch_norm is None:
@@ -32,7 +28,15 @@ def one_block(blocks: list[nn.Module], how: str, first: int, batch_norm: str | N
     if how == "mean":
         _average(block, blocks)
     _fix_dropout(block, blocks if how == "mean" else blocks[:1])
-    _replace_batch_norm(block, batch_norm, first)
+    for path, module in list(block.named_modules()):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if type(module) not in _BATCH_NORMS:
+                raise ValueError(
+                    f"block {first} can't be converted: batch_norm={batch_norm!r} knows torch's BatchNorm only, and "
+                    f"its {path or 'block'} is a {type(module).__name__}"
+                )
+            norm = FrozenBatchNorm(module) if batch_norm == "frozen" else _group_norm(module)
+            _put(block, path, norm.train(module.training))
     return block
 
 
@@ -42,24 +46,9 @@ def refuse_batch_norm(block: nn.Module, name: str) -> None:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ValueError(
                 f"{name} can't be iterated as it is: its {path or 'block'} is a {type(module).__name__}, which mixes "
-                "the samples of a batch and moves its running statistics at every evaluation. With "
-                "batch_norm='group' a GroupNorm with its weights takes its place, with batch_norm='frozen' its "
-                "running statistics stay as they are"
+                "the samples of a batch and moves its running statistics at every evaluation. batch_norm='group' puts "
+                "a GroupNorm with its weights there, batch_norm='frozen' leaves its running statistics as they are"
             )
-
-
-def convolves(block: nn.Module) -> bool:
-    """Returns whether there is a convolution in a block."""
-    return any(isinstance(module, nn.modules.conv._ConvNd) for module in block.modules())
-
-
-def leading_dims(block: nn.Module, ndim: int) -> int:
-    """Returns how many leading dims of a state of `ndim` dims index samples.
-
-    That is 0 where the first dim is that of tokens: in nn.MultiheadAttention without batch_first, or without a batch.
-    """
-    attention = [module for module in block.modules() if isinstance(module, nn.MultiheadAttention)]
-    return 0 if any(ndim == 2 or not module.batch_first for module in attention) else 1
 
 
 def _require_alike(blocks: list[nn.Module], first: int) -> None:
@@ -81,7 +70,7 @@ def _description(block: nn.Module) -> dict[str, str]:
     description = {}
     for path, module in block.named_modules():
         prefix = f"{path}." if path else ""
-        if _rate(module) is not None:
+        if _dropout(module):
             continue
         description[path or "kind"] = type(module).__name__
         for name, value in vars(module).items():
@@ -104,50 +93,31 @@ def _average(block: nn.Module, blocks: list[nn.Module]) -> None:
             tensor.copy_(torch.stack([other[name].to(wide) for other in rest]).mean(0))
 
 
-def _rate(module: Any) -> float | None:
-    """Returns the share that a module drops; None if it does not drop. nn.Identity stands for what drops nothing."""
+def _dropout(module: Any) -> FixedDropout | nn.Identity | None:
+    """Returns the FixedDropout for what drops; nn.Identity, which stands for what drops nothing; else None."""
     kind = type(module).__name__  # those of timm and torchvision are known by name
-    if type(module) in _DROPOUTS or kind == "StochasticDepth":
-        return float(module.p)
-    return float(module.drop_prob or 0.0) if kind == "DropPath" else 0.0 if type(module) is nn.Identity else None
-
-
-def _dims(module: Any) -> int | None:
-    """Returns how many leading dims share one value of the mask."""
-    kind = type(module).__name__
     if kind == "DropPath" and not getattr(module, "scale_by_keep", True):
         raise ValueError("DropPath with scale_by_keep=False has no FixedDropout: take scale_by_keep=True")
-    if kind in ("DropPath", "StochasticDepth"):
-        return 0 if getattr(module, "mode", "row") == "batch" else 1
-    return module.dims if isinstance(module, FixedDropout) else None if type(module) is nn.Dropout else 2
+    if kind == "DropPath":
+        return FixedDropout(module.drop_prob or 0.0, 1)
+    if kind == "StochasticDepth":
+        return FixedDropout(module.p, 0 if module.mode == "batch" else 1)
+    if type(module) in _DROPOUTS:
+        return FixedDropout(module.p, getattr(module, "dims", None if type(module) is nn.Dropout else 2))
+    return module if type(module) is nn.Identity else None
 
 
 def _fix_dropout(block: nn.Module, blocks: list[nn.Module]) -> None:
     """Replaces what drops by a FixedDropout of the mean share over `blocks`; attention's weights are not dropped."""
     for path, module in list(block.named_modules()):
-        if isinstance(module, nn.MultiheadAttention):
-            module.dropout = 0.0
-        for name in _ATTENTION_DROPOUT:
+        for name in ("dropout",) if isinstance(module, nn.MultiheadAttention) else _ATTENTION_DROPOUT:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-        peers = [other.get_submodule(path) for other in blocks] if _rate(module) is not None else []
-        dropping = [peer for peer in peers if type(peer) is not nn.Identity]
-        if path and dropping:
+        peers = [_dropout(other.get_submodule(path)) for other in blocks] if path and _dropout(module) else []
+        if dropping := [peer for peer in peers if isinstance(peer, FixedDropout)]:
             attention = path.rpartition(".")[2] in _ATTENTION_DROPOUT
-            share = 0.0 if attention else sum(_rate(peer) or 0.0 for peer in peers) / len(peers)
-            _put(block, path, FixedDropout(share, _dims(dropping[0])).train(module.training))
-
-
-def _replace_batch_norm(block: nn.Module, how: str | None, first: int) -> None:
-    for path, module in list(block.named_modules()):
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
-            continue
-        if type(module) not in _BATCH_NORMS:
-            raise ValueError(
-                f"block {first} can't be converted: batch_norm={how!r} knows torch's BatchNorm only, and its "
-                f"{path or 'block'} is a {type(module).__name__}"
-            )
-        _put(block, path, (FrozenBatchNorm if how == "frozen" else _group_norm)(module).train(module.training))
+            share = 0.0 if attention else sum(peer.p for peer in dropping) / len(peers)
+            _put(block, path, FixedDropout(share, dropping[0].dims).train(module.training))
 
 
 def _group_norm(norm: nn.modules.batchnorm._BatchNorm) -> nn.GroupNorm:
@@ -159,27 +129,21 @@ def _group_norm(norm: nn.modules.batchnorm._BatchNorm) -> nn.GroupNorm:
 
 
 class FrozenBatchNorm(nn.Module):
-    """BatchNorm by its running statistics, in train() too; its weight and bias still train.
+    """BatchNorm by its running statistics, in train() too; its weight and bias still train."""
 
-    Raises:
-        ValueError: It tracks none.
-    """
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm):
         super().__init__()
         if norm.running_mean is None:
             raise ValueError("batch_norm='frozen' needs running statistics, and a BatchNorm tracks none")
         self.eps, self.weight, self.bias = norm.eps, norm.weight, norm.bias
-        self.running_mean: Tensor
-        self.running_var: Tensor
         self.register_buffer("running_mean", norm.running_mean)
         self.register_buffer("running_var", norm.running_var)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-
-    def extra_repr(self) -> str:
-        return f"{len(self.running_mean)}, eps={self.eps}"
 
 
 def _put(block: nn.Module, path: str, module: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """The cell that iterates a residual block: the implicit midpoint rule, and the arguments of a block on their way."""
 
+import contextlib
 import copy
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,6 @@ from ..cells import Cell
 from ..held import FixedDropout
 from ..layout import describe
 from ..solvers import Picard, Solver
-from .blocks import convolves, leading_dims
 
 _EPS = 1e-12  # of mean squares; embeddings at initialisation have some of 1e-4
 _CACHED = {"DynamicLayer", "DynamicSlidingWindowLayer"}  # of transformers: they replace their tensors
@@ -24,23 +23,14 @@ class Call:
 
     def __init__(self, x: Any, args: tuple = (), kwargs: dict[str, Any] | None = None):
         self.x = x
-        self.cached = False
-        self.args = tuple(map(self._wrap, args))
-        self.kwargs = {name: self._wrap(value) for name, value in (kwargs or {}).items()}
-
-    def _wrap(self, value: Any) -> Any:
-        if not (hasattr(value, "update") and hasattr(value, "get_seq_length")):
-            return value
-        self.cached = True
-        return _Cache(value)
+        self.args = tuple(map(_wrapped, args))
+        self.kwargs = {name: _wrapped(value) for name, value in (kwargs or {}).items()}
+        self.cached = any(isinstance(value, _Cache) for value in (*self.args, *self.kwargs.values()))
+        self.further: tuple | None = None  # what the block returns beside the state, at the fixed point
 
 
 class _Cache:
-    """A cache of transformers.
-
-    Raises:
-        ValueError: Its layers change their tensors in place.
-    """
+    """A cache of transformers; ValueError where its layers change their tensors in place."""
 
     def __init__(self, cache: Any):
         layers = getattr(cache, "layers", None)
@@ -57,6 +47,10 @@ class _Cache:
         twin = copy.copy(self.cache)
         twin.layers = [copy.copy(layer) for layer in self.cache.layers]
         return twin
+
+
+def _wrapped(value: Any) -> Any:
+    return _Cache(value) if hasattr(value, "update") and hasattr(value, "get_seq_length") else value
 
 
 class _Injection(NamedTuple):
@@ -78,26 +72,24 @@ class ImplicitMidpoint(Cell):
         self.block, self.gain, self.place = block, gain, place
         self.injection: Any = injection
         self.norm: Any = norm
-        self.images = convolves(block)
+        self.images = any(isinstance(module, nn.modules.conv._ConvNd) for module in block.modules())
         self.more = False  # whether the block returns more than the state
         self.checked = False  # that it draws no mask at each step
 
     def train(self, mode: bool = True) -> "ImplicitMidpoint":
-        """Switches the mode; the next evaluation checks the block anew."""
         self.checked = False
         return super().train(mode)
 
     def inject(self, x: Any) -> _Injection:
-        """Returns x, its scale and the arguments of the call."""
         call = x if isinstance(x, Call) else Call(x)
         x = call.x
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"the state that enters an equilibrium must be a floating-point tensor, got {describe(x)}")
         if x.is_nested:
-            raise ValueError(
-                "x must not be a nested tensor: set use_nested_tensor = False on the nn.TransformerEncoder"
-            )
-        self.batch_dims = leading_dims(self.block, x.ndim)
+            raise ValueError("x must not be nested: set use_nested_tensor = False on the nn.TransformerEncoder")
+        attention = [module for module in self.block.modules() if isinstance(module, nn.MultiheadAttention)]
+        tokens_first = any(x.ndim == 2 or not module.batch_first for module in attention)  # or there is no batch
+        self.batch_dims = 0 if tokens_first else 1
         scale = _mean_square(x, self._dims(x)).add(_EPS).sqrt() if isinstance(self.norm, str) else None
         return _Injection(x, scale, call.args, call.kwargs)
 
@@ -110,7 +102,7 @@ class ImplicitMidpoint(Cell):
     def forward(self, z: Tensor, injection: _Injection) -> Tensor:
         x, y = injection.x, self._enter(z, injection.x)
         version = None if torch.compiler.is_compiling() or y.is_inference() else y._version
-        out = self._evaluate(y, injection, _Cache.twin)
+        out = self._evaluate(y, injection)
         self.more = isinstance(out, tuple)
         out = out[0] if self.more else out
         if not isinstance(out, Tensor) or out.shape != y.shape:
@@ -127,21 +119,23 @@ class ImplicitMidpoint(Cell):
 
     def at_solution(self, z: Tensor, injection: _Injection) -> Any:
         """Returns all that the block returns at the fixed point; this evaluation fills caches."""
-        return self._evaluate(self._enter(z, injection.x), injection, lambda cache: cache.cache)
+        return self._evaluate(self._enter(z, injection.x), injection, fill=True)
 
     def _enter(self, z: Tensor, x: Tensor) -> Tensor:
         return torch.lerp(x, z, 0.5) if self.injection == "add" else self.injection(z, x)
 
-    def _evaluate(self, y: Tensor, injection: _Injection, unwrap: Callable[[_Cache], Any]) -> Any:
-        args = [unwrap(v) if isinstance(v, _Cache) else v for v in injection.args]
-        kwargs = {k: unwrap(v) if isinstance(v, _Cache) else v for k, v in injection.kwargs.items()}
+    def _evaluate(self, y: Tensor, injection: _Injection, fill: bool = False) -> Any:
+        def unwrapped(value: Any) -> Any:
+            return (value.cache if fill else value.twin()) if isinstance(value, _Cache) else value
+
+        args, kwargs = map(unwrapped, injection.args), {k: unwrapped(v) for k, v in injection.kwargs.items()}
         dropouts = [m for m in self.block.modules() if isinstance(m, FixedDropout) and m.training and m.p > 0]
         drawn = all(dropout.mask is not None for dropout in dropouts)
-        if not self.training or self.checked or torch.compiler.is_compiling() or not drawn:
-            return self.block(y, *args, **kwargs)
-        with _NoNewMasks():
+        check = self.training and drawn and not self.checked and not torch.compiler.is_compiling()
+        with _NoNewMasks() if check else contextlib.nullcontext():
             out = self.block(y, *args, **kwargs)
-        self.checked = True
+        if check:
+            self.checked = True
         return out
 
     def _dims(self, x: Tensor) -> tuple[int, ...]:

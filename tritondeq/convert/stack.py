@@ -1,6 +1,6 @@
 """A stack of residual blocks as an equilibrium of one of them."""
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -8,7 +8,8 @@ from ..cells import Cell
 from ..checks import integer, number
 from ..deq import DEQ
 from ..layout import describe
-from .blocks import BATCH_NORM, one_block, refuse_batch_norm
+from ..solution import Solution
+from .blocks import one_block, refuse_batch_norm
 from .midpoint import Call, ImplicitMidpoint
 
 
@@ -32,24 +33,21 @@ def to_equilibrium(
         z* = N(x + gain (F(y) - y)),   y = (x + z*) / 2,   N(v) = r v / rms(v)
 
     This is the implicit midpoint rule for the residual flow dh/dt = F(h) - h that the stack takes n explicit steps of;
-    `gain` is the step, in blocks. A block alone has no fixed point: its skip path is the identity, and z + g(z) only
-    grows. Here z enters through the block's increment alone, and N bounds the state: whatever continuous F is, N maps a
-    ball into itself, so an equilibrium exists (Brouwer), and the output has the scale of the input, which the blocks
-    behind expect. The point is that of z = N(y + gain/2 (F(y) - y)), the familiar block with an outer norm, which takes
-    more steps. Iteration starts at x, by `Picard(0.8)` by default: what a block erases comes back with a slope of
-    -gain/2, which that damps.
+    `gain` is the step, in blocks. A block alone has no fixed point, for z + g(z) only grows. Here z enters through the
+    block's increment alone, and N bounds the state: whatever continuous F is, N maps a ball into itself, so an
+    equilibrium exists (Brouwer), and the output has the scale of the input, which the blocks behind expect. Iteration
+    starts at x, by `Picard(0.8)` by default: what a block erases comes back with a slope of -gain/2, which that damps.
 
     With random weights it takes 2 to 15 undamped evaluations to 1e-3 (`python -m tritondeq.bench.wirings`). With
     weights four times as large, encoders may not converge: watch `last.steps` as it trains, lower `gain`, or take
     Anderson. The layer does not compute what the stack did: a converted net has to be trained.
 
-    The returned container takes the stack's place, called or looped over: blocks before, the layer, blocks behind.
-    Further arguments of a call (masks, positions) go to the block unchanged at every evaluation; their tensors get
-    gradients. Further outputs of the block are those at z*. A `DynamicCache` of transformers is filled with keys and
-    values at z*, so that generation token by token is right; other caches raise.
-
-    A sample is an index of the first dim; nn.MultiheadAttention without batch_first makes one of the whole batch. In
-    the cell, dropout and stochastic depth become `FixedDropout`, and weights of attention are not dropped.
+    The returned container takes the stack's place, called or looped over. Further arguments of a call (masks,
+    positions) go to the block unchanged at every evaluation; their tensors get gradients. Further outputs of the block
+    are those at z*. A `DynamicCache` of transformers is filled with keys and values at z*, so that generation token by
+    token is right; other caches raise. A sample is an index of the first dim; nn.MultiheadAttention without batch_first
+    makes one of the whole batch. In the cell, dropout and stochastic depth become `FixedDropout`, and weights of
+    attention are not dropped.
 
     Args:
         stack: Blocks `forward(x, ...)` that return x's successor, or a tuple that begins with it. It stays as it is,
@@ -60,10 +58,9 @@ def to_equilibrium(
         coda: How many blocks stay behind it.
         injection: "add": y = (x + z) / 2; or a module that returns y for (z, x), of x's shape.
         norm: N. "outer" is "sample" where x has four dims or more and the block a convolution, else "tokens": rms over
-            the last dim. "sample": rms over all dims but the first, a GroupNorm of one group without its mean, which
-            [B, C, L] needs. A module is called in place of N. None: no N; an equilibrium then needs a block that bounds
-            its increments.
-        gain: Scale of the block's increment, above 0: a LayerScale that is not trained.
+            the last dim. "sample": rms over all dims but the first. A module is called in place of N. None: no N; an
+            equilibrium then needs a block that bounds its increments.
+        gain: Scale of the block's increment, above 0.
         batch_norm: BatchNorm in a cell would mix samples and count evaluations, so it raises by default. With "group" a
             GroupNorm with its weight and bias takes its place (to train from scratch); with "frozen" its running
             statistics stay as they are (to keep trained features).
@@ -72,8 +69,7 @@ def to_equilibrium(
 
     Raises:
         TypeError: An argument is of the wrong kind.
-        ValueError: An argument is out of range; or blocks to be replaced differ in shape, kind or settings, and the
-            message names the block and what differs.
+        ValueError: An argument is out of range, or blocks to be replaced differ in shape, kind or settings.
     """
     if not isinstance(stack, nn.Sequential | nn.ModuleList):
         raise TypeError(f"stack must be an nn.Sequential or nn.ModuleList of blocks, got {describe(stack)}")
@@ -81,10 +77,8 @@ def to_equilibrium(
     for name, value in (("prelude", prelude), ("coda", coda)):
         integer(name, value, least=0)
     if prelude + coda >= len(blocks):
-        raise ValueError(
-            f"prelude={prelude} and coda={coda} leave nothing to replace in a stack of {len(blocks)} blocks"
-        )
-    if batch_norm is not None and batch_norm not in BATCH_NORM:
+        raise ValueError(f"prelude={prelude} and coda={coda} leave nothing to replace of {len(blocks)} blocks")
+    if batch_norm not in (None, "group", "frozen"):
         raise ValueError(f"batch_norm must be None, 'group' or 'frozen', got {batch_norm!r}")
     number("gain", gain, 0)
     _choice("norm", norm, "outer", "tokens", "sample", None)
@@ -138,11 +132,13 @@ class EquilibriumLayer(DEQ):
         call = Call(x, args, kwargs)
         if call.cached and self.graph:
             raise ValueError("graph=True takes no cache, which a replay would not fill: pass use_cache=False")
-        f = self._map(call)
-        z = self._solve(f, call, None, None).value
-        if not self.cell.more and not call.cached:
-            return z
-        with f.held(f.weights.values):
-            cell: Any = self.cell
-            out = cell.at_solution(z, f.injection)
-        return (z, *out[1:]) if isinstance(out, tuple) else z
+        z = self.solve(call).value
+        return z if call.further is None else (z, *call.further)
+
+    def _solve(self, f: Any, x: Any, z0: Any, mask: Any) -> Solution:
+        solution, cell = super()._solve(f, x, z0, mask), cast(ImplicitMidpoint, self.cell)
+        if isinstance(x, Call) and (cell.more or x.cached):
+            with f.held(f.weights.values):
+                out = cell.at_solution(solution.value, f.injection)
+            x.further = out[1:] if isinstance(out, tuple) else None
+        return solution

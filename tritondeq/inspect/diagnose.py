@@ -27,12 +27,7 @@ SEED = 0x5EED
 
 @dataclass(frozen=True)
 class Advice:
-    """What would help.
-
-    Attributes:
-        text: In words.
-        changes: Attributes of the layer and their values, which did help on this input; empty if there are none to set.
-    """
+    """What would help: in words, and as attributes of the layer whose values did help on this input, if any."""
 
     text: str
     changes: dict[str, Any] = field(default_factory=dict)
@@ -46,10 +41,9 @@ class Diagnosis:
         layer: The layer, in a line.
         solution: The layer's solve, without its value.
         adjoint: The backward solve of a random cotangent, without its value; None where the adjoint solves nothing.
-        cosine: Of the angle between the gradient of an approximate adjoint and the exact one; None: it is exact.
+        cosine: Of the gradient of an approximate adjoint and the exact one; None: it is exact.
         radius: Spectral radius of each sample, at the best state that any solve reached.
-        floor: Largest residual of a sample where a solve goes on until nothing improves: what tol has to be above. NaN
-            if nothing that was tried converges.
+        floor: Largest residual where a solve goes on until nothing improves; NaN if nothing tried converges.
         apart: Largest relative distance of a sample's equilibria from two starts; NaN as above.
         advice: What would help; empty if all is well.
     """
@@ -64,20 +58,20 @@ class Diagnosis:
     advice: list[Advice]
 
     def __str__(self) -> str:
-        lines = {
-            "status": _outcome(self.solution),
-            "steps": _spread(self.solution.steps, "g"),
-            "residual": _spread(self.solution.residual, ".1e"),
-            "radius": _spread(self.radius, ".2f"),
-        }
+        lines = [
+            ("status", _outcome(self.solution)),
+            ("steps", _spread(self.solution.steps, "g")),
+            ("residual", _spread(self.solution.residual, ".1e")),
+            ("radius", _spread(self.radius, ".2f")),
+        ]
         if self.adjoint is not None:
-            lines["backward"] = f"{_outcome(self.adjoint)}, steps {_spread(self.adjoint.steps, 'g')}"
+            lines.append(("backward", f"{_outcome(self.adjoint)}, steps {_spread(self.adjoint.steps, 'g')}"))
         if self.cosine is not None:
-            lines["gradient"] = f"cosine {self.cosine:.2f} to the exact one"
+            lines.append(("gradient", f"cosine {self.cosine:.2f} to the exact one"))
         if not math.isnan(self.floor):
-            lines |= {"floor": f"{self.floor:.1e}", "starts": f"two of them end {self.apart:.1e} apart"}
+            lines += [("floor", f"{self.floor:.1e}"), ("starts", f"two of them end {self.apart:.1e} apart")]
         advice = [f"* {advice.text}" for advice in self.advice] or ["all is well"]
-        return "\n".join([self.layer, *(f"  {name:<10}{text}" for name, text in lines.items()), *advice])
+        return "\n".join([self.layer, *(f"  {name:<10}{text}" for name, text in lines), *advice])
 
 
 def diagnose(layer: DEQ, x: Any, z0: Any = None, mask: Any = None) -> Diagnosis:
@@ -90,8 +84,8 @@ def diagnose(layer: DEQ, x: Any, z0: Any = None, mask: Any = None) -> Diagnosis:
     Args:
         layer: The layer.
         x: Its input, such as training sees; a few samples will do.
-        z0: As `DEQ.solve` takes it.
-        mask: As `DEQ.solve` takes it.
+        z0: As in `DEQ.solve`.
+        mask: As in `DEQ.solve`.
 
     Raises:
         TypeError: The layer is no DEQ.
@@ -115,7 +109,8 @@ class _Trials:
         self.advice: list[Advice] = []
 
     def advise(self, text: str, **changes: Any) -> None:
-        self.advice.append(Advice(text, changes))
+        given = ", ".join(f"{name}={_shown(value)}" for name, value in changes.items())
+        self.advice.append(Advice(f"{given}: {text}" if given else text, changes))
 
     def solve(self, z0: Any = None, **changes: Any) -> Solution:
         torch.manual_seed(SEED)  # the same dropout masks each time
@@ -137,6 +132,7 @@ class _Trials:
         return solution, torch.cat([g.flatten().double() for g in grads] or [torch.zeros(1)])
 
     def diagnosis(self) -> Diagnosis:
+        layer = self.layer
         solution, gradient = self.differentiate()
         if not solution.status.numel():
             raise ValueError(f"x must hold at least one sample, got {describe(self.x)}")
@@ -144,12 +140,17 @@ class _Trials:
         rho = radius(self.hessenberg(best))
         floor = apart = math.nan
         cosine = None
-        if not self.layer.adjoint.exact:
+        if not layer.adjoint.exact:
             gradient = self.differentiate(**changes)[1] if changes else gradient
-            exact = self.differentiate(**changes, adjoint=Implicit(max_steps=PATIENCE * self.layer.max_steps))[1]
+            exact = self.differentiate(**changes, adjoint=Implicit(max_steps=PATIENCE * layer.max_steps))[1]
             cosine = torch.nn.functional.cosine_similarity(gradient, exact, dim=0).item()
         if not _failed(best):
-            self.quicken(best, changes)
+            median = best.steps.median().item()
+            if median > SLOW and not changes and isinstance(layer.solver, Picard):
+                faster = self.solve(solver=Anderson())
+                steps = faster.steps.median().item()
+                if not _failed(faster) and steps <= FASTER * median:
+                    self.advise(f"a median of {steps} steps, not {median}", solver=Anderson())
             if rho.max() >= 1:
                 self.advise(
                     f"the spectral radius is up to {rho.max():.2f}, and undamped iteration leaves such an equilibrium: "
@@ -157,17 +158,24 @@ class _Trials:
                 )
             finest = self.solve(**changes | self.patient | {"tol": TINY})
             floor, apart = finest.residual.max().item(), self.apart(finest, changes)
-            self.loosen(best, floor, changes)
-            self.mend_adjoint(solution, cosine, changes)
+            stuck, tol = (best.status == Status.PLATEAU).sum().item(), float(f"{2 * floor:.0e}")
+            if stuck and self.solve(**changes, tol=tol).converged.all():
+                text = f"{stuck} of {best.status.numel()} samples stop improving above the tolerance"
+                self.advise(f"{text}; a wider dtype helps as well", tol=tol)
+            if cosine is None:
+                self.mend_adjoint(self.differentiate(**changes)[0].adjoint if changes else solution.adjoint, changes)
+            elif cosine < CROOKED:
+                text = f"the gradient of {_shown(layer.adjoint)} is at cosine {cosine:.2f} to the exact one"
+                self.advise(text, adjoint=Implicit())
             if apart > ELSEWHERE:
                 self.advise(
                     f"another start ends at another equilibrium, {apart:.1e} away: if there is to be one, train from "
                     "random z0 and with random max_steps"
                 )
-        tol = "auto" if self.layer.tol is None else f"{self.layer.tol:g}"
-        options = f"{_shown(self.layer.solver)}, {_shown(self.layer.adjoint)}"
+        tol = "auto" if layer.tol is None else f"{layer.tol:g}"
+        options = f"{_shown(layer.solver)}, {_shown(layer.adjoint)}, tol {tol}, max_steps {layer.max_steps}"
         return Diagnosis(
-            layer=f"DEQ of {type(self.layer.cell).__name__}: {options}, tol {tol}, max_steps {self.layer.max_steps}",
+            layer=f"DEQ of {type(layer.cell).__name__}: {options}",
             solution=replace(solution, value=None),
             adjoint=solution.adjoint and replace(solution.adjoint, value=None),
             cosine=cosine,
@@ -179,24 +187,27 @@ class _Trials:
 
     def mend(self, solution: Solution) -> tuple[Solution, dict[str, Any]]:
         """Advises each solver that fails nowhere; returns the first such solve, else the best, and its changes."""
-        others: list[dict[str, Any]] = [{}, {"solver": Anderson()}, {"solver": Broyden()}]
-        tried = [(self.solve(**c | self.patient), c) for c in others if c.get("solver") != self.layer.solver]
-        damping = self.damping(min(tried, key=_badness)[0])
-        if damping is not None:
-            changes: dict[str, Any] = {"solver": Picard(damping)}
-            tried.insert(1, (self.solve(**changes | self.patient), changes))
-        samples, good = solution.status.numel(), [(s, c) for s, c in tried if not _failed(s)]
+        solver, samples = self.layer.solver, solution.status.numel()
+        options: list[dict[str, Any]] = [{}, {"solver": Anderson()}, {"solver": Broyden()}]
+        tried = [(self.solve(**c | self.patient), c) for c in options if c.get("solver") != solver]
+        if isinstance(solver, Picard):
+            h = self.hessenberg(min(tried, key=_badness)[0])
+            eye = torch.eye(h.shape[1], dtype=h.dtype, device=h.device)
+            rates = [radius(torch.lerp(eye, h, k / 10)).nan_to_num(2.0).max().item() for k in range(1, 10)]
+            damping = (1 + rates.index(min(rates))) / 10  # converges fastest near this state, if it does at all
+            if min(rates) < 1 and damping != solver.damping:
+                changes: dict[str, Any] = {"solver": Picard(damping)}
+                tried.insert(1, (self.solve(**changes | self.patient), changes))
+        good = [(s, c) for s, c in tried if not _failed(s)]
         for other, changes in good:
             steps = other.steps.max().item()
             if steps > self.layer.max_steps:
                 changes["max_steps"] = 10 * math.ceil(steps / 10)
-            name = ", ".join(f"{name}={_shown(value)}" for name, value in changes.items())
-            self.advise(f"{name}: all {samples} samples make it, in at most {steps} steps", **changes)
+            self.advise(f"all {samples} samples make it, in at most {steps} steps", **changes)
         if good:
             return good[0]
         for status in (Status.GROWING, Status.NONFINITE):
-            n = (solution.status == status).sum().item()
-            if n:
+            if n := (solution.status == status).sum().item():
                 self.advise(f"{n} of {samples} samples {status.name}: {status.sentence}")
         if not self.advice:
             self.advise(
@@ -205,49 +216,18 @@ class _Trials:
             )
         return min([(solution, {}), *tried], key=_badness)
 
-    def damping(self, near: Solution) -> float | None:
-        """Returns the damping with which plain iteration converges fastest near a state, if it does at all."""
-        if not isinstance(self.layer.solver, Picard):
-            return None
-        h = self.hessenberg(near)
-        eye = torch.eye(h.shape[1], dtype=h.dtype, device=h.device)
-        rates = {k / 10: radius(torch.lerp(eye, h, k / 10)).max().item() for k in range(1, 10)}
-        best = min(rates, key=lambda k: rates[k] if rates[k] >= 0 else 2.0)  # NaN is no rate
-        return best if rates[best] < 1 and best != self.layer.solver.damping else None
-
-    def quicken(self, best: Solution, changes: dict[str, Any]) -> None:
-        median = best.steps.median().item()
-        if changes or median <= SLOW or not isinstance(self.layer.solver, Picard):
+    def mend_adjoint(self, backward: Solution | None, changes: dict[str, Any]) -> None:
+        """Advises what would help a backward solve, at the equilibria that a solve with these changes reaches."""
+        if backward is None or not _failed(backward):
             return
-        faster = self.solve(solver=Anderson())
-        steps = faster.steps.median().item()
-        if not _failed(faster) and steps <= FASTER * median:
-            self.advise(f"solver={_shown(Anderson())}: a median of {steps} steps, not {median}", solver=Anderson())
-
-    def loosen(self, best: Solution, floor: float, changes: dict[str, Any]) -> None:
-        stuck, tol = (best.status == Status.PLATEAU).sum().item(), float(f"{2 * floor:.0e}")
-        if stuck and self.solve(**changes, tol=tol).converged.all():
-            text = f"{stuck} of {best.status.numel()} samples stop improving above the tolerance: tol={tol:g}, or a "
-            self.advise(f"{text}wider dtype", tol=tol)
-
-    def mend_adjoint(self, solution: Solution, cosine: float | None, changes: dict[str, Any]) -> None:
-        """Advises what would help the gradient, at the equilibria that a solve with these changes reaches."""
         adjoint: Any = self.layer.adjoint
-        if cosine is not None:
-            if cosine < CROOKED:
-                text = f"the gradient of {_shown(adjoint)} is at cosine {cosine:.2f} to the exact one"
-                self.advise(f"{text}: adjoint=Implicit()", adjoint=Implicit())
-            return
-        now = self.differentiate(**changes)[0].adjoint if changes else solution.adjoint
-        if now is None or not _failed(now):
-            return
-        patient = {"max_steps": PATIENCE * (adjoint.max_steps or self.layer.max_steps)}
+        patient = replace(adjoint, max_steps=PATIENCE * (adjoint.max_steps or self.layer.max_steps))
         for option in ({}, {"solver": Anderson(), "reuse": False}, {"solver": Broyden(), "reuse": False}):
-            other = replace(adjoint, **patient, **option)
+            other = replace(patient, **option)
             backward = self.differentiate(**changes | {"adjoint": other})[0].adjoint
             if backward is not None and not _failed(backward):
-                text = f"the backward solve makes it, in at most {backward.steps.max().item()} steps"
-                return self.advise(f"adjoint={_shown(other)}: {text}", adjoint=other)
+                steps = backward.steps.max().item()
+                return self.advise(f"the backward solve makes it, in at most {steps} steps", adjoint=other)
         self.advise("no backward solver tried makes it: adjoint=Phantom(5, 0.8) has a fixed cost")
 
     def apart(self, finest: Solution, changes: dict[str, Any]) -> float:
@@ -256,9 +236,8 @@ class _Trials:
         flat = layout.pack(finest.value)
         torch.manual_seed(SEED + 1)
         start = torch.randn_like(flat) * flat.square().mean(dim=1, keepdim=True).sqrt().clamp(min=TINY)
-        other = self.solve(layout.unpack(start), **changes | self.patient, tol=TINY)
-        distance = torch.linalg.vector_norm(layout.pack(other.value) - flat, dim=1)
-        distance = distance / torch.linalg.vector_norm(flat, dim=1).clamp(min=TINY)
+        other = self.solve(layout.unpack(start), **changes | self.patient | {"tol": TINY})
+        distance = (layout.pack(other.value) - flat).norm(dim=1) / flat.norm(dim=1).clamp(min=TINY)
         both = (torch.maximum(finest.residual, other.residual) < 1e-2).flatten()
         return distance[both].max().item() if both.any() else math.nan
 
@@ -269,27 +248,24 @@ class _Trials:
 def _variant(layer: DEQ, **changes: Any) -> DEQ:
     """Returns a layer with the same cell and other attributes."""
     twin = copy.copy(layer)
-    for name, value in changes.items():
-        setattr(twin, name, value)
+    vars(twin).update(changes)
     return twin
 
 
-def _failed(solution: Solution) -> bool:
-    return bool((solution.status >= Status.MAX_STEPS).any())
+def _failed(solution: Solution) -> int:
+    return int((solution.status >= Status.MAX_STEPS).sum())
 
 
 def _badness(tried: tuple[Solution, dict[str, Any]]) -> tuple[int, float]:
-    solution = tried[0]
-    return int((solution.status >= Status.MAX_STEPS).sum()), solution.residual.nan_to_num(torch.inf).max().item()
+    return _failed(tried[0]), tried[0].residual.nan_to_num(torch.inf).max().item()
 
 
 def _shown(value: Any) -> str:
     """Returns the repr; that of a dataclass leaves out what is at its default."""
     if not is_dataclass(value):
         return repr(value)
-    options = {f.name: (getattr(value, f.name), f.default) for f in fields(value)}
-    given = [f"{name}={_shown(option)}" for name, (option, default) in options.items() if option != default]
-    return f"{type(value).__name__}({', '.join(given)})"
+    options = [(f.name, getattr(value, f.name)) for f in fields(value) if getattr(value, f.name) != f.default]
+    return f"{type(value).__name__}({', '.join(f'{name}={_shown(option)}' for name, option in options)})"
 
 
 def _outcome(solution: Solution) -> str:

@@ -27,53 +27,35 @@ def residuals(
         ValueError: A Solution has no trace.
         ModuleNotFoundError: Matplotlib is missing.
     """
-    solves = solves if isinstance(solves, dict) else {"": solves}
-    traces = {label: _trace(solve) for label, solve in solves.items()}
+    traces = _arrays(solves, "trace")
     ax = _axes(ax)
     for i, (label, trace) in enumerate(traces.items()):
-        steps, colour = np.arange(1, len(trace) + 1), COLOURS[i % len(COLOURS)]
-        low, middle, high = np.nanquantile(trace, [0.1, 0.5, 0.9], axis=1)
-        ax.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
-        ax.plot(steps, middle, color=colour, label=label)
+        count, colour = np.arange(1, len(trace) + 1), COLOURS[i % len(COLOURS)]
+        low, middle, high = np.nanquantile(trace.reshape(len(trace), -1), [0.1, 0.5, 0.9], axis=1)
+        ax.fill_between(count, low, high, color=colour, alpha=0.2, linewidth=0)
+        ax.plot(count, middle, color=colour, label=label)
     if tol is not None:
         ax.axhline(tol, color="0.4", linestyle="--", linewidth=1)
         ax.text(1, tol, "tolerance ", color="0.4", ha="right", va="bottom", transform=ax.get_yaxis_transform())
     label = "relative residual  ‖f(z) − z‖ / ‖f(z)‖  (down is better)"
     ax.set(yscale="log", xlabel="step (evaluations of the cell)", ylabel=label)
-    if any(traces):
-        ax.legend(frameon=False)
-    return ax
+    return _legend(ax, traces)
 
 
 def steps(solves: Solution | Tensor | dict[str, Solution | Tensor], *, ax: Any = None) -> Any:
-    """Plots the histogram of steps per sample.
-
-    Args:
-        solves: Solutions, or their steps, of any shape; by label if there are several.
-        ax: Matplotlib axes; None makes a figure.
-
-    Returns:
-        The axes.
-
-    Raises:
-        ModuleNotFoundError: Matplotlib is missing.
-    """
-    solves = solves if isinstance(solves, dict) else {"": solves}
-    tensors = {label: solve.steps if isinstance(solve, Solution) else solve for label, solve in solves.items()}
-    counts = {label: tensor.detach().flatten().cpu().numpy() for label, tensor in tensors.items()}
+    """Plots the histogram of steps per sample, of Solutions or of their steps; else as `residuals` does."""
+    counts = _arrays(solves, "steps")
     ax = _axes(ax)
-    values = np.concatenate(list(counts.values()))
+    values = np.concatenate([count.ravel() for count in counts.values()])
     bins = np.arange(values.min(), values.max() + 2) - 0.5
     for i, (label, count) in enumerate(counts.items()):
-        ax.hist(count, bins, color=COLOURS[i % len(COLOURS)], alpha=0.7, label=label, rwidth=0.9)
+        ax.hist(count.ravel(), bins, color=COLOURS[i % len(COLOURS)], alpha=0.7, label=label, rwidth=0.9)
     ax.set(xlabel="steps (evaluations of the cell)", ylabel="samples")
-    if any(counts):
-        ax.legend(frameon=False)
-    return ax
+    return _legend(ax, counts)
 
 
 def tidy(ax: Any) -> Any:
-    """Removes the frame on the right and on top, and puts a light grid behind the data."""
+    """Removes the frame on the right and on top, puts a light grid behind the data, and returns the axes."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(color="0.92")
     ax.set_axisbelow(True)
@@ -91,9 +73,16 @@ def _axes(ax: Any) -> Any:
     return tidy(ax)
 
 
-def _trace(solve: Solution | Tensor) -> np.ndarray:
-    """Returns [steps, samples]."""
-    trace = solve.trace if isinstance(solve, Solution) else solve
-    if trace is None:
+def _legend(ax: Any, labels: dict[str, Any]) -> Any:
+    if any(labels):
+        ax.legend(frameon=False)
+    return ax
+
+
+def _arrays(solves: Any, name: str) -> dict[str, np.ndarray]:
+    """Returns this attribute of each Solution, or the tensor that was given, by label."""
+    solves = solves if isinstance(solves, dict) else {"": solves}
+    tensors = {label: getattr(s, name) if isinstance(s, Solution) else s for label, s in solves.items()}
+    if any(tensor is None for tensor in tensors.values()):
         raise ValueError("solves must have a trace: solve with trace=True")
-    return trace.detach().reshape(len(trace), -1).float().cpu().numpy()
+    return {label: tensor.detach().float().cpu().numpy() for label, tensor in tensors.items()}

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from ..checks import integer, number
+from ..checks import boolean, integer, number
 from ..deq import DEQ
 from ..layout import describe
-from ..solution import Solution, Status
+from ..solution import Status
 from .jacobian import spectral_radius
 
 
@@ -18,17 +19,15 @@ class Watch:
     """Gathers steps, residuals and outcomes of every `DEQ` of a model while it trains.
 
     Call `step` after each training step, or let a trainer do it: `Watch(model).attach(trainer)`, of Lightning or of
-    transformers. The `last` of each layer is added up on its device and read once in `every` steps, so that no step
-    waits for it. Of a layer that is called several times in a step, the last call counts.
+    transformers. Of a layer that is called several times in a step, the last call counts.
 
     Args:
         model: What holds the layers, or is one.
-        every: Training steps from one report to the next.
+        every: Training steps from one report to the next. No other step waits for the device.
         radius: Report the largest spectral radius too, as of the layer's first forward pass in train() after the report
-            before. Costs 20 vector-Jacobian products and the memory of 21 states, then, and `FixedDropout` draws a mask
-            for it.
-        limit: Warn where a larger share of the samples of a report failed: MAX_STEPS, GROWING or NONFINITE, forward or
-            backward. Once, until it is below again. None never warns, as is right where max_steps is drawn at random.
+            before. Costs 20 vector-Jacobian products and the memory of 21 states, then.
+        limit: Warn, once, where a larger share of the samples of a report failed: MAX_STEPS, GROWING or NONFINITE,
+            forward or backward. None never warns, as is right where max_steps is drawn at random.
 
     Raises:
         TypeError: The model is no module, or an option is of the wrong kind.
@@ -39,29 +38,24 @@ class Watch:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {describe(model)}")
         integer("every", every)
-        if not isinstance(radius, bool):
-            raise TypeError(f"radius must be a bool, got {radius!r}")
+        boolean("radius", radius)
         if limit is not None:
             number("limit", limit, 0, closed=True)
-        self._layers = [_Layer(name, m, limit) for name, m in model.named_modules() if isinstance(m, DEQ)]
+        self._layers = [_Layer(name, m, radius, limit) for name, m in model.named_modules() if isinstance(m, DEQ)]
         if not self._layers:
             raise ValueError(f"model must hold a DEQ, got {type(model).__name__} without one")
-        self.every, self.radius, self.steps = every, radius, 0
-        if radius:
-            for layer in self._layers:
-                layer.measure()
+        self.every, self.steps = every, 0
 
     def step(self) -> dict[str, float] | None:
         """Takes note of a training step; every `every` steps, returns what happened since the last report.
 
         Keys are the layer's name in the model, a slash (neither, where the model is the layer), and:
             steps, steps_max: evaluations per sample, their mean and maximum;
-            residual: the largest;
+            residual, radius: the largest;
             CONVERGED, PLATEAU, MAX_STEPS, GROWING, NONFINITE: share of samples;
-            backward_steps, backward_failed: mean and share of those that failed, where the backward pass solves;
-            radius: the largest spectral radius, where it is asked for.
+            backward_steps, backward_failed: mean and share of those that failed, where the backward pass solves.
 
-        A layer that was not called since has no keys. Syncs where it reports.
+        A layer that was not called since has no keys.
         """
         for layer in self._layers:
             layer.note()
@@ -71,8 +65,6 @@ class Watch:
         report: dict[str, float] = {}
         for layer in self._layers:
             report |= layer.report()
-            if self.radius:
-                layer.measure()
         return report
 
     def attach(self, trainer: Any) -> "Watch":
@@ -84,79 +76,82 @@ class Watch:
             TypeError: It is neither.
         """
         packages = {base.__module__.partition(".")[0] for base in type(trainer).__mro__}
-        watch = self
-        if "transformers" in packages:
-            base: Any = importlib.import_module("transformers").TrainerCallback
 
-            class OnStep(base):
-                def on_step_end(self, args, state, control, **_):
-                    if report := watch.step():
-                        trainer.log(report)
+        def on_step_end(*_: Any, **__: Any) -> None:
+            if report := self.step():
+                trainer.log(report)
 
-            trainer.add_callback(OnStep())
-            return self
-        for package in {"lightning", "pytorch_lightning"} & packages:
-            base = importlib.import_module("lightning.pytorch" if package == "lightning" else package).Callback
+        def on_train_batch_end(callback: Any, trainer: Any, module: Any, *_: Any) -> None:
+            module.log_dict(self.step() or {})
 
-            class OnBatch(base):
-                def on_train_batch_end(self, trainer, pl_module, *_):
-                    pl_module.log_dict(watch.step() or {})
-
-            trainer.callbacks.append(OnBatch())
-            return self
+        for package, module, base, hook in (
+            ("transformers", "transformers", "TrainerCallback", on_step_end),
+            ("lightning", "lightning.pytorch", "Callback", on_train_batch_end),
+            ("pytorch_lightning", "pytorch_lightning", "Callback", on_train_batch_end),
+        ):
+            if package in packages:
+                parent = getattr(importlib.import_module(module), base)
+                callback = type("OnStep", (parent,), {hook.__name__: hook})()
+                (trainer.add_callback if package == "transformers" else trainer.callbacks.append)(callback)
+                return self
         raise TypeError(f"trainer must be a Trainer of lightning or transformers, got {describe(trainer)}")
 
 
 class _Layer:
     """What one layer did since the last report."""
 
-    def __init__(self, name: str, layer: DEQ, limit: float | None):
-        self.name, self.layer, self.limit = name, layer, limit
+    def __init__(self, name: str, layer: DEQ, measures: bool, limit: float | None):
+        self.name, self.layer, self.measures, self.limit = name, layer, measures, limit
         self.warned: set[str] = set()
         self.unrolled = False
+        self.hook: RemovableHandle | None = None
         self.seen = layer.last
         self.clear()
 
     def clear(self) -> None:
-        self.sums = {"": _Sums(), "backward ": _Sums()}
+        self.notes: dict[str, list[tuple[Tensor, Tensor]]] = {"": [], "backward ": []}
         self.radius: Tensor | None = None
+        if self.measures and self.hook is None:
+            self.hook = self.layer.register_forward_hook(self.measure, with_kwargs=True)
 
     def note(self) -> None:
+        """Sums the last solves up on their device, by a few small operations, none of which waits."""
         last = self.layer.last
         if last is None or last is self.seen:
             return
         self.seen = last
         self.unrolled = "unrolled" in last.path  # its tolerance does not apply
-        self.sums[""].add(last)
-        if last.adjoint is not None:
-            self.sums["backward "].add(last.adjoint)
+        for way, solution in (("", last), ("backward ", last.adjoint)):
+            if solution is not None and solution.status.numel():
+                codes = torch.arange(len(Status), device=solution.status.device)
+                counts = (solution.status.flatten() == codes[:, None]).sum(1)
+                peaks = torch.stack([solution.steps.max().float(), solution.residual.max().float()])
+                self.notes[way].append((torch.cat([counts, solution.steps.sum()[None]]), peaks))
 
-    def measure(self) -> None:
-        """Measures the radius at the next forward pass in train(), once."""
-
-        @torch.compiler.disable
-        def hook(layer: DEQ, args: tuple, kwargs: dict[str, Any], z: Any) -> None:
-            if layer.training:
-                handle.remove()
-                given = dict(zip(("x", "z0", "mask"), args, strict=False)) | kwargs
-                self.radius = spectral_radius(layer, z, given["x"], mask=given.get("mask")).max()
-
-        handle = self.layer.register_forward_hook(hook, with_kwargs=True)
+    @torch.compiler.disable
+    def measure(self, layer: DEQ, args: tuple, kwargs: dict[str, Any], z: Any) -> None:
+        """Is a hook of the layer until its first forward pass in train(), whose radius it takes."""
+        if layer is self.layer and layer.training and self.hook is not None:
+            self.hook.remove()
+            self.hook = None
+            given = dict(zip(("x", "z0", "mask"), args, strict=False)) | kwargs
+            self.radius = spectral_radius(layer, z, given["x"], mask=given.get("mask")).max()
 
     def report(self) -> dict[str, float]:
         report: dict[str, float] = {}
-        for way, sums in self.sums.items():
-            if sums.counts is None:
+        for way, notes in self.notes.items():
+            if not notes:
                 continue
-            *counts, steps = sums.counts.tolist()
-            most, residual = sums.peaks.tolist()
+            *counts, steps = torch.stack([n for n, _ in notes]).sum(0).tolist()
+            most, residual = torch.stack([n for _, n in notes]).amax(0).tolist()
             shares = [n / sum(counts) for n in counts]
+            failed = shares[Status.MAX_STEPS :]
             if way:
-                report |= {"backward_steps": steps / sum(counts), "backward_failed": sum(shares[Status.MAX_STEPS :])}
+                report |= {"backward_steps": steps / sum(counts), "backward_failed": sum(failed)}
             else:
                 report |= {"steps": steps / sum(counts), "steps_max": most, "residual": residual}
                 report |= {status.name: share for status, share in zip(Status, shares, strict=True)}
-            self.warn(way, shares[Status.MAX_STEPS :])
+            self.warn(way, failed)
         if self.radius is not None:
             report["radius"] = self.radius.item()
         self.clear()
@@ -173,20 +168,3 @@ class _Layer:
                 f"most of them {status.name}: {status.sentence} tritondeq.diagnose(layer, x) tries what helps.",
                 stacklevel=4,
             )
-
-
-class _Sums:
-    """Solutions, added up on their device by a few small operations, none of which waits."""
-
-    counts: Tensor | None = None  # of each status, then the sum of steps
-    peaks: Tensor  # of steps and residuals
-
-    def add(self, solution: Solution) -> None:
-        status = solution.status.flatten()
-        if not status.numel():
-            return
-        codes = torch.arange(len(Status), device=status.device, dtype=status.dtype)
-        counts = torch.cat([(status == codes[:, None]).sum(1), solution.steps.sum()[None]])
-        peaks = torch.stack([solution.steps.max().float(), solution.residual.max().float()])
-        self.peaks = peaks if self.counts is None else torch.maximum(self.peaks, peaks)
-        self.counts = counts if self.counts is None else self.counts + counts

@@ -238,8 +238,8 @@ def _compile(calls: list) -> list[list[dict]]:
         for chip, name, options in calls:
             triton.runtime.driver.set_active(Driver(chip))
             launched.clear()
-            limits = {"chip": lambda _, chip=chip: chip, "shared_memory": lambda _, chip=chip: SHARED[chip]}
-            with patch.multiple(launch, **limits):
+            limits = {"shared": SHARED[chip], "chip": chip}
+            with patch.multiple(launch, limits=lambda _: limits, shared_memory=lambda _: limits["shared"]):  # noqa: B023
                 globals()[name](**options)
             results.append([{"name": of, "constants": known} | _read(kernel, chip) for of, known, kernel in launched])
     return results

@@ -29,16 +29,13 @@ def cholesky_solve(a, b, N: tl.constexpr):
         for p in tl.static_range(i):
             s = s - low[i * (i + 1) // 2 + p] * y[p]
         y = y + (s * low[i * (i + 1) // 2 + i],)
-    x = ()  # last unknown first while it grows
+    x = ()  # grows from the last unknown to the first
     for q in tl.static_range(N):
         s = y[N - 1 - q]
         for p in tl.static_range(q):
-            s = s - low[(N - 1 - p) * (N - p) // 2 + N - 1 - q] * x[p]
-        x = x + (s * low[(N - 1 - q) * (N - q) // 2 + N - 1 - q],)
-    out = ()
-    for i in tl.static_range(N):
-        out = out + (x[N - 1 - i],)
-    return out
+            s = s - low[(N - 1 - p) * (N - p) // 2 + N - 1 - q] * x[q - 1 - p]
+        x = (s * low[(N - 1 - q) * (N - q) // 2 + N - 1 - q],) + x
+    return x
 
 
 @triton.jit

@@ -19,19 +19,9 @@ def constant(value):
     return value if interpreting() else tl.constexpr(value)
 
 
-EPS = constant(rules.EPS)
-WINDOW = constant(rules.WINDOW)
-PROGRESS = constant(rules.PROGRESS)
-FLOOR = constant(rules.FLOOR)
-GROWTH = constant(rules.GROWTH)
-STEADY = constant(rules.STEADY)
-CONVERGED = constant(rules.CONVERGED)
-PLATEAU = constant(rules.PLATEAU)
-MAX_STEPS = constant(rules.MAX_STEPS)
-GROWING = constant(rules.GROWING)
-NONFINITE = constant(rules.NONFINITE)
-
-INF = constant(float("inf"))
+EPS, WINDOW, PROGRESS, FLOOR = map(constant, (rules.EPS, rules.WINDOW, rules.PROGRESS, rules.FLOOR))
+GROWTH, STEADY, INF = map(constant, (rules.GROWTH, rules.STEADY, float("inf")))
+CONVERGED, PLATEAU, MAX_STEPS, GROWING, NONFINITE = map(constant, range(5))  # as rules.py numbers the outcomes
 
 
 @triton.jit
@@ -106,12 +96,6 @@ def fast_sigmoid(x, INTERP: tl.constexpr):
 
 
 @triton.jit
-def sigmoid(x):
-    """Returns 1 / (1 + e^-x), 0 far to the left."""
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
 def act(x, ACT: tl.constexpr, INTERP: tl.constexpr):
     """Returns the activation of that name. NaN stays NaN."""
     if ACT == "tanh":
@@ -125,7 +109,7 @@ def act(x, ACT: tl.constexpr, INTERP: tl.constexpr):
     elif ACT == "fast_gelu":  # Hendrycks and Gimpel 2016: off by 5e-4 at most
         return x * (0.5 + 0.5 * fast_tanh(x * (0.7978845608 + 0.035677408137 * x * x), INTERP))
     elif ACT == "silu":
-        return x * sigmoid(x)
+        return x * tl.sigmoid(x)
     elif ACT == "fast_silu":
         return x * fast_sigmoid(x, INTERP)
     elif ACT == "sin":
@@ -149,7 +133,7 @@ def act_slope(x, ACT: tl.constexpr, INTERP: tl.constexpr):
     elif ACT == "gelu" or ACT == "fast_gelu":
         return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
     elif ACT == "silu" or ACT == "fast_silu":
-        s = sigmoid(x)
+        s = tl.sigmoid(x)
         return s * (1.0 + x * (1.0 - s))
     elif ACT == "sin":
         return sine(x, True)

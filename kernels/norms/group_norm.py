@@ -10,8 +10,7 @@ Moments are float32, of deviations from a first mean, and the mean is a pair, so
 costs no digits.
 
 Bytes of a call: a and b read, y written, once each; where split, a and b are read twice and 12 for each part are added.
-Predicted, not measured: torch takes 2 launches and the same bytes for its contiguous format, and as many again to copy
-into and out of it, since its CUDA GroupNorm knows no channels_last; a + b and the ReLU are 2 launches more.
+Torch's CUDA GroupNorm knows no channels_last and copies into and out of its format; a + b and the ReLU are 2 launches.
 """
 
 import torch
@@ -30,16 +29,10 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def group_norm_ref(
     a: Tensor, b: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, relu: str | None
 ) -> Tensor:
-    """Does in torch what `group_norm` does.
+    """Does in torch what `group_norm` does, for a and b of one shape [B, C, *size]; b may be None.
 
-    Args:
-        a: [B, C, *size].
-        b: What is added to it, of its shape, or None.
-        weight: [C].
-        bias: [C].
-        groups: Number of groups, which divides C.
-        eps: Added to the variance.
-        relu: "before" (of the sum), "after" (of the result) or None.
+    `groups` divides C, weight and bias are [C], eps is added to the variance, and `relu` is "before" (of the sum),
+    "after" (of the result) or None.
     """
     x = a if b is None else a + b
     y = F.group_norm(torch.relu(x) if relu == "before" else x, groups, weight, bias, eps)

@@ -5,10 +5,8 @@
 a, b, s, n [R, D], each in float32 or bfloat16, computed in float32; gamma [D] or absent, weight [D] or absent. n is of
 the sum before it is rounded to the dtype of s, which is the one that torch promotes a, gamma and b to.
 
-A program owns BLOCK_R whole rows, so a row's bits do not depend on how many there are. Bytes of a call: a and b read, s
-and n written, 4 R D of their dtypes, or 3 R D where s is not wanted. Eager torch takes one pass for gamma b, one for
-the sum and one for the norm, 8 R D with gamma and 5 without. Predicted on these counts, measured nowhere: about half
-the time of eager where memory is the limit, and one launch in place of two or three where launches are.
+A program has BLOCK_R whole rows, so a row's bits do not depend on how many there are. Bytes of a call: a and b read, s
+and n written, 4 R D of their dtypes, or 3 R D where s is not wanted; eager torch takes 8 R D with gamma and 5 without.
 """
 
 import torch

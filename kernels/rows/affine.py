@@ -16,8 +16,7 @@ from ..dispatch import Op, register
 from ..formulas import ACTIVATIONS, SLOPES
 from ..reference import iterate
 from ..tl_common import act, act_slope
-from .skeleton import Rows
-from .skeleton import refuses as rows_refuses
+from . import skeleton
 from .tl_rows import dot
 
 
@@ -63,12 +62,12 @@ def _adjoint_step(z, d, go, inputs, vectors, carry, w, D: tl.constexpr, ACT: tl.
     return carry[1] * acc, (acc, carry[1])
 
 
-SOLVE = Rows("rows.affine", _start, _step)
-ADJOINT = Rows("rows.affine", _adjoint_start, _adjoint_step, transpose=False, from_carry=True)
+SOLVE = skeleton.Rows("rows.affine", _start, _step)
+ADJOINT = skeleton.Rows("rows.affine", _adjoint_start, _adjoint_step, transpose=False, from_carry=True)
 
 
 def affine_solve(w, u, z0=None, *, activation, **options):
-    """Solves z* = act(W z* + u) for rows u.
+    """Solves z* = act(W z* + u) for rows u; returns what `Rows.solve` does.
 
     Args:
         w: W, [D, D] fp32; row n gives output n.
@@ -76,25 +75,14 @@ def affine_solve(w, u, z0=None, *, activation, **options):
         z0: Start, [B, D] fp32; zero if None.
         activation: A name of ACTIVATIONS; gelu is the exact one.
         options: Those of `Rows.solve`.
-
-    Returns:
-        z [B, D], steps, residual and status, as `Rows.solve` does.
     """
     return SOLVE.solve(activation, (w,), (), (u,), z0, **options)
 
 
 def affine_adjoint(w, pre, g, *, activation, **options):
-    """Solves u* = W' (act'(pre) u*) + g for rows g; residuals are those of v = act'(pre) u.
+    """Solves u* = W' (act'(pre) u*) + g for rows g [B, D], with the arguments and results of `affine_solve`.
 
-    Args:
-        w: As in `affine_solve`.
-        pre: W z* + u, [B, D] fp32.
-        g: [B, D] fp32.
-        activation: As in `affine_solve`.
-        options: Those of `Rows.solve`.
-
-    Returns:
-        u* [B, D], steps, residual and status, as `Rows.solve` does.
+    pre = W z* + u is [B, D]; residuals are those of v = act'(pre) u.
     """
     return ADJOINT.solve(activation, (w,), (), (g, pre), **options)
 
@@ -105,7 +93,7 @@ def refuses(*, features, dtype, activation="tanh", terms=3, solver_memory=0, dev
         return f"{features} features, and a multiprocessor holds W up to {launch.FEATURES}"
     if activation not in ACTIVATIONS:
         return f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}"
-    return rows_refuses("rows.affine", [(features, features)], dtype, terms, solver_memory, device)
+    return skeleton.refuses("rows.affine", [(features, features)], dtype, terms, solver_memory, device)
 
 
 affine = register("rows.affine", Op(affine_solve, affine_adjoint, affine_solve_ref, affine_adjoint_ref, refuses))

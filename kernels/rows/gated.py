@@ -19,9 +19,8 @@ import triton.language as tl
 from ..dispatch import Op, register
 from ..formulas import gru
 from ..reference import iterate
-from ..tl_common import act, fast_sigmoid, sigmoid
-from .skeleton import Rows
-from .skeleton import refuses as rows_refuses
+from ..tl_common import act, fast_sigmoid
+from . import skeleton
 from .tl_rows import dot, feed
 
 
@@ -54,10 +53,7 @@ def _start(inputs, vectors, D: tl.constexpr, ACT: tl.constexpr, INTERP: tl.const
 
 @triton.jit
 def _gate(x, ACT: tl.constexpr, INTERP: tl.constexpr):
-    if ACT == "fast_tanh":
-        return fast_sigmoid(x, INTERP)
-    else:
-        return sigmoid(x)
+    return fast_sigmoid(x, INTERP) if ACT == "fast_tanh" else tl.sigmoid(x)
 
 
 @triton.jit
@@ -85,12 +81,12 @@ def _adjoint_step(z, d, go, inputs, vectors, carry, w, D: tl.constexpr, ACT: tl.
     return stay * z + r * q + out, (out, q, by_r, by_s, by_c)
 
 
-SOLVE = Rows("rows.gated", _start, _step)
-ADJOINT = Rows("rows.gated", _adjoint_start, _adjoint_step, transpose=False)
+SOLVE = skeleton.Rows("rows.gated", _start, _step)
+ADJOINT = skeleton.Rows("rows.gated", _adjoint_start, _adjoint_step, transpose=False)
 
 
 def gated_solve(weights, inputs, z0=None, *, activation="tanh", **options):
-    """Solves z* = (1 - s) z* + s c for rows of `inputs`.
+    """Solves z* = (1 - s) z* + s c for rows of `inputs`; returns what `Rows.solve` does.
 
     Args:
         weights: Wr, Ws and Wc, each [D, D] fp32.
@@ -98,32 +94,21 @@ def gated_solve(weights, inputs, z0=None, *, activation="tanh", **options):
         z0: Start, [B, D] fp32; zero if None.
         activation: "tanh", or "fast_tanh": the hardware's, for the sigmoids too.
         options: Those of `Rows.solve`.
-
-    Returns:
-        z [B, D], steps, residual and status, as `Rows.solve` does.
     """
     return SOLVE.solve(activation, weights, (), inputs, z0, **options)
 
 
 def gated_adjoint(weights, saved, g, *, activation="tanh", **options):
-    """Solves u = J' u + g for rows g.
+    """Solves u* = J' u* + g for rows g [B, D], with the arguments and results of `gated_solve`.
 
-    Args:
-        weights: As in `gated_solve`.
-        saved: `formulas.gru_slopes` at the solution, each [B, D].
-        g: [B, D] fp32.
-        activation: As in `gated_solve`.
-        options: Those of `Rows.solve`.
-
-    Returns:
-        u* [B, D], steps, residual and status, as `Rows.solve` does.
+    `saved` is `formulas.gru_slopes` at the solution, each [B, D].
     """
     return ADJOINT.solve(activation, weights, (), (g, *saved), **options)
 
 
 def refuses(*, shapes, dtype, terms, solver_memory=0, device=None) -> str | None:
     """Returns why torch must solve this problem, or None; `shapes` of all weights, `device` for its shared memory."""
-    return rows_refuses("rows.gated", shapes, dtype, terms, solver_memory, device)
+    return skeleton.refuses("rows.gated", shapes, dtype, terms, solver_memory, device)
 
 
 gated = register("rows.gated", Op(gated_solve, gated_adjoint, gated_solve_ref, gated_adjoint_ref, refuses))

@@ -21,8 +21,7 @@ from ..dispatch import Op, register
 from ..formulas import RMS_EPS, mlp, rms_pull
 from ..reference import iterate
 from ..tl_common import act, constant
-from .skeleton import Rows
-from .skeleton import refuses as rows_refuses
+from . import skeleton
 from .tl_rows import dot, feed
 
 EPS = constant(RMS_EPS)
@@ -65,10 +64,7 @@ def _rms_pull(t, unit, scale, D: tl.constexpr):
 
 @triton.jit
 def _activate(up, gate, GATED: tl.constexpr, ACT: tl.constexpr, INTERP: tl.constexpr):
-    if GATED:
-        return act(gate, ACT, INTERP) * up
-    else:
-        return act(up, ACT, INTERP)
+    return act(gate, ACT, INTERP) * up if GATED else act(up, ACT, INTERP)
 
 
 @triton.jit
@@ -91,13 +87,8 @@ def _post_step(z, d, go, inputs, vectors, carry, w, D: tl.constexpr, ACT: tl.con
 @triton.jit
 def _pre_start(inputs, vectors, D: tl.constexpr, ACT: tl.constexpr, INTERP: tl.constexpr):
     zero = tl.zeros((inputs[0].shape[0], vectors[1].shape[0]), tl.float32)
-    return (
-        inputs[0],
-        zero,
-        zero + vectors[1][None, :],
-        zero + vectors[len(vectors) - 1][None, :],
-        tl.zeros_like(inputs[0]),
-    )
+    up, gate = zero + vectors[1][None, :], zero + vectors[len(vectors) - 1][None, :]
+    return inputs[0], zero, up, gate, tl.zeros_like(inputs[0])
 
 
 @triton.jit
@@ -146,15 +137,14 @@ def _pre_adjoint_step(z, d, go, inputs, vectors, carry, w, D: tl.constexpr, ACT:
     return f, (into, seen, acc, up, gate, unit, scale)
 
 
-SOLVE = {"post": Rows("rows.mlp", _post_start, _post_step), "pre": Rows("rows.mlp", _pre_start, _pre_step)}
-ADJOINT = {
-    "post": Rows("rows.mlp", _adjoint_start, _post_adjoint_step, transpose=False),
-    "pre": Rows("rows.mlp", _adjoint_start, _pre_adjoint_step, transpose=False),
-}
+STEPS = {"post": (_post_start, _post_step), "pre": (_pre_start, _pre_step)}
+SOLVE = {form: skeleton.Rows("rows.mlp", *steps) for form, steps in STEPS.items()}
+BACK = {"post": _post_adjoint_step, "pre": _pre_adjoint_step}
+ADJOINT = {form: skeleton.Rows("rows.mlp", _adjoint_start, step, transpose=False) for form, step in BACK.items()}
 
 
 def mlp_solve(weights, biases, scale, u, z0=None, *, form, activation, **options):
-    """Solves for z* given rows u.
+    """Solves for z* given rows u; returns what `Rows.solve` does.
 
     Args:
         weights: W1 [H, D] and W2 [D, H], and W3 [H, D] if there is a gate; fp32.
@@ -165,9 +155,6 @@ def mlp_solve(weights, biases, scale, u, z0=None, *, form, activation, **options
         form: "post" or "pre".
         activation: "relu", "gelu" (exact) or "silu".
         options: Those of `Rows.solve`.
-
-    Returns:
-        z [B, D], steps, residual and status, as `Rows.solve` does.
     """
     into = [(w, b) for i, (w, b) in enumerate(zip(weights, biases, strict=True)) if i != 1]
     inputs, vectors = (u + biases[1],), (scale,)
@@ -179,19 +166,9 @@ def mlp_solve(weights, biases, scale, u, z0=None, *, form, activation, **options
 
 
 def mlp_adjoint(weights, scale, saved, g, *, form, activation, **options):
-    """Solves u = J' u + g for rows g.
+    """Solves u* = J' u* + g for rows g [B, D], with the arguments and results of `mlp_solve`.
 
-    Args:
-        weights: As in `mlp_solve`.
-        scale: As in `mlp_solve`.
-        saved: What rms is taken of, y or z*, [B, D], then `formulas.hidden_slopes` at the solution, each [B, H].
-        g: [B, D] fp32.
-        form: As in `mlp_solve`.
-        activation: As in `mlp_solve`.
-        options: Those of `Rows.solve`.
-
-    Returns:
-        u* [B, D], steps, residual and status, as `Rows.solve` does.
+    `saved` is what rms is taken of, y or z* [B, D], then `formulas.hidden_slopes` at the solution, each [B, H].
     """
     return ADJOINT[form].solve(activation, weights, (scale,), (g, *saved), **options)
 
@@ -200,7 +177,7 @@ def refuses(*, shapes, dtype, terms, activation="gelu", solver_memory=0, device=
     """Returns why torch must solve this problem, or None; `shapes` of all weights, `device` for its shared memory."""
     if activation not in ACTS:
         return f"activation {activation!r} is not one of {', '.join(ACTS)}"
-    return rows_refuses("rows.mlp", shapes, dtype, terms, solver_memory, device)
+    return skeleton.refuses("rows.mlp", shapes, dtype, terms, solver_memory, device)
 
 
 op = register("rows.mlp", Op(mlp_solve, mlp_adjoint, mlp_solve_ref, mlp_adjoint_ref, refuses))

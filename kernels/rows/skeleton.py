@@ -2,8 +2,8 @@
 
 A program keeps the cell's weights in shared memory and a tile of rows in registers, and iterates each row until it has
 stopped. When all but REFILL rows of a tile have, they are stored and their lanes take the next of the program's share
-of the batch, so that cost follows the mean number of steps and not the largest. A row depends on no other, so this
-changes no result. Bytes per call: inputs and results of a row once, weights once per program; nothing per step.
+of the batch: cost follows the mean number of steps and not the largest, and no result changes. Bytes per call: inputs
+and results of a row once, weights once per program; nothing per step.
 
 A cell is two pairs of jitted functions, for the solve and for its adjoint:
 
@@ -14,15 +14,15 @@ A cell is two pairs of jitted functions, for the solve and for its adjoint:
         f at z, an increment d (bf16) after its last call; z is the sum of all d to the bit. Where `go` is False, d is
         zero and nothing that f is made of may change.
 
-Delta form: a cell carries acc = W z + u in fp32, and only bf16 increments go through the tensor cores (`tl_rows.feed`
-makes them of what is no increment yet). What rounding takes from one comes back in the next, so the fixed point is
-accurate to fp32. Weights are sums of 1 to 3 bf16 terms; two leave a relative error of 2^-17, 2^-16 at worst.
+Delta form: a cell carries acc = W z + u in fp32, and only bf16 increments go through the tensor cores. What rounding
+takes from one comes back in the next, so the fixed point is accurate to fp32. Weights are sums of 1 to 3 bf16 terms;
+two leave a relative error of 2^-17, 2^-16 at worst.
 
 STREAM, where the terms of a cell's only matrix don't fit together: W0 stays, and carry[0] = u + W0 z + W1 zs with zs
 behind z. `lag` is z - zs, and `drift` bounds its norm by the sum of the steps in it. A row pushes its lag through W1,
-which is read from L2, when drift passes LAG / 2 * max(defect, tol * norm). An evaluation can only become the best one,
-and so stop its row, where drift <= LAG * max(defect, tol * norm): its residual is then off by at most LAG * ||W1|| of
-max(residual, tol), where ||W1|| is about 2^-9 ||W||, that is 3% at ||W|| = 1.
+read from L2, when drift passes LAG / 2 * max(defect, tol * norm). An evaluation can only become the best, and so stop
+its row, where drift <= LAG * max(defect, tol * norm): its residual is then off by LAG * ||W1|| of max(residual, tol) at
+most, where ||W1|| is about 2^-9 ||W||, that is 3% at ||W|| = 1.
 
 The best iterate is the last one, unless a row failed: then that row is solved a second time, up to its best. That is
 the same to the bit, and costs a solve that succeeds neither time nor registers.
@@ -41,7 +41,7 @@ from ..dispatch import interpreting, triton_version
 from ..reference import RIDGE
 from ..tl_anderson import anderson_step
 from ..tl_common import FLOOR, WINDOW, bf16_pair, constant, row_sums, rules_start, rules_status, rules_update
-from .tl_rows import choose, copies, dot_streamed, load_inputs, load_terms, load_vector
+from .tl_rows import choose, copies, load_inputs, load_terms, load_vector, push
 
 MEMORY = 4  # most differences that Anderson can store in registers
 LAG = constant(16.0)
@@ -117,14 +117,9 @@ def rows_kernel(
         drift = r
     if MEMORY > 0:
         last = z
-        dx = ()  # [BLOCK_B, BLOCK_D] each, oldest first; the newest pair is made in the loop
-        dg = ()
-        gram = ()  # of dg, lower triangle
-        for _ in tl.static_range(MEMORY - 1):
-            dx = dx + (none,)
-            dg = dg + (none,)
-        for _ in tl.static_range(MEMORY * (MEMORY - 1) // 2):
-            gram = gram + (r,)
+        dx = copies(none, MEMORY - 1)  # [BLOCK_B, BLOCK_D] each, oldest first; the newest pair is made in the loop
+        dg = dx
+        gram = copies(r, MEMORY * (MEMORY - 1) // 2)  # of dg, lower triangle
 
     while (tl.max((go | again).to(tl.int32), 0) > 0) | (taken < share):
         new = ~(go | again)
@@ -151,10 +146,7 @@ def rows_kernel(
                 z += near
                 f, carry = STEP(z, part, begin, inputs, vectors, carry, w, D, ACT, INTERP)
                 if STREAM:
-                    acc = dot_streamed(
-                        carry[0], part, d_ptr, w_ptrs[0], MATRICES, TERMS, TRANSPOSE, BLOCK_B, BLOCK_K, INTERP
-                    )
-                    carry = (acc,) + carry[1:]
+                    carry = push(carry, part, d_ptr, w_ptrs[0], MATRICES, TERMS, TRANSPOSE, BLOCK_B, BLOCK_K, INTERP)
         if STREAM:
             lag, drift = choose(begin, (tl.zeros_like(z), tl.zeros_like(r)), (lag, drift))
         if MEMORY > 0:  # gram is left: whatever it has of pairs that are zero, their weights are
@@ -205,21 +197,15 @@ def rows_kernel(
                     e, near = bf16_pair(tl.where(due[:, None], lag, 0.0), INTERP)
                     lag -= near
                     drift = tl.where(due, drift * 0.00390625, drift)
-                    acc = dot_streamed(
-                        carry[0], e, d_ptr, w_ptrs[0], MATRICES, TERMS, TRANSPOSE, BLOCK_B, BLOCK_K, INTERP
-                    )
-                    carry = (acc,) + carry[1:]
+                    carry = push(carry, e, d_ptr, w_ptrs[0], MATRICES, TERMS, TRANSPOSE, BLOCK_B, BLOCK_K, INTERP)
             elif turn % WINDOW == 0:
                 # memory may have changed, so Triton leaves W in shared memory; without, it spreads W over registers
                 tl.debug_barrier()
 
         done = held & ~go
         first = done & (limit == max_steps)
-        tl.store(
-            z_ptr + rows.to(tl.int64)[:, None] * D + offs_d,
-            carry[0] if FROM_CARRY else z,
-            mask=done[:, None] & (offs_d < D),
-        )
+        offs = rows.to(tl.int64)[:, None] * D + offs_d
+        tl.store(z_ptr + offs, carry[0] if FROM_CARRY else z, mask=done[:, None] & (offs_d < D))
         tl.store(steps_ptr + rows, k, mask=first)
         tl.store(residual_ptr + rows, state[0], mask=first)
         tl.store(status_ptr + rows, rules_status(state, r, s, tol), mask=first)
@@ -257,14 +243,14 @@ class Rows:
         self, act, matrices, vectors, inputs, z0=None, *,
         tol, max_steps, damping=1.0, memory=0, ridge=1e-8, terms=2,
     ):  # fmt: skip
-        """Solves all rows in one launch; D is the width of z, the inputs of the first matrix.
+        """Solves all rows in one launch; D is the width of z, the inputs of the first matrix. Tensors are fp32.
 
         Args:
             act: ACT of `start` and `step`.
-            matrices: fp32, each [out, in].
-            vectors: fp32.
-            inputs: fp32, each [B, .].
-            z0: Start, [B, D] fp32; zero if None.
+            matrices: Each [out, in].
+            vectors: Each [.].
+            inputs: Each [B, .].
+            z0: Start, [B, D]; zero if None.
             tol: Relative residual at which a row has converged.
             max_steps: Most evaluations, at least 1.
             damping: Factor of the step, in (0, 1].
@@ -291,12 +277,12 @@ class Rows:
             dtype = torch.float32 if interpreting() else torch.bfloat16
             scratch = z.new_empty((programs, config["BLOCK_B"], config["BLOCK_D"]), dtype=dtype)
         inputs = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in inputs)
-        vector_tensors = tuple(v.contiguous() for v in vectors) or (z,)  # an empty tuple may be no argument of a launch
-        tensors = (tuple(bf16_terms(w, terms) for w in matrices), vector_tensors, inputs)
-        tensors += (z if z0 is None else z0.contiguous(), scratch, z, steps, residual, status)
+        weights = tuple(bf16_terms(w, terms) for w in matrices)
+        flat = tuple(v.contiguous() for v in vectors) or (z,)  # an empty tuple may be no argument of a launch
+        start = z if z0 is None else z0.contiguous()
         with devices.on(z.device):
             rows_kernel[(programs,)](
-                *tensors,
+                *(weights, flat, inputs, start, scratch, z, steps, residual, status),
                 *(len(z), tol, max_steps, damping, max(ridge, RIDGE)),
                 START=self.start,
                 STEP=self.step,
@@ -318,15 +304,9 @@ class Rows:
 
 
 def refuses(op, shapes, dtype, terms, solver_memory, device) -> str | None:
-    """Returns why torch must solve a cell with weights [out, in] of these shapes, or None.
+    """Returns why torch must solve a cell with weights of these shapes, in this many terms, or None.
 
-    Args:
-        op: Name of the op.
-        shapes: Of all weights.
-        dtype: Of the state.
-        terms: bf16 terms of each weight.
-        solver_memory: Differences that Anderson stores, 0 for Picard.
-        device: Where it would run, for the size of its shared memory.
+    `solver_memory` is how many differences Anderson stores, 0 for Picard.
     """
     if dtype == torch.float64:
         return "float64 state, and the kernel's is float32"

@@ -67,10 +67,7 @@ def choose(mask, a, b):
     """Returns tiles and vectors with the rows of `a` where the mask is True, else those of `b`."""
     out = ()
     for i in tl.static_range(len(a)):
-        if len(a[i].shape) == 2:
-            out = out + (tl.where(mask[:, None], a[i], b[i]),)
-        else:
-            out = out + (tl.where(mask, a[i], b[i]),)
+        out = out + (tl.where(mask[:, None] if len(a[i].shape) == 2 else mask, a[i], b[i]),)
     return out
 
 
@@ -102,8 +99,8 @@ def feed(acc, x, pushed, go, w, INTERP: tl.constexpr):
 
 
 @triton.jit
-def dot_streamed(
-    acc,
+def push(
+    carry,
     d,
     d_ptr,  # scratch of this program, [BLOCK_B, block of D]: a tile in registers can't be sliced
     w_ptr,  # [TERMS, D, D]
@@ -114,7 +111,8 @@ def dot_streamed(
     BLOCK_K: tl.constexpr,
     INTERP: tl.constexpr,
 ):
-    """Returns acc + d W, for all terms of the lone W but the first, read from memory."""
+    """Returns `carry` with d W on its first tile, for all terms of the lone W but the first, read from memory."""
+    acc = carry[0]
     D: tl.constexpr = SIZES[0][0]
     BLOCK_D: tl.constexpr = SIZES[0][2]
     offs_b = tl.arange(0, BLOCK_B)[:, None] * BLOCK_D
@@ -128,4 +126,4 @@ def dot_streamed(
             part = tl.load(d_ptr + offs_b + k + offs_k[None, :])
             w = load_matrix(w_ptr + t * D * D, k + offs_k, offs_d, D, D, TRANSPOSE, INTERP)
             acc = tl.dot(part, w, acc)
-    return acc
+    return (acc,) + carry[1:]

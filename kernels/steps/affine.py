@@ -3,15 +3,14 @@
     z* = act(W z* + u)                          z, u [B, D] rows, W [D, D]; act has act(0) = 0
     u* = W' (s u*) + g,  s = act'(pre)          its adjoint, pre = W z* + u; iterated as v = s (v W + g), v = s u
 
-Delta form, as in affine.py: acc = W z + u and z are float32, and only the bf16 increments d of z go through the tensor
-cores, so that the fixed point is accurate to fp32 at their speed. W is a sum of TERMS bf16 terms. The launch of
-evaluation k, by programs with a tile of the output each, computes
+Delta form, as in rows/skeleton.py, whose torch reference is the one of rows/affine.py. The launch of evaluation k, by
+programs with a tile of the output each, computes
 
     acc_k = acc_(k-1) + d_k W',   z_k = z_(k-1) + d_k,   g = act(acc_k) - z_k,   d_(k+1) = bf16(damping g)
 
 and the sums of g^2 and act(acc_k)^2 over the tile's columns. The last program of a row tile to end adds these in a
-fixed order and applies `rules.py` to its rows: bits do not depend on timing, the parts are read once, and what is known
-after the launch is known of its evaluation. Rows that have stopped are stored no more, and tiles of them return.
+fixed order and applies `rules.py` to its rows: bits do not depend on timing, and what is known after the launch is
+known of its evaluation. Rows that have stopped are stored no more, and tiles of them return.
 
 d alternates between two buffers, for a program reads whole rows of d_k and writes its tile of d_(k+1); so does what is
 returned, z or in the adjoint acc, whose value of evaluation k-2 is saved before it is overwritten if it is the best.
@@ -20,7 +19,6 @@ Which buffer it is follows from the row's count of steps: every launch has the s
 Bytes of a launch: 22 B D (acc, z read and written, d read twice and written; 26 in the adjoint, which reads pre) and W
 once. No GEMM is done for a start at zero; another start is multiplied as three bf16 parts, which hold all its bits.
 A row's bits do not depend on its batch mates, but through the tile that launch.py picks on how many they are.
-The reference is that of rows/affine.py, step by step.
 """
 
 import torch
@@ -143,10 +141,7 @@ def _step_kernel(
             part = tl.load(d)
             for t in tl.static_range(TERMS):
                 term = tl.load(w + t * WIDTH * WIDTH)
-                if INTERP:
-                    dot = tl.dot(part.to(tl.float32), term.to(tl.float32), dot)
-                else:
-                    dot = tl.dot(part, term, dot)
+                dot = tl.dot(part.to(tl.float32) if INTERP else part, term.to(tl.float32) if INTERP else term, dot)
             d += BLOCK_K
             w += BLOCK_K * WIDTH if ADJ else BLOCK_K
 
@@ -274,7 +269,7 @@ class AffineSteps(Samples):
         self.start = False
 
     def onward(self, left: int | None = None) -> None:
-        """Does nothing: the next evaluation makes its iterate."""
+        pass  # the next evaluation makes its iterate
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns (z or u* [B, D], status, steps, residual, each [B]) after the last `take`."""
@@ -286,16 +281,7 @@ class AffineSteps(Samples):
 def affine_steps_solve(w, u, z0, *, activation, tol, max_steps, damping=1.0, memory=0, terms=2) -> AffineSteps:
     """Returns the steps of z* = act(W z* + u) from z0; they end with what rows/affine.py's `affine_solve` returns.
 
-    Args:
-        w: W, [D, D] fp32; row n gives output n.
-        u: [B, D] fp32.
-        z0: Start, [B, D] fp32; only read.
-        activation: "tanh", "relu", "gelu" (exact), "sin" or "identity".
-        tol: Relative residual at which a row has converged.
-        max_steps: Most evaluations, at least 1.
-        damping: Factor of the step, in (0, 2).
-        memory: 0, which is Picard.
-        terms: bf16 terms of W: 1 (W is bf16), 2 or 3.
+    They take its arguments too, but z0 is given, and only read; `damping` may be up to 2, and `memory` is 0.
     """
     return AffineSteps(w, u, z0, None, activation, tol, max_steps, damping, terms)
 
@@ -309,13 +295,10 @@ def affine_steps_adjoint(w, pre, g, *, activation, tol, max_steps, damping=1.0, 
 
 
 def refuses(*, rows, features, dtype, terms, cell, activation="tanh", solver_memory=0) -> str | None:
-    """Returns why the loop must call the cell, or None.
+    """Returns why the loop must call the cell, or None; `cell` is torch's precision: "fp32", "tf32" or "bf16".
 
-    `cell` is the precision in which torch would multiply: "fp32", "tf32" or "bf16".
-
-    Torch's float32 product runs beside the tensor cores and is the slower one at any size. Of the others, cuBLAS has
-    the better product, and one launch fewer is worth more than that up to LARGE elements of the state; no GPU has
-    measured where the two meet.
+    Torch's float32 product takes no tensor cores and is slower at any size. In the others cuBLAS is the faster one, and
+    one launch fewer is worth more up to LARGE elements of the state; no GPU has measured where the two meet.
     """
     if rows == 0:
         return "an empty batch"
@@ -332,7 +315,5 @@ def refuses(*, rows, features, dtype, terms, cell, activation="tanh", solver_mem
     return None
 
 
-affine_steps = register(
-    "steps.affine",
-    CellOp(affine_steps_solve, affine_steps_adjoint, refuses, "one launch a step and its GEMM"),
-)
+LABEL = "one launch a step and its GEMM"
+affine_steps = register("steps.affine", CellOp(affine_steps_solve, affine_steps_adjoint, refuses, LABEL))

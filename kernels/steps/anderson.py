@@ -24,26 +24,8 @@ from ..rules import SAFEGUARD
 from ..tails import Tail
 from ..tl_anderson import anderson_weights
 from ..tl_common import bf16_pair, constant
-from . import base as steps
-from .base import Steps
-from .tl_steps import (
-    ACTIVE,
-    BEFORE,
-    DONE,
-    IMPROVED,
-    PHASE,
-    STEPS,
-    STOPPED,
-    dot2,
-    evaluation,
-    image,
-    judge,
-    last_to_arrive,
-    leave,
-    make_way,
-    part_of_sample,
-    part_sums,
-)
+from . import base, tl_steps
+from .tl_steps import evaluation, judge
 
 MEMORY = 8  # most differences: their small system lies in registers
 SAFE = constant(SAFEGUARD)
@@ -86,41 +68,38 @@ def _step_kernel(
     INTERP: tl.constexpr,
 ):
     WIDTH: tl.constexpr = 2 + 2 * M
-    b, split, cols, mask, d = part_of_sample(N, D, SPLITS, BLOCK_N, TAIL)
+    b, split, cols, mask, d = tl_steps.part_of_sample(N, D, SPLITS, BLOCK_N, TAIL)
     flags = flags_ptr + b
-    phase = tl.load(flags + PHASE * B)
+    phase = tl.load(flags + tl_steps.PHASE * B)
     row = b.to(tl.int64) * N
     offs = row + cols
     dhs = dh_ptr + row * M + cols
     damping = tl.load(numbers_ptr)
     if not MEASURE:
-        if phase != DONE:
+        if phase != tl_steps.DONE:
             onward = tl.load(z_ptr + offs, mask=mask, other=0.0)
-            improved = tl.load(flags + IMPROVED * B) != 0
-            before = tl.load(flags + BEFORE * B) != 0
-            make_way(z_ptr, next_ptr, best_ptr, phase == ACTIVE, improved, before, offs, mask)
-            if phase == ACTIVE:
-                y = image(y_ptrs, v_ptrs, offs, mask, d, onward, D, eps, mix, TAIL, INTERP)
+            improved = tl.load(flags + tl_steps.IMPROVED * B) != 0
+            before = tl.load(flags + tl_steps.BEFORE * B) != 0
+            tl_steps.make_way(z_ptr, next_ptr, best_ptr, phase == tl_steps.ACTIVE, improved, before, offs, mask)
+            if phase == tl_steps.ACTIVE:
+                y = tl_steps.image(y_ptrs, v_ptrs, offs, mask, d, onward, D, eps, mix, TAIL, INTERP)
                 onward = tl.where(damping == 1.0, y, onward + damping * (y - onward))
                 gamma = ()
                 for i in tl.static_range(M):
                     gamma = gamma + (tl.load(gamma_ptr + b * M + i),)
                 onward = _mixed(onward, gamma, dhs, mask, N, M)
             tl.store(next_ptr + offs, onward, mask=mask)
-    elif phase == STOPPED:
-        leave(flags, B, SPLITS)
-    elif phase != DONE:
+    elif phase == tl_steps.STOPPED:
+        tl_steps.leave(flags, B, SPLITS)
+    elif phase != tl_steps.DONE:
         dgs = dg_ptr + row * M + cols
-        k = tl.load(flags + STEPS * B) + 1
+        k = tl.load(flags + tl_steps.STEPS * B) + 1
         slot = (k + M - 2) % M
         z, y, g, seen = evaluation(z_ptr, y_ptrs, v_ptrs, mask_ptr, offs, mask, d, D, eps, mix, HAS_MASK, TAIL, INTERP)
         dg = tl.zeros_like(g)
         onward = tl.where(damping == 1.0, y, z + damping * (y - z))
         if k > 1:
-            if HALF:
-                dg = g - tl.load(g_ptr + offs, mask=mask, other=0.0)
-            else:
-                dg = g - tl.load(dgs + slot * N, mask=mask, other=0.0)
+            dg = g - tl.load(g_ptr + offs if HALF else dgs + slot * N, mask=mask, other=0.0)
             dh = z - tl.load(next_ptr + offs, mask=mask, other=0.0) + damping * dg
             tl.store(dhs + slot * N, dh, mask=mask)
             if HALF:
@@ -132,14 +111,14 @@ def _step_kernel(
         if HALF:
             tl.store(g_ptr + offs, g, mask=mask)
         part = part_ptr + b.to(tl.int64) * WIDTH * SPLITS + split
-        sums = dot2(g, g, seen, seen, INTERP)
+        sums = tl_steps.dot2(g, g, seen, seen, INTERP)
         if not MIX:
             tl.store(part, sums[0])
             tl.store(part + SPLITS, sums[1])
         for i in tl.static_range(M):
             old = tl.load(dgs + i * N, mask=mask & (cols < tl.where(i == slot, 0, N)), other=0.0)
             old = tl.where(i == slot, dg, old.to(g.dtype))
-            more = dot2(old, g, old, dg, INTERP)
+            more = tl_steps.dot2(old, g, old, dg, INTERP)
             if MIX:
                 sums = sums + more
             else:
@@ -147,16 +126,14 @@ def _step_kernel(
                 tl.store(part + (3 + 2 * i) * SPLITS, more[1])
         if not HALF:  # where the oldest difference has been read for the last time
             tl.store(dgs + (k - 1) % M * N, g, mask=mask)
-        if last_to_arrive(flags, B, SPLITS):
-            if MIX:
-                total = sums
-            else:
-                total = part_sums(part_ptr, b, SPLITS, WIDTH, BLOCK_S)
-            rr, ss = total[0], total[1]
-            go, rel, best, improved, before = judge(stats_ptr, flags_ptr, count_ptr, b, B, limit, rr, ss, FLOOR)
+        if tl_steps.last_to_arrive(flags, B, SPLITS):
+            total = sums if MIX else tl_steps.part_sums(part_ptr, b, SPLITS, WIDTH, BLOCK_S)
+            go, rel, best, improved, before = judge(
+                stats_ptr, flags_ptr, count_ptr, b, B, limit, total[0], total[1], FLOOR
+            )
             gamma = _weigh(total, gram_ptr, numbers_ptr, b, slot, rel, best, M)
             if MIX:
-                make_way(z_ptr, next_ptr, best_ptr, go, improved, before, offs, mask)
+                tl_steps.make_way(z_ptr, next_ptr, best_ptr, go, improved, before, offs, mask)
                 if go:  # a barrier lies between the store of dH and its loads, which other threads may do
                     onward = _mixed(onward, gamma, dhs, mask, N, M)
                 else:
@@ -200,7 +177,7 @@ def _mixed(z, gamma, dhs, mask, N, M: tl.constexpr):
     return z
 
 
-class AndersonSteps(Steps):
+class AndersonSteps(base.Steps):
     """The steps of `tritondeq.solvers.Anderson`, with its options."""
 
     period = 2
@@ -231,7 +208,7 @@ def refuses(*, memory: int, **problem) -> str | None:
     """Returns why torch must take these steps, or None."""
     if memory > MEMORY:
         return f"Anderson memory {memory}, and the registers hold a system of {MEMORY}"
-    return steps.refuses(memory=memory, **problem)
+    return base.refuses(memory=memory, **problem)
 
 
 anderson = register("steps.anderson", StepsOp(AndersonSteps, refuses, "one or two launches a step"))

@@ -82,10 +82,9 @@ class Steps(Samples):
         op: Name of the op, by which launch parameters are found.
         z: Start, [B, N] in float32 or float64; only read.
         mask: Elements that count in norms and inner products, [B, N] bool, or None.
-        tol: Relative residual at which a sample has converged.
-        limit: Evaluations of a sample at most.
+        tol, limit: Residual at which a sample has converged, and evaluations of one at most.
         tail: What f leaves to these kernels; it `fits`.
-        numbers: The solver's options that kernels read, in the dtype of the state.
+        numbers: The solver's options that kernels read.
         parts: Sums that the programs of a sample hand over.
         memory: Differences or updates that the solver stores, M of its kernels; 0 if none.
         flags: More constants of the kernel.
@@ -113,23 +112,14 @@ class Steps(Samples):
         self.stages = [{"MEASURE": True, "MIX": True}]
         if self.apart and not launch.one_launch(op, config, itemsize=z.element_size(), memory=memory):
             self.stages = [{"MEASURE": True, "MIX": False}, {"MEASURE": False, "MIX": True}]
-        self.known = flags | config
-        self.known |= {
-            # z stands for a vector that no kernel reads
-            "v_ptrs": tuple(z if v is None else v.detach() for v in (*tail.gains, tail.weight)),
-            "B": batch,
-            "N": width,
-            "D": tail.features,
-            "eps": tail.eps,
-            "mix": tail.mix,
-            "limit": limit,
-            "M": memory,
-            "HAS_MASK": mask is not None,
-            "TAIL": (tail.act, tail.scaled, tail.mix != 1, launch.power_of_two(tail.features) if tail.features else 0),
-            "INTERP": interpreting(),
-            "BLOCK_S": triton.next_power_of_2(config["SPLITS"]),
-            "FLOOR": FLOOR_FP64 if z.dtype == torch.float64 else FLOOR,
-        }
+        row = launch.power_of_two(tail.features) if tail.features else 0
+        self.known = flags | config | {"B": batch, "N": width, "M": memory, "limit": limit, "INTERP": interpreting()}
+        self.known |= {"D": tail.features, "eps": tail.eps, "mix": tail.mix, "HAS_MASK": mask is not None}
+        self.known |= {"TAIL": (tail.act, tail.scaled, tail.mix != 1, row)}
+        # z stands for a vector that no kernel reads
+        self.known["v_ptrs"] = tuple(z if v is None else v.detach() for v in (*tail.gains, tail.weight))
+        self.known["BLOCK_S"] = triton.next_power_of_2(config["SPLITS"])
+        self.known["FLOOR"] = FLOOR_FP64 if z.dtype == torch.float64 else FLOOR
         self.reset(z)
 
     def reset(self, z: Tensor) -> None:

@@ -26,24 +26,9 @@ from ..dispatch import StepsOp, register
 from ..rules import SAFEGUARD
 from ..tails import Tail
 from ..tl_common import constant
+from . import tl_steps
 from .base import Steps, refuses
-from .tl_steps import (
-    ACTIVE,
-    BEFORE,
-    DONE,
-    IMPROVED,
-    PHASE,
-    STEPS,
-    STOPPED,
-    dot2,
-    evaluation,
-    judge,
-    last_to_arrive,
-    leave,
-    make_way,
-    part_of_sample,
-    part_sum,
-)
+from .tl_steps import evaluation, judge
 
 SAFE = constant(SAFEGUARD)
 PARTS = constant(6)  # sums that are not made for each update
@@ -84,61 +69,56 @@ def _step_kernel(
     INTERP: tl.constexpr,
 ):
     WIDTH: tl.constexpr = PARTS + 3 * M
-    b, split, cols, mask, d = part_of_sample(N, D, SPLITS, BLOCK_N, TAIL)
+    b, split, cols, mask, d = tl_steps.part_of_sample(N, D, SPLITS, BLOCK_N, TAIL)
     flags = flags_ptr + b
-    phase = tl.load(flags + PHASE * B)
+    phase = tl.load(flags + tl_steps.PHASE * B)
     row = b.to(tl.int64) * N
     offs = row + cols
     us = u_ptr + row * M + cols
     vs = v_ptr + row * M + cols
     coef = coef_ptr + b * (COEFS + 3 * M)
-    k = tl.load(flags + STEPS * B)
+    k = tl.load(flags + tl_steps.STEPS * B)
     if MEASURE:
         k += 1
-        if phase == STOPPED:
-            leave(flags, B, SPLITS)
-        go = phase == ACTIVE
+        if phase == tl_steps.STOPPED:
+            tl_steps.leave(flags, B, SPLITS)
+        go = phase == tl_steps.ACTIVE
     else:
-        go = phase != DONE
+        go = phase != tl_steps.DONE
     if go:
         slot = tl.where(k > 1, (k + M - 2) % M, M)  # none at first
         z, y, g, seen = evaluation(z_ptr, y_ptrs, v_ptrs, mask_ptr, offs, mask, d, D, eps, mix, HAS_MASK, TAIL, INTERP)
         dz, dg = _changes(z, g, next_ptr, vs + slot * N, mask_ptr, offs, mask, k, HAS_MASK)
         if MEASURE:
             part = part_ptr + b.to(tl.int64) * WIDTH * SPLITS + split
-            rr, ss = dot2(g, g, seen, seen, INTERP)
-            zg, zz = dot2(dz, g, dz, dz, INTERP)
-            zd, dd = dot2(dz, dg, dg, dg, INTERP)
-            tl.store(part, rr)
-            tl.store(part + SPLITS, ss)
-            tl.store(part + 2 * SPLITS, zg)
-            tl.store(part + 3 * SPLITS, zz)
-            tl.store(part + 4 * SPLITS, zd)
-            tl.store(part + 5 * SPLITS, dd)
+            sums = tl_steps.dot2(g, g, seen, seen, INTERP) + tl_steps.dot2(dz, g, dz, dz, INTERP)
+            sums = sums + tl_steps.dot2(dz, dg, dg, dg, INTERP)
+            for i in tl.static_range(PARTS):
+                tl.store(part + i * SPLITS, sums[i])
             for i in range(M):
                 known = mask & (cols < tl.where(i == slot, 0, N))  # the oldest update leaves H first
                 u = tl.load(us + i * N, mask=known, other=0.0)
                 v = tl.load(vs + i * N, mask=known, other=0.0)
-                with_dg, with_g = dot2(v, dg, v, g, INTERP)
+                with_dg, with_g = tl_steps.dot2(v, dg, v, g, INTERP)
                 tl.store(part + (PARTS + i) * SPLITS, tl.sum(u * dz, 0))
                 tl.store(part + (PARTS + M + i) * SPLITS, with_dg)
                 tl.store(part + (PARTS + 2 * M + i) * SPLITS, with_g)
-            if last_to_arrive(flags, B, SPLITS):
-                rr = part_sum(part_ptr, b, 0, SPLITS, WIDTH, BLOCK_S)
-                ss = part_sum(part_ptr, b, 1, SPLITS, WIDTH, BLOCK_S)
+            if tl_steps.last_to_arrive(flags, B, SPLITS):
+                rr = tl_steps.part_sum(part_ptr, b, 0, SPLITS, WIDTH, BLOCK_S)
+                ss = tl_steps.part_sum(part_ptr, b, 1, SPLITS, WIDTH, BLOCK_S)
                 go, rel, best, improved, before = judge(stats_ptr, flags_ptr, count_ptr, b, B, limit, rr, ss, FLOOR)
                 if go:
                     _weigh(part_ptr, coef, numbers_ptr, b, rel <= SAFE * best, SPLITS, WIDTH, M, BLOCK_S)
                 if MIX:
                     tl.debug_barrier()  # every warp sees the coefficients that one thread wrote
-                    make_way(z_ptr, next_ptr, best_ptr, go, improved, before, offs, mask)
+                    tl_steps.make_way(z_ptr, next_ptr, best_ptr, go, improved, before, offs, mask)
                     z = _mixed(z, y, g, dz, dg, coef, us, vs, slot, k, go, cols, mask, N, M)
                     tl.store(next_ptr + offs, z, mask=mask)
         else:
-            go = phase == ACTIVE
-            improved = tl.load(flags + IMPROVED * B) != 0
-            before = tl.load(flags + BEFORE * B) != 0
-            make_way(z_ptr, next_ptr, best_ptr, go, improved, before, offs, mask)
+            go = phase == tl_steps.ACTIVE
+            improved = tl.load(flags + tl_steps.IMPROVED * B) != 0
+            before = tl.load(flags + tl_steps.BEFORE * B) != 0
+            tl_steps.make_way(z_ptr, next_ptr, best_ptr, go, improved, before, offs, mask)
             z = _mixed(z, y, g, dz, dg, coef, us, vs, slot, k, go, cols, mask, N, M)
             tl.store(next_ptr + offs, z, mask=mask)
 
@@ -169,15 +149,15 @@ def _weigh(
     BLOCK_S: tl.constexpr,
 ):
     """Stores the coefficients of a sample's update and of its step; 1 / den is zero where no update is to be made."""
-    new = -part_sum(part_ptr, b, 2, SPLITS, WIDTH, BLOCK_S)
-    zz = part_sum(part_ptr, b, 3, SPLITS, WIDTH, BLOCK_S)
-    den = -part_sum(part_ptr, b, 4, SPLITS, WIDTH, BLOCK_S)
-    dd = part_sum(part_ptr, b, 5, SPLITS, WIDTH, BLOCK_S)
+    new = -tl_steps.part_sum(part_ptr, b, 2, SPLITS, WIDTH, BLOCK_S)
+    zz = tl_steps.part_sum(part_ptr, b, 3, SPLITS, WIDTH, BLOCK_S)
+    den = -tl_steps.part_sum(part_ptr, b, 4, SPLITS, WIDTH, BLOCK_S)
+    dd = tl_steps.part_sum(part_ptr, b, 5, SPLITS, WIDTH, BLOCK_S)
     size = tl.sqrt(zz) * tl.sqrt(dd)
     for i in range(M):
-        along_u = part_sum(part_ptr, b, PARTS + i, SPLITS, WIDTH, BLOCK_S)
-        along_v = part_sum(part_ptr, b, PARTS + M + i, SPLITS, WIDTH, BLOCK_S)
-        weight = part_sum(part_ptr, b, PARTS + 2 * M + i, SPLITS, WIDTH, BLOCK_S)
+        along_u = tl_steps.part_sum(part_ptr, b, PARTS + i, SPLITS, WIDTH, BLOCK_S)
+        along_v = tl_steps.part_sum(part_ptr, b, PARTS + M + i, SPLITS, WIDTH, BLOCK_S)
+        weight = tl_steps.part_sum(part_ptr, b, PARTS + 2 * M + i, SPLITS, WIDTH, BLOCK_S)
         den += along_u * along_v
         new += along_u * weight
         size += tl.abs(along_u * along_v)

@@ -18,20 +18,9 @@ from torch import Tensor
 
 from ..dispatch import StepsOp, register
 from ..tails import Tail
+from . import tl_steps
 from .base import Steps, refuses
-from .tl_steps import (
-    DONE,
-    PHASE,
-    STOPPED,
-    dot2,
-    evaluation,
-    judge,
-    last_to_arrive,
-    part_of_sample,
-    part_sum,
-    save_best,
-    settle,
-)
+from .tl_steps import evaluation, judge
 
 
 @triton.jit(do_not_specialize=["limit"])
@@ -62,21 +51,21 @@ def _step_kernel(
     TAIL: tl.constexpr,
     INTERP: tl.constexpr,
 ):
-    b, split, cols, mask, d = part_of_sample(N, D, SPLITS, BLOCK_N, TAIL)
+    b, split, cols, mask, d = tl_steps.part_of_sample(N, D, SPLITS, BLOCK_N, TAIL)
     flags = flags_ptr + b
-    phase = tl.load(flags + PHASE * B)
-    if phase != DONE:
+    phase = tl.load(flags + tl_steps.PHASE * B)
+    if phase != tl_steps.DONE:
         offs = b.to(tl.int64) * N + cols
-        if phase == STOPPED:
-            settle(z_ptr, prev_ptr, next_ptr, best_ptr, flags, B, offs, mask, SPLITS)
+        if phase == tl_steps.STOPPED:
+            tl_steps.settle(z_ptr, prev_ptr, next_ptr, best_ptr, flags, B, offs, mask, SPLITS)
         else:
             z, y, g, seen = evaluation(
                 z_ptr, y_ptrs, v_ptrs, mask_ptr, offs, mask, d, D, eps, mix, HAS_MASK, TAIL, INTERP
             )
-            rr, ss = dot2(g, g, seen, seen, INTERP)
+            rr, ss = tl_steps.dot2(g, g, seen, seen, INTERP)
             damping = tl.load(numbers_ptr)
             onward = tl.where(damping == 1.0, y, z + damping * (y - z))
-            save_best(next_ptr, best_ptr, flags, B, offs, mask)
+            tl_steps.save_best(next_ptr, best_ptr, flags, B, offs, mask)
             if SPLITS == 1:
                 go, rel, best, improved, before = judge(stats_ptr, flags_ptr, count_ptr, b, B, limit, rr, ss, FLOOR)
                 tl.store(next_ptr + offs, tl.where(go, onward, z), mask=mask)
@@ -85,9 +74,9 @@ def _step_kernel(
                 part = part_ptr + b.to(tl.int64) * 2 * SPLITS + split
                 tl.store(part, rr)
                 tl.store(part + SPLITS, ss)
-                if last_to_arrive(flags, B, SPLITS):
-                    rr = part_sum(part_ptr, b, 0, SPLITS, 2, BLOCK_S)
-                    ss = part_sum(part_ptr, b, 1, SPLITS, 2, BLOCK_S)
+                if tl_steps.last_to_arrive(flags, B, SPLITS):
+                    rr = tl_steps.part_sum(part_ptr, b, 0, SPLITS, 2, BLOCK_S)
+                    ss = tl_steps.part_sum(part_ptr, b, 1, SPLITS, 2, BLOCK_S)
                     judge(stats_ptr, flags_ptr, count_ptr, b, B, limit, rr, ss, FLOOR)
 
 

@@ -6,13 +6,11 @@ import triton.language as tl
 from ..tl_common import FLOOR as FLOOR_FP32
 from ..tl_common import act, add2, constant, rules_update
 
-# Rows of `stats` [8, B], in the dtype of the state.
+# Rows of `stats` [8, B], in the dtype of the state: what rules_update changes, then the last norms and residual.
 BEST, BAR, FIRST, PEAK, MARK, R, S, REL = (constant(i) for i in range(8))
 # Rows of `flags` [5, B], int32. IMPROVED, BEFORE: whether the last evaluation, and the one before, became the best.
 PHASE, STEPS, IMPROVED, BEFORE, ARRIVED = (constant(i) for i in range(5))
 DONE, ACTIVE, STOPPED = (constant(i) for i in range(3))  # PHASE; STOPPED: by the last evaluation
-
-
 # Of TAIL: act, which parts have a gain, whether there is a mix, and the block of a row, 0 where rows don't matter.
 ACT, SCALED, MIXED, ROW = (constant(i) for i in range(4))
 
@@ -100,26 +98,18 @@ def _apply_rules(stats, flags, B, k, r, s, mask, FLOOR: tl.constexpr):
     Returns (rel, best, bar, whether this evaluation became the best, whether the one before did).
     """
     before = tl.load(flags + IMPROVED * B, mask=mask, other=0)
-    best = tl.load(stats + BEST * B, mask=mask, other=0.0)
-    bar = tl.load(stats + BAR * B, mask=mask, other=0.0)
-    first = tl.load(stats + FIRST * B, mask=mask, other=0.0)
-    peak = tl.load(stats + PEAK * B, mask=mask, other=0.0)
-    mark = tl.load(stats + MARK * B, mask=mask, other=0.0)
+    state = ()
+    for i in tl.static_range(R):
+        state = state + (tl.load(stats + i * B, mask=mask, other=0.0),)
     tl.debug_barrier()  # every warp has read what another is about to overwrite
-    rel, improved, state = rules_update((best, bar, first, peak, mark), k, r, s, mask, mask, FLOOR)
-    best, bar, first, peak, mark = state
-    tl.store(stats + BEST * B, best, mask=mask)
-    tl.store(stats + BAR * B, bar, mask=mask)
-    tl.store(stats + FIRST * B, first, mask=mask)
-    tl.store(stats + PEAK * B, peak, mask=mask)
-    tl.store(stats + MARK * B, mark, mask=mask)
-    tl.store(stats + R * B, r, mask=mask)
-    tl.store(stats + S * B, s, mask=mask)
-    tl.store(stats + REL * B, rel, mask=mask)
+    rel, improved, state = rules_update(state, k, r, s, mask, mask, FLOOR)
+    after = state + (r, s, rel)
+    for i in tl.static_range(REL + 1):
+        tl.store(stats + i * B, after[i], mask=mask)
     tl.store(flags + STEPS * B, k, mask=mask)
     tl.store(flags + BEFORE * B, before, mask=mask)
     tl.store(flags + IMPROVED * B, improved.to(tl.int32), mask=mask)
-    return rel, best, bar, improved, before != 0
+    return rel, state[0], state[1], improved, before != 0
 
 
 @triton.jit
@@ -198,10 +188,8 @@ def save_best(next_ptr, best_ptr, flags, B, offs, mask):
 @triton.jit
 def save_last_best(z_ptr, prev_ptr, best_ptr, flags, B, offs, mask):
     """Saves the best iterate if it is z_k or, next, z_(k-1); else it has been saved."""
-    if tl.load(flags + IMPROVED * B) != 0:
-        tl.store(best_ptr + offs, tl.load(z_ptr + offs, mask=mask), mask=mask)
-    elif tl.load(flags + BEFORE * B) != 0:
-        tl.store(best_ptr + offs, tl.load(prev_ptr + offs, mask=mask), mask=mask)
+    improved, before = tl.load(flags + IMPROVED * B) != 0, tl.load(flags + BEFORE * B) != 0
+    make_way(z_ptr, prev_ptr, best_ptr, False, improved, before, offs, mask)
 
 
 @triton.jit

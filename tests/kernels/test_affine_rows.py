@@ -168,14 +168,6 @@ def test_terms_of_w():
         assert ((parts.double().sum(0) - w).abs() <= bound * w.abs()).all()
 
 
-def test_references_keep_float64(device):
-    w, u = problem(3, 12, device)
-    for memory in (0, 3):
-        z, _, residual, status = op.affine_solve_ref(w.double(), u.double(), **options(tol=1e-13, memory=memory))
-        assert z.dtype == residual.dtype == torch.float64 and (status == CONVERGED).all()
-        assert true_residual(w, u, z, "tanh", 3).max() < 1e-7
-
-
 def test_refuses(monkeypatch):
     takes = {"features": 128, "dtype": torch.float32}
     assert op.refuses(**takes) is None

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from tritondeq.kernels import tl_common as tc
 from tritondeq.kernels.dispatch import interpreting
-from tritondeq.kernels.formulas import FAST
+from tritondeq.kernels.formulas import ACTIVATIONS, FAST, SLOPES
 from tritondeq.kernels.reference import anderson_weights
 from tritondeq.kernels.rules import SAFEGUARD
 from tritondeq.kernels.tl_anderson import anderson_step, cholesky_solve
@@ -83,59 +83,36 @@ def relative(x, exact):
     return ((x.double() - exact).abs() / exact.abs().clamp(min=1e-30)).max()
 
 
-def test_tanh_to_relative_accuracy(device):
-    small = torch.logspace(-20, 1, SIZE // 2, device=device)
+@pytest.mark.parametrize("name, most", [("tanh", 12.0), ("sin", 300.0), ("sin", 1e4), ("gelu", 8.0), ("silu", 12.0)])
+def test_values_and_slopes(device, name, most):
+    x = torch.linspace(-most, most, SIZE, device=device)
+    torch.testing.assert_close(apply(x, name).double(), ACTIVATIONS[name](x.double()), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(apply(x, name, True).double(), SLOPES[name](x.double()), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name, bound, most", [("tanh", 2e-6, 1), ("fast_tanh", 2**-10.9, 1), ("sin", 2e-6, 0)])
+def test_relative_accuracy_of_small_values(device, name, bound, most):
+    small = torch.logspace(-20, most, SIZE // 2, device=device)
     x = torch.cat([small, -small])
-    assert relative(apply(x, "tanh"), x.double().tanh()) < 2e-6
-    assert (apply(torch.full((SIZE,), 1e4, device=device), "tanh") == 1).all()
-    x = torch.linspace(-12, 12, SIZE, device=device)
-    torch.testing.assert_close(apply(x, "tanh", True).double(), 1 - x.double().tanh() ** 2, rtol=0, atol=1e-6)
+    assert relative(apply(x, name), ACTIVATIONS[name](x.double())) < bound
+    if name != "sin":
+        assert (apply(torch.full((SIZE,), 1e4, device=device), name) == 1).all()
 
 
-def test_fast_tanh(device):
-    """The hardware's error; its slope is that of the other."""
-    small = torch.logspace(-20, 1, SIZE // 2, device=device)
-    x = torch.cat([small, -small])
-    assert relative(apply(x, "fast_tanh"), x.double().tanh()) < 2**-10.9
-    assert torch.equal(apply(x, "fast_tanh", True), apply(x, "tanh", True))
-    assert (apply(torch.full((SIZE,), 1e4, device=device), "fast_tanh") == 1).all()
-
-
-@pytest.mark.parametrize("name", ["gelu", "silu"])
-def test_what_is_made_of_fast_tanh(device, name):
+@pytest.mark.parametrize("exact, fast", FAST.items())
+def test_what_is_made_of_fast_tanh(device, exact, fast):
     """Off by 5e-4 of |x| or 5e-4; the slope is that of the exact one."""
     x = torch.linspace(-12, 12, SIZE, device=device)
-    exact = getattr(torch.nn.functional, name)(x.double())
-    off = (apply(x, f"fast_{name}").double() - exact).abs()
+    off = (apply(x, fast).double() - ACTIVATIONS[exact](x.double())).abs()
     assert (off <= 5e-4 * (1 + x.abs())).all()
-    assert torch.equal(apply(x, f"fast_{name}", True), apply(x, name, True))
+    assert torch.equal(apply(x, fast, True), apply(x, exact, True))
 
 
-@pytest.mark.parametrize("most", [3.0, 300.0, 1e4])
-def test_sine(device, most):
-    x = torch.linspace(-most, most, SIZE, device=device)
-    torch.testing.assert_close(apply(x, "sin").double(), x.double().sin(), rtol=0, atol=1e-6)
-    torch.testing.assert_close(apply(x, "sin", True).double(), x.double().cos(), rtol=0, atol=1e-6)
-    small = torch.logspace(-20, 0, SIZE, device=device)
-    assert relative(apply(small, "sin"), small.double().sin()) < 2e-6
-
-
-def test_gelu(device):
-    x = torch.linspace(-8, 8, SIZE, device=device)
-    exact = x.double().requires_grad_()
-    y = torch.nn.functional.gelu(exact)
-    torch.testing.assert_close(apply(x, "gelu").double(), y.detach(), rtol=1e-6, atol=1e-6)
-    (slope,) = torch.autograd.grad(y.sum(), exact)
-    torch.testing.assert_close(apply(x, "gelu", True).double(), slope, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("activation", ["relu", "identity"])
-def test_piecewise_linear(device, activation):
+@pytest.mark.parametrize("name", ["relu", "identity", "abs"])
+def test_piecewise_linear(device, name):
     x = torch.linspace(-2, 2, SIZE, device=device)
-    exact = torch.relu(x) if activation == "relu" else x
-    assert torch.equal(apply(x, activation), exact)
-    slope = (x > 0).float() if activation == "relu" else torch.ones_like(x)
-    assert torch.equal(apply(x, activation, True), slope)
+    assert torch.equal(apply(x, name), ACTIVATIONS[name](x))
+    assert torch.equal(apply(x, name, True), SLOPES[name](x))
 
 
 @nonfinite

@@ -133,8 +133,7 @@ def assert_as_the_loop(net, layer, *inputs, **kwargs):
         if steps is None:
             assert layer.last.converged.all() and layer.last.steps.max() > 2
     layer.unrolled(None)
-    for a, b in zip(*runs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(*runs, rtol=1e-7, atol=1e-9)
     assert all(g.norm() > 0 for g in runs[0][1:])
 
 

@@ -59,13 +59,11 @@ def test_an_ordinary_module():
     z = layer(x)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(twin(x), z) and twin.deq.solver == Anderson(3)
-        assert torch.equal(twin.unrolled(None)(x), copy.deepcopy(layer).unrolled(None)(x))
     other = to_equilibrium(mlps(5), prelude=1, coda=1)
-    assert list(layer.state_dict())[:2] == ["0.norm.weight", "0.norm.bias"]
     assert not [name for name in layer.state_dict() if "unrolled" in name or "twin" in name]
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other.unrolled(2)(x), z)  # whatever solves it, the loop is the cell's
-    assert len(layer[:2]) == 2 and layer[:2].deq is layer.deq and len(layer[: len(stack)]) == 3
+    assert len(layer[:2]) == 2 and layer[:2].deq is layer.deq
     assert "injection='add', norm='outer', gain=1.0" in repr(layer)
     assert not to_equilibrium(stack.eval()).deq.cell.block.training
     assert layer.deq.solve(layer[0](x), z0=torch.zeros_like(x)).value.shape == x.shape

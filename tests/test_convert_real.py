@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tritondeq import DEQ, to_equilibrium
+from tritondeq import to_equilibrium
 
 pytestmark = pytest.mark.slow
 TIGHT = {"tol": 1e-11, "max_steps": 300}
@@ -78,8 +78,7 @@ def test_values_and_gradients_are_those_of_the_weight_tied_loop(make):
         runs.append((out, *torch.autograd.grad(out.sin().sum(), list(model.parameters()))))
         if steps is None:
             assert layer.last.converged.all() and layer.last.steps.shape == (2,) and layer.last.steps.max() > 3
-    for a, b in zip(*runs, strict=True):
-        torch.testing.assert_close(a, b, **net.close)
+    torch.testing.assert_close(*runs, **net.close)
 
 
 @pytest.mark.parametrize("make", [gpt2, llama], ids=lambda make: make.__name__)
@@ -92,8 +91,7 @@ def test_generates_with_its_cache(make):
     options |= {"return_dict_in_generate": True, "output_logits": True}
     cached, whole = (model.generate(ids, use_cache=use, **options) for use in (True, False))
     assert torch.equal(cached.sequences, whole.sequences)
-    for a, b in zip(cached.logits, whole.logits, strict=True):
-        torch.testing.assert_close(a, b, **net.close)
+    torch.testing.assert_close(cached.logits, whole.logits, **net.close)
     with pytest.raises(ValueError, match="DynamicCache.*StaticLayer"):
         model.generate(ids, cache_implementation="static", **options)
 
@@ -128,21 +126,19 @@ def test_stochastic_depth_and_attention_dropout_of_timm():
         layer = model.blocks.unrolled(steps).deq
         out = layer(x)
         runs.append((out, *torch.autograd.grad(out.sin().sum(), block.parameters())))
-    assert isinstance(layer, DEQ)
-    for a, b in zip(*runs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(*runs, rtol=1e-6, atol=1e-9)
 
 
-def test_a_stage_that_changes_the_shape():
+def test_blocks_that_can_not_share_a_cell():
     timm = pytest.importorskip("timm")
-    stage = timm.create_model("resnet18").layer2
-    with pytest.raises(ValueError, match=r"block 1 can't share one cell with block 0: .*stride"):
-        to_equilibrium(stage)
-    with pytest.raises(ValueError, match="block 1.*bn1 is a BatchNorm2d"):
-        to_equilibrium(timm.create_model("resnet18").layer2, prelude=1)
-    swin = timm.create_model("swin_tiny_patch4_window7_224").layers[2].blocks
-    with pytest.raises(ValueError, match="block 1.*shift"):
-        to_equilibrium(swin)
+    stage, swin = timm.create_model("resnet18").layer2, timm.create_model("swin_tiny_patch4_window7_224")
+    for blocks, options, message in (
+        (stage, {}, "block 1 can't share one cell with block 0: .*stride"),
+        (stage, {"prelude": 1}, "block 1.*bn1 is a BatchNorm2d"),
+        (swin.layers[2].blocks, {}, "block 1.*shift"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            to_equilibrium(blocks, **options)
 
 
 def test_the_page_on_replacing_a_stack(capsys):

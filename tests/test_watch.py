@@ -19,9 +19,7 @@ def net(**options) -> nn.Module:
 
 def train(model, x, other=False):
     z = model["core"](model["first"](x))
-    if other:
-        z = model["other"](z)
-    model["last"](z).sum().backward()
+    model["last"](model["other"](z) if other else z).sum().backward()
 
 
 class Scaled(nn.Module):

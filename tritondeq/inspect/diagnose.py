@@ -172,8 +172,8 @@ class _Trials:
                     f"another start ends at another equilibrium, {apart:.1e} away: if there is to be one, train from "
                     "random z0 and with random max_steps"
                 )
-        tol = "auto" if layer.tol is None else f"{layer.tol:g}"
-        options = f"{_shown(layer.solver)}, {_shown(layer.adjoint)}, tol {tol}, max_steps {layer.max_steps}"
+        target = "auto" if layer.tol is None else f"{layer.tol:g}"
+        options = f"{_shown(layer.solver)}, {_shown(layer.adjoint)}, tol {target}, max_steps {layer.max_steps}"
         return Diagnosis(
             layer=f"DEQ of {type(layer.cell).__name__}: {options}",
             solution=replace(solution, value=None),

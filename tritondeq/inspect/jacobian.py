@@ -42,8 +42,7 @@ def jacobian_penalty(
         A tensor of the batch shape, in float32 (float64 in float64).
 
     Raises:
-        TypeError: An argument or what f returned is of the wrong kind.
-        ValueError: An argument or what f returned does not fit; the message names it.
+        TypeError, ValueError: An argument or what f returned does not fit; the message names it.
         RuntimeError: In the backward pass, where f can be differentiated only once.
     """
     integer("probes", probes)

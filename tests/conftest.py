@@ -36,15 +36,16 @@ def device() -> torch.device:
     return torch.device("cuda" if CUDA else "cpu")
 
 
-def too_old_a_triton() -> str | None:
+def refusal() -> str | None:
+    """Returns why the kernels can't run with the Triton that is installed, or None."""
     from tritondeq.kernels import dispatch  # after TRITON_INTERPRET is set
 
-    return dispatch.too_old() if dispatch.has_triton() else None
+    return dispatch.too_old() if dispatch.has_triton() else "triton is not installed"
 
 
 def pytest_collection_modifyitems(items):
     """Skips the tests of kernels, and those marked so, where the kernels refuse this Triton."""
-    reason = too_old_a_triton()
+    reason = refusal()
     for item in items if reason else ():
         if item.path.is_relative_to(KERNELS) or item.get_closest_marker("kernels"):
             item.add_marker(pytest.mark.skip(reason=reason))
@@ -56,7 +57,7 @@ def pytest_runtest_call(item):
     try:
         return (yield)
     except (RuntimeError, AssertionError) as error:  # an AssertionError where the test expects another RuntimeError
-        reason = too_old_a_triton()
+        reason = refusal()
         if reason and reason in str(error):
             pytest.skip(reason)
         raise

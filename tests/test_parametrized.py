@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from needs import kernels
 from replays import Recorder
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
@@ -111,7 +110,7 @@ def test_after_an_error_the_cell_computes_again():
     assert len(calls) == 2
 
 
-@kernels
+@pytest.mark.kernels
 def test_a_tail_sees_the_same_weight():
     class Tailed(tdeq.cells.Cell):
         def __init__(self):
@@ -154,7 +153,7 @@ def test_compiled_once_and_right():
     assert len(made) == 2  # without grad, and with
 
 
-@kernels
+@pytest.mark.kernels
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("solver", [Picard(), Anderson(memory=2)], ids=repr)
 def test_a_captured_solve_sees_weights_change(monkeypatch, solver, grad):

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from needs import kernels
 from replays import Recorder
 from torch import nn
 
@@ -203,7 +202,7 @@ def test_bf16_operands_round_weights_and_nothing_else(name):
     assert rounded.default_tol() == 1e-2 and exact.default_tol() is None
 
 
-@kernels
+@pytest.mark.kernels
 @pytest.mark.parametrize(
     "name, solver",
     [
@@ -228,7 +227,7 @@ def test_backends_agree(name, solver):
     assert_all_close(*results, rtol=1e-3, atol=1e-3)
 
 
-@kernels
+@pytest.mark.kernels
 @pytest.mark.parametrize("name", ["affine", "mlp, post", "mlp, pre", "outer", "damped", "head"])
 def test_captured(monkeypatch, name):
     """The work itself in place of a replay: other inputs, other weights, nothing captured anew."""

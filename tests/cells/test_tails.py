@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from needs import kernels
 from replays import Recorder
 
 import tritondeq as tdeq
@@ -10,7 +9,7 @@ from tritondeq import DEQ, Anderson, Broyden, Picard, Status, graphs
 from tritondeq.cells import MLP, Affine, Transformer
 from tritondeq.kernels import launch
 
-pytestmark = kernels
+pytestmark = pytest.mark.kernels
 CELLS = {
     "outer": (Transformer, {"heads": 2}),
     "damped": (Transformer, {"heads": 2, "wiring": "damped", "damping": 0.7}),

@@ -8,7 +8,7 @@ from replays import Recorder
 from torch import nn
 
 import tritondeq as tdeq
-from tritondeq import DEQ, Anderson, Broyden, Picard, Status, Unrolled, cells, graphs
+from tritondeq import DEQ, Anderson, Broyden, Picard, Status, Unrolled, cells, cuda_graphs
 from tritondeq.cells import MLP, Affine, Conv, Gated, Monotone, MultiScale, Transformer
 from tritondeq.kernels import launch
 from tritondeq.layout import pytree
@@ -232,8 +232,8 @@ def test_backends_agree(name, solver):
 def test_captured(monkeypatch, name):
     """The work itself in place of a replay: other inputs, other weights, nothing captured anew."""
     monkeypatch.setattr(launch, "too_large", lambda *_: "too wide here")  # all take the loop
-    monkeypatch.setattr(graphs, "Recorder", Recorder)
-    monkeypatch.setattr(graphs, "can_record", lambda device: True)
+    monkeypatch.setattr(cuda_graphs, "Recorder", Recorder)
+    monkeypatch.setattr(cuda_graphs, "can_record", lambda device: True)
     cell = made(name)
     layers = [DEQ(cell, solver=Picard(), tol=1e-4, max_steps=50, graph=graph) for graph in (True, False)]
     for scale in (1.0, 0.5):

@@ -5,7 +5,7 @@ import torch
 from replays import Recorder
 
 import tritondeq as tdeq
-from tritondeq import DEQ, Anderson, Broyden, Picard, Status, graphs
+from tritondeq import DEQ, Anderson, Broyden, Picard, Status, cuda_graphs
 from tritondeq.cells import MLP, Affine, Transformer
 from tritondeq.kernels import launch
 
@@ -172,8 +172,8 @@ def test_a_forward_that_was_overridden_is_called(trace):
 @torch.no_grad()
 @pytest.mark.parametrize("autocast", [False, True])
 def test_captured_steps_end_the_block_too(autocast, monkeypatch, device):
-    monkeypatch.setattr(graphs, "Recorder", Recorder)
-    monkeypatch.setattr(graphs, "can_record", lambda device: True)
+    monkeypatch.setattr(cuda_graphs, "Recorder", Recorder)
+    monkeypatch.setattr(cuda_graphs, "can_record", lambda device: True)
     cell, dtypes = made("outer", device), set()
     cell.down.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
     layer, x = DEQ(cell, graph=True), torch.randn(2, 3, 12, device=device)

@@ -6,7 +6,7 @@ from needs import kernels
 from replays import Recorder
 
 import tritondeq as tdeq
-from tritondeq import DEQ, Status, graphs
+from tritondeq import DEQ, Status, cuda_graphs
 from tritondeq.cells import Transformer
 from tritondeq.cells.tokens import attention_mask
 
@@ -237,8 +237,8 @@ def test_residuals_of_tokens(padded):
 @kernels
 def test_captured_with_padding(monkeypatch):
     """The work itself in place of a replay: other inputs and lengths, nothing captured anew."""
-    monkeypatch.setattr(graphs, "Recorder", Recorder)
-    monkeypatch.setattr(graphs, "can_record", lambda device: True)
+    monkeypatch.setattr(cuda_graphs, "Recorder", Recorder)
+    monkeypatch.setattr(cuda_graphs, "can_record", lambda device: True)
     cell = Transformer(D, heads=6, kv_heads=2, wiring="head", causal=True, rotary=1e4, decay=True, dropout=0.2)
     layers = DEQ(cell, graph=True, tol=1e-5), DEQ(cell, tol=1e-5)
     for counts in ((5, 3, 4), (1, 5, 2)):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from needs import kernels
 from problems import tanh_problem
 
 import tritondeq as tdeq
@@ -48,14 +47,14 @@ def test_fewer_products_where_the_ring_holds_the_solve():
     assert reused.sum() <= 0.9 * fresh.sum()
 
 
-@kernels
+@pytest.mark.kernels
 def test_backends_agree():
     options = {"tol": 1e-3, "solver": Broyden(memory=6)}
     (_, eager), (_, fused) = (gradients(True, gain=0.9, name=name, **options) for name in ("torch", "triton"))
     assert (eager - fused).abs().max() <= 1
 
 
-@kernels
+@pytest.mark.kernels
 @torch.no_grad()
 @pytest.mark.parametrize("memory", [1, 3])
 @pytest.mark.parametrize("width, dtype", [(9, torch.float64), (2049, torch.float64), (40, torch.float32)], ids=str)

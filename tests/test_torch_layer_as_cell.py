@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from needs import kernels
 from torch import nn
 
 import tritondeq as tdeq
@@ -62,7 +61,7 @@ def test_it_learns(solver, adjoint):
     assert losses[-1] < 0.5 * losses[0]
 
 
-@kernels
+@pytest.mark.kernels
 @pytest.mark.parametrize("solver", [Picard(), Anderson(memory=3), Broyden(memory=4)], ids=repr)
 def test_fused_steps_train_it_alike(solver):
     x, padding, labels = problem()

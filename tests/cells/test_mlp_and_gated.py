@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from needs import kernels
 
 import tritondeq as tdeq
 from tritondeq import DEQ
@@ -61,7 +60,7 @@ def test_the_equation_and_its_gradients(cell):
     assert torch.autograd.gradcheck(lambda x: layer(x), x)
 
 
-@kernels
+@pytest.mark.kernels
 def test_the_tolerance_decides_how_many_terms_must_fit():
     """32,768 weights: two terms of them fit, three do not."""
     with tdeq.backend("triton"), torch.no_grad():

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from needs import kernels
 
 import tritondeq as tdeq
 from tritondeq import DEQ, Anderson, ForwardBackward, Implicit, Neumann, PeacemanRachford, Picard, Unrolled
@@ -160,7 +159,7 @@ def test_warm_start_at_the_solution_takes_one_step():
         assert (layer.last.steps == 1).all()
 
 
-@kernels
+@pytest.mark.kernels
 @pytest.mark.parametrize("solver", [PeacemanRachford(), PeacemanRachford(0.5), ForwardBackward(), Picard()], ids=repr)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_kernels_agree_with_torch(solver, activation):
@@ -188,7 +187,7 @@ def test_kernels_agree_with_torch(solver, activation):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
-@kernels
+@pytest.mark.kernels
 def test_wide_cells_take_steps_that_hold_the_product():
     cell, x, results = Monotone(260), torch.randn(2, 260), []
     for name in ("torch", "triton"):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from needs import kernels
 from replays import Recorder
 
 import tritondeq as tdeq
@@ -234,7 +233,7 @@ def test_residuals_of_tokens(padded):
     torch.testing.assert_close(of_samples, solution.residual, rtol=1e-9, atol=1e-12)
 
 
-@kernels
+@pytest.mark.kernels
 def test_captured_with_padding(monkeypatch):
     """The work itself in place of a replay: other inputs and lengths, nothing captured anew."""
     monkeypatch.setattr(cuda_graphs, "Recorder", Recorder)

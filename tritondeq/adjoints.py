@@ -76,7 +76,6 @@ class Implicit(Adjoint):
             raise ValueError(f"reuse=True takes the forward solver, so solver must be None, got {self.solver!r}")
 
     def cotangent(self, at: Linearised, g: Tensor, solves: BackwardSolves) -> Tensor:
-        """Solves u = J' u + g."""
         return solves.adjoint(at, g)
 
 
@@ -96,7 +95,6 @@ class Neumann(Adjoint):
         integer("terms", self.terms)
 
     def cotangent(self, at: Linearised, g: Tensor, solves: BackwardSolves) -> Tensor:
-        """Sums the series."""
         u = g
         for _ in range(self.terms - 1):
             u = at.vjp(u) + g
@@ -125,7 +123,6 @@ class Phantom(Adjoint):
             raise ValueError(f"damping must be in (0, 1], got {self.damping!r}")
 
     def cotangent(self, at: Linearised, g: Tensor, solves: BackwardSolves) -> Tensor:
-        """Sums the series."""
         term = self.damping * g
         u = term
         for _ in range(self.steps - 1):
@@ -142,7 +139,6 @@ class OneStep(Adjoint):
     """
 
     def cotangent(self, at: Linearised, g: Tensor, solves: BackwardSolves) -> Tensor:
-        """Returns g."""
         return g
 
 

@@ -14,7 +14,7 @@ from .cells import Cell
 from .checks import boolean
 from .cuda_graphs import Graphs
 from .fixed_point import check, fixed_point
-from .generation import Cache, Token, past_of
+from .generation import Cache, past_of
 from .held import Masks, Parametrized
 from .layout import describe
 from .solution import Solution
@@ -73,20 +73,25 @@ class DEQ(nn.Module):
         if not isinstance(compile, bool | dict):
             raise TypeError(f"compile must be a bool or a dict of torch.compile's options, got {compile!r}")
         boolean("graph", graph)
-        why = _not_captured(adjoint, trace, group) if graph else None
-        if why:
-            raise ValueError(f"graph=True can't be combined with {why}")
+        conflicts = {
+            "adjoint Unrolled, which autograd differentiates step by step": isinstance(adjoint, Unrolled),
+            "Implicit(reuse=True)": isinstance(adjoint, Implicit) and adjoint.reuse,
+            "trace=True, which asks for every residual": trace,
+            "group, whose ranks would have to agree on every replay": group is not None,
+        }
+        for what in (what for what, given in conflicts.items() if graph and given):
+            raise ValueError(f"graph=True can't be combined with {what}")
         self.cell, self.solver, self.adjoint = cell, solver, adjoint
         self.tol, self.max_steps, self.trace, self.group = tol, max_steps, trace, group
         self.compile_cell, self.graph = compile, graph
         self._graphs = Graphs() if graph else None
         self._compiled: Any = None  # as a tuple, or its parameters would be registered twice
         self._unrolled: Unrolled | None = None
-        self._token = Token()
+        self._token = object()
         self.last: Solution | None = None
 
     def forward(self, x: Any, z0: Any = None, mask: Any = None) -> Any:
-        """Returns the fixed point: `solve(x, z0, mask).value`."""
+        """Returns the fixed point alone."""
         return self.solve(x, z0, mask).value
 
     def unrolled(self, steps: int | None, checkpoint: bool = False) -> "DEQ":
@@ -172,21 +177,17 @@ class DEQ(nn.Module):
         return solution
 
     def extra_repr(self) -> str:
-        """Returns the options, for repr()."""
         tol = "auto" if self.tol is None else self.tol
         unrolled = "" if self._unrolled is None else f", unrolled={self._unrolled.steps}"
         return f"solver={self.solver}, adjoint={self.adjoint}, tol={tol}, max_steps={self.max_steps}{unrolled}"
 
     def __getstate__(self) -> dict[str, Any]:
         graphs = Graphs() if self.graph else None
-        return self.__dict__ | {"last": None, "_compiled": None, "_graphs": graphs, "_token": Token()}
+        return self.__dict__ | {"last": None, "_compiled": None, "_graphs": graphs, "_token": object()}
 
 
 class _Map:
-    """cell(z, injection), with the same dropout masks at every call, and parametrized tensors of given values.
-
-    `evaluate` is the cell or what it was compiled to, `inject` computes the injection, `graphs` are the layer's.
-    """
+    """cell(z, injection), with the same dropout masks at every call, and parametrized tensors of given values."""
 
     def __init__(self, evaluate: Callable, cell: nn.Module, inject: Callable[[], Any], graphs: Graphs | None):
         self.evaluate, self.cell, self.graphs = evaluate, cell, graphs
@@ -205,7 +206,6 @@ class _Map:
 
     @contextlib.contextmanager
     def held(self, weights: tuple[Tensor, ...]) -> Iterator[None]:
-        """Holds the masks and these weights for one evaluation."""
         with self.weights.held(weights), self.masks.held():
             yield
 
@@ -250,14 +250,3 @@ class _Map:
 def _picard(*solvers: Solver | None) -> Picard:
     """Returns the first of these that is one, else the plain one."""
     return next((solver for solver in solvers if isinstance(solver, Picard)), Picard())
-
-
-def _not_captured(adjoint: Adjoint, trace: bool, group: Any) -> str | None:
-    """Returns which of these a captured solve can't have."""
-    if isinstance(adjoint, Unrolled):
-        return "adjoint Unrolled, which autograd differentiates step by step"
-    if isinstance(adjoint, Implicit) and adjoint.reuse:
-        return "Implicit(reuse=True)"
-    if trace:
-        return "trace=True, which asks for every residual"
-    return "group, whose ranks would have to agree on every replay" if group is not None else None

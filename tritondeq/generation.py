@@ -9,20 +9,16 @@ from .cells import Cell
 from .layout import describe, pytree
 
 
-class Token:
-    """The identity of a layer, for its caches; a copy of the layer has another."""
-
-
 @dataclass(frozen=True)
 class Cache:
     """What `DEQ.step` stores of the tokens so far."""
 
-    layer: Token
+    layer: object  # the token of the layer; a copy of the layer has another
     like: dict[str, Any]  # batch size, dtype and device of x
     past: Any = field(repr=False)  # what the cell's `remember` returned
 
 
-def past_of(cell: nn.Module, x: Any, cache: Any, layer: Token) -> tuple[Any, dict[str, Any]]:
+def past_of(cell: nn.Module, x: Any, cache: Any, layer: object) -> tuple[Any, dict[str, Any]]:
     """Returns (the cell's `past`, or None for the first tokens, and what a cache for x is like).
 
     Raises:

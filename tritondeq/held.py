@@ -119,9 +119,7 @@ class Parametrized:
     def held(self, values: tuple[Tensor, ...]) -> Iterator[None]:
         """Holds `values` for one evaluation of the module."""
         constants = [_CONSTANTS.setdefault(made_of, _Constant()) for made_of in self.lists]
-        before: list[Any] = [
-            constant.value for constant in constants
-        ]  # a DEQ within a DEQ sees what the outer one holds
+        before: list[Any] = [c.value for c in constants]  # a DEQ within a DEQ sees what the outer one holds
         for made_of, constant, value in zip(self.lists, constants, values, strict=True):
             made_of.forward, constant.value = constant, value
         try:

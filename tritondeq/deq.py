@@ -97,9 +97,9 @@ class DEQ(nn.Module):
     def unrolled(self, steps: int | None, checkpoint: bool = False) -> "DEQ":
         """Switches to the explicit weight-tied net of `steps` evaluations of the cell, or with None back; returns self.
 
-        The net is `Unrolled(steps, checkpoint)` from where a solve would start, by steps of the layer's solver if it is
-        a `Picard`, else of the cell's default, else by plain ones: for warm-up, and to compare with. It holds in
-        train() and eval(), and in copies; state_dict does not contain it.
+        The net is `Unrolled(steps, checkpoint)` from where a solve would start, for warm-up and comparison, by steps of
+        the first `Picard` among the layer's solver, the cell's default and Picard(). It holds in train(), in eval() and
+        in copies, not in state_dict.
 
         Raises:
             TypeError, ValueError: An option is of the wrong kind or out of range.
@@ -137,8 +137,8 @@ class DEQ(nn.Module):
         tokens and stops by their residual, so the result is that of `forward` on all tokens to within the tolerance.
 
         There are no gradients, neither of z nor of the cache: train with `forward`. A cache belongs to the weights it
-        was made with. It may be stepped from any number of times, as beams do that share a prompt. Dropout, in train(),
-        draws its mask for each step. Neither `compile` nor `graph` applies.
+        was made with, and may be stepped from any number of times, as beams that share a prompt do. In train(), each
+        step draws its dropout masks. Neither `compile` nor `graph` applies.
 
         Args:
             x: The cell's input for the new tokens, [B, t, ...].
@@ -157,8 +157,7 @@ class DEQ(nn.Module):
             return z, Cache(self._token, like, cell.remember(z, f.injection))  # type: ignore[operator]
 
     def _solve(self, f: "_Map", x: Any, z0: Any, mask: Any) -> Solution:
-        cell, tol = self.cell, self.tol
-        solver, adjoint = self.solver, self.adjoint
+        cell, tol, solver, adjoint = self.cell, self.tol, self.solver, self.adjoint
         if self._unrolled is not None:
             default = cell.default_solver() if isinstance(cell, Cell) else None
             solver, adjoint = _picard(solver, default), self._unrolled
@@ -198,7 +197,6 @@ class _Map:
         self.masks = Masks(cell)
 
     def copy(self, injection: Any) -> "_Map":
-        """Returns the same map of another injection, with copies of the masks."""
         other = copy(self)
         other.injection, other.graphs, other.masks = injection, None, copy(self.masks)
         other.masks.masks = {k: None if mask is None else mask.clone() for k, mask in self.masks.masks.items()}
@@ -224,17 +222,11 @@ class _Map:
         depth = [next(i for i, c in enumerate(type(cell).__mro__) if n in vars(c)) for n in (name, "forward")]
         return getattr(cell, name)(self.injection) if depth[0] <= depth[1] else None
 
-    @property
-    def whole_solve(self) -> Any:
-        return self._declared("whole_solve")
-
-    @property
-    def splitting(self) -> Any:
-        return self._declared("splitting")
+    whole_solve = property(lambda self: self._declared("whole_solve"))
+    splitting = property(lambda self: self._declared("splitting"))
 
     @property
     def tail(self) -> Any:
-        """The cell's `tail`, with everything held."""
         declared = None if self.opaque else self._declared("tail")
         if declared is None:
             return None
@@ -248,5 +240,4 @@ class _Map:
 
 
 def _picard(*solvers: Solver | None) -> Picard:
-    """Returns the first of these that is one, else the plain one."""
     return next((solver for solver in solvers if isinstance(solver, Picard)), Picard())

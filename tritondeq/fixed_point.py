@@ -98,8 +98,7 @@ def _fixed_point(f: Any, z0: Any, args: Any, options: tuple) -> Solution:
         op, path = _plan(whole, layout, settings)
         backward = _for_adjoint(settings, adjoint)
         splitting = _splitting(f, settings.solver, backward.solver)
-        graphs, captured = getattr(f, "graphs", None), None
-        start = start.detach()
+        graphs, captured, start = getattr(f, "graphs", None), None, start.detach()
         stepwise = op if isinstance(op, CellOp) else None
         if graphs is not None and op is stepwise:
             call = Call(f, layout, start, args, settings, backward)
@@ -196,8 +195,8 @@ class _Backward:
                 with torch.autocast(w.device.type, enabled=False):
                     y = self._linear(split, solver, w @ split.w.mT, transpose=False)[0]
                     return (split.slope(split.linear(self.z), 1.0) * y + w) * scale
-            tail = lambda v: (at.jvp(v), w), PLAIN  # noqa: E731
-            settings = replace(self.settings, estimate=None, tail=tail)  # the estimate is of the transposed problem
+            # without the estimate, which is of the transposed problem
+            settings = replace(self.settings, estimate=None, tail=(lambda v: (at.jvp(v), w), PLAIN))
             return iterate(lambda v: at.jvp(v) + w, w, settings)[0] * scale
 
     def _linear(self, split: Splitting, solver: SplittingSolver, g: Tensor, transpose: bool) -> "_Outcome":
@@ -279,10 +278,8 @@ def _unroll(f: Callable, z: Tensor, settings: Settings, adjoint: Unrolled) -> tu
     mask, damping = settings.mask, getattr(settings.solver, "damping", 1.0)
     residuals = []
     for k in range(1, adjoint.steps + 1):
-        if adjoint.checkpoint and torch.is_grad_enabled():
-            y = torch.utils.checkpoint.checkpoint(f, z, use_reentrant=False)
-        else:
-            y = f(z)
+        recompute = adjoint.checkpoint and torch.is_grad_enabled()
+        y = torch.utils.checkpoint.checkpoint(f, z, use_reentrant=False) if recompute else f(z)
         if settings.trace or k == adjoint.steps:
             with torch.no_grad():
                 rules = Rules(z.shape[0], z.dtype, z.device, settings.tol)
@@ -295,7 +292,6 @@ def _unroll(f: Callable, z: Tensor, settings: Settings, adjoint: Unrolled) -> tu
 
 
 def _shape(solution: Solution, layout: Layout) -> None:
-    """Reshapes per-sample vectors to the batch shape."""
     for name in ("status", "steps", "residual", "trace"):
         vector = getattr(solution, name)
         setattr(solution, name, None if vector is None else layout.per_sample(vector))

@@ -125,7 +125,7 @@ def plan_steps(solver: Solver, device: torch.device, width: int, dtype: torch.dt
 
 @contextlib.contextmanager
 def explain_no_room(solver: Solver, z: Tensor) -> Iterator[None]:
-    """Adds what to change to the error where there is no room for the states that a solve of `z` stores."""
+    """Adds what to change to the error where there is no room for the states of a solve of `z`."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -186,8 +186,7 @@ class _Steps:
 class Look:
     """The number of active samples, or None where it is not known.
 
-    On a GPU the answer is only ever None or 0, and `every` steps old, so that the host never waits for it; while a CUDA
-    graph is being captured there is none.
+    On a GPU it is None or 0, and `every` steps old, so that the host never waits; while a graph is captured, None.
     """
 
     def __init__(self, device: torch.device, group: Any, every: int = READ_EVERY):
@@ -198,7 +197,6 @@ class Look:
             self.copied: torch.cuda.Event | None = None
 
     def __call__(self, active: Callable[[], Tensor]) -> int | None:
-        """Looks once, after a step; `active` computes the number of active samples, a scalar tensor."""
         self.steps += 1
         if self.blind or (self.cuda and self.steps % self.every):
             return None

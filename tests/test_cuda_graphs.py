@@ -160,15 +160,12 @@ def test_training_in_place():
     layers = pair()
 
     def work(layer):
-        optimizer = torch.optim.SGD(layer.parameters(), lr=0.3)
-        losses = []
-        (x,) = inputs(1.0)
+        optimizer, losses, (x,) = torch.optim.SGD(layer.parameters(), lr=0.3), [], inputs(1.0)
         for _ in range(4):
-            loss = layer(x).square().mean()
+            losses.append(layer(x).square().mean())
             optimizer.zero_grad()
-            loss.backward()
+            losses[-1].backward()
             optimizer.step()
-            losses.append(loss.detach())
         return losses
 
     losses = both(layers, work)
@@ -187,11 +184,10 @@ def test_retained_graphs_and_backwards_out_of_order():
     def work(layer):
         x, y = inputs(1.0, 3.0)
         a, b = layer(x).sin().sum(), layer(y).sin().sum()
-        params = list(layer.parameters())
-        ga = torch.autograd.grad(a, [x, *params], retain_graph=True)
-        gb = torch.autograd.grad(b, [y, *params])
+        ga = torch.autograd.grad(a, [x, *layer.parameters()], retain_graph=True)
+        gb = torch.autograd.grad(b, [y, *layer.parameters()])
         layer(2 * y.detach())
-        again = torch.autograd.grad(a, [x, *params])
+        again = torch.autograd.grad(a, [x, *layer.parameters()])
         assert all(torch.equal(p, q) for p, q in zip(ga, again, strict=True))
         return [*ga, *gb]
 
@@ -267,11 +263,8 @@ def test_a_cell_that_cannot_be_captured(monkeypatch):
     layer, _ = pair()
     (x,) = inputs(1.0)
 
-    def fails(self, work):
-        raise RuntimeError("operation not permitted when stream is capturing")
-
     with monkeypatch.context() as patch:
-        patch.setattr(Recorder, "__call__", fails)
+        patch.setattr(Recorder, "__call__", Mock(side_effect=RuntimeError("operation not permitted")))
         with pytest.raises(RuntimeError, match="can't be captured.*graph=False.*not permitted"):
             layer(x)
     assert not captures(layer) and not layer.cell.dropout.held

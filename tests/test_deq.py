@@ -80,12 +80,10 @@ def test_state_dicts_copies_and_pickles_after_a_call(x):
         assert torch.equal(other(x), z) and other.solver == layer.solver and other.adjoint == layer.adjoint
 
 
-def test_to_moves_dtype(x):
-    layer = DEQ(Block()).double()
-    assert layer(x.double()).dtype == torch.float64
-    layer = DEQ(Block()).bfloat16()
-    z = layer(x.bfloat16())
-    assert z.dtype == torch.bfloat16 and layer.last.residual.dtype == torch.float32
+@pytest.mark.parametrize("dtype, inner", [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)], ids=str)
+def test_to_moves_dtype(x, dtype, inner):
+    layer = DEQ(Block()).to(dtype)
+    assert layer(x.to(dtype)).dtype == dtype and layer.last.residual.dtype == inner
 
 
 def test_warm_start_and_mask(x):
@@ -128,15 +126,13 @@ def test_training_makes_the_loss_fall(x):
     target = torch.randn(6, 8)
     for adjoint in (Implicit(), OneStep(), tdeq.Phantom(4, 0.8), tdeq.Neumann(3), Unrolled(6)):
         torch.manual_seed(1)
-        layer = DEQ(Block(), adjoint=adjoint)
+        layer, losses = DEQ(Block(), adjoint=adjoint), []
         opt = torch.optim.Adam(layer.parameters(), lr=3e-2)
-        losses = []
         for _ in range(60):
-            loss = (layer(x) - target).pow(2).mean()
+            losses.append((layer(x) - target).pow(2).mean())
             opt.zero_grad()
-            loss.backward()
+            losses[-1].backward()
             opt.step()
-            losses.append(loss.item())
         assert losses[-1] < 0.5 * losses[0], adjoint
 
 

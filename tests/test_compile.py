@@ -1,14 +1,14 @@
 """`DEQ(..., compile=True)`: the cell compiled, the loop left outside."""
 
 import copy
-import io
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
 import tritondeq as tdeq
-from tritondeq import DEQ, Anderson, FixedDropout, Implicit, Phantom, Unrolled
+from tritondeq import DEQ, Anderson, FixedDropout, Implicit, Phantom, Picard, Unrolled
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the compiler
 TRACED = {"backend": "aot_eager"}  # the whole path of torch.compile but the code generator
@@ -39,13 +39,15 @@ def pair():
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("adjoint", [Implicit(), Phantom(4, 0.7), Unrolled(5)], ids=repr)
-def test_values_and_gradients_are_those_of_the_cell(pair, adjoint, mode):
+@pytest.mark.parametrize(
+    "solver, adjoint", [(Anderson(), Implicit()), (Picard(), Phantom(4, 0.7)), (Picard(), Unrolled(5))], ids=repr
+)
+def test_values_and_gradients_are_those_of_the_cell(pair, solver, adjoint, mode):
     """Also of what stands before the layer, twice in a graph."""
     *layers, x, mask = pair
     results = []
     for deq in layers:
-        deq.adjoint = adjoint
+        deq.solver, deq.adjoint = solver, adjoint
         getattr(deq, mode)()
         torch.manual_seed(3)
         before = torch.full((8,), 0.9, requires_grad=True)
@@ -84,10 +86,7 @@ def test_it_is_the_same_module(pair):
     deq, plain, x, mask = pair
     value = deq.eval()((x, mask), z0=torch.zeros_like(x))
     assert list(deq.state_dict()) == list(plain.state_dict())
-    buffer = io.BytesIO()
-    torch.save(deq, buffer)
-    buffer.seek(0)
-    for again in (copy.deepcopy(deq), torch.load(buffer, weights_only=False)):
+    for again in (copy.deepcopy(deq), pickle.loads(pickle.dumps(deq))):
         torch.testing.assert_close(again((x, mask), z0=torch.zeros_like(x)), value)
 
 
@@ -101,12 +100,3 @@ def test_whole_solves_stay_whole():
 def test_bad_option():
     with pytest.raises(TypeError, match="compile must be a bool or a dict"):
         DEQ(Cell(), compile="max-autotune")
-
-
-def test_solver_with_history(pair):
-    deq, plain, x, mask = pair
-    deq.solver = plain.solver = Anderson()
-    deq.eval(), plain.eval()
-    z0 = torch.zeros_like(x)
-    torch.testing.assert_close(deq((x, mask), z0=z0), plain((x, mask), z0=z0), rtol=1e-4, atol=1e-5)
-    assert torch.equal(deq.last.steps, plain.last.steps)

@@ -6,6 +6,8 @@ That tests what is copied where, when a captured point is stale, and what is ref
 import copy
 import gc
 import weakref
+from contextlib import nullcontext
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -13,19 +15,7 @@ from replays import Recorder
 from torch import nn
 
 import tritondeq as tdeq
-from tritondeq import (
-    DEQ,
-    Anderson,
-    Broyden,
-    FixedDropout,
-    Implicit,
-    Neumann,
-    OneStep,
-    Phantom,
-    Picard,
-    Unrolled,
-    cuda_graphs,
-)
+from tritondeq import DEQ, Anderson, Broyden, FixedDropout, Implicit, Neumann, OneStep, Phantom, Picard, Unrolled
 from tritondeq.cells import Affine
 from tritondeq.kernels import launch
 from tritondeq.kernels.steps.affine import AffineSteps
@@ -38,19 +28,19 @@ BOTH = pytest.mark.parametrize("recorded", [False, True], indirect=True, ids=["c
 @pytest.fixture(autouse=True)
 def recorded(monkeypatch, request):
     """Solves replay in chunks, or where the parameter is true by a WHILE node."""
-    monkeypatch.setattr(cuda_graphs, "Recorder", Recorder)
+    monkeypatch.setattr(tdeq.cuda_graphs, "Recorder", Recorder)
     monkeypatch.setattr(Recorder, "repeats", getattr(request, "param", False))
-    monkeypatch.setattr(cuda_graphs, "can_record", lambda device: True)
+    monkeypatch.setattr(tdeq.cuda_graphs, "can_record", lambda device: True)
     Recorder.made = 0
     with tdeq.backend("triton"):
         yield
 
 
 class Cell(nn.Module):
-    def __init__(self, dropout=0.0):
+    def __init__(self, dropout=0.0, linear=None):
         super().__init__()
-        self.linear, self.dropout = nn.Linear(WIDTH, WIDTH), FixedDropout(dropout)
-        nn.init.normal_(self.linear.weight, std=0.25)
+        self.linear, self.dropout = linear or nn.Linear(WIDTH, WIDTH), FixedDropout(dropout)
+        nn.init.normal_(self.linear.weight, std=0.2)
 
     def forward(self, z, x):
         return torch.tanh(self.dropout(self.linear(z)) + x)
@@ -124,13 +114,11 @@ def test_other_adjoints(adjoint):
 @torch.no_grad()
 @pytest.mark.parametrize("most, solver", [(1, Picard()), (2, Picard()), (4, Picard()), (3, Broyden(memory=2))], ids=str)
 def test_most_steps_that_fill_no_chunk(most, solver):
-    layers = pair(max_steps=most, tol=1e-9, solver=solver)
-
     def work(layer):
         solution = layer.solve(inputs(1.0)[0])
-        return [solution.value, solution.steps, solution.status, solution.residual]
+        return [solution.steps, solution.status, solution.value, solution.residual]
 
-    _, steps, status, _ = both(layers, work)
+    steps, status, *_ = both(pair(max_steps=most, tol=1e-9, solver=solver), work)
     assert (steps == most).all() and (status == tdeq.Status.MAX_STEPS).all()
     assert Recorder.made == (1 if Recorder.repeats else 3), "no gradient, no adjoint solve"
 
@@ -157,12 +145,11 @@ def test_a_chunk_ends_with_the_buffers_it_began_with(solver):
 def test_a_call_is_not_kept_alive():
     """Neither its input, with the graph behind it, nor its solution, once the caller has let go."""
     layer, _ = pair()
-    (x,) = inputs(1.0)
-    before = x * 2
+    before = inputs(1.0)[0] * 2
     watched = weakref.ref(before)
     z = layer(before)
     z.sum().backward(retain_graph=True)
-    points = [weakref.ref(p) for p in gc.get_objects() if type(p) is cuda_graphs.CapturedPoint]
+    points = [weakref.ref(p) for p in gc.get_objects() if type(p) is tdeq.cuda_graphs.CapturedPoint]
     del before, z
     gc.collect()
     assert watched() is None and points and all(p() is None for p in points)
@@ -173,15 +160,12 @@ def test_training_in_place():
     layers = pair()
 
     def work(layer):
-        optimizer = torch.optim.SGD(layer.parameters(), lr=0.3)
-        losses = []
-        (x,) = inputs(1.0)
+        optimizer, losses, (x,) = torch.optim.SGD(layer.parameters(), lr=0.3), [], inputs(1.0)
         for _ in range(4):
-            loss = layer(x).square().mean()
+            losses.append(layer(x).square().mean())
             optimizer.zero_grad()
-            loss.backward()
+            losses[-1].backward()
             optimizer.step()
-            losses.append(loss.detach())
         return losses
 
     losses = both(layers, work)
@@ -200,11 +184,10 @@ def test_retained_graphs_and_backwards_out_of_order():
     def work(layer):
         x, y = inputs(1.0, 3.0)
         a, b = layer(x).sin().sum(), layer(y).sin().sum()
-        params = list(layer.parameters())
-        ga = torch.autograd.grad(a, [x, *params], retain_graph=True)
-        gb = torch.autograd.grad(b, [y, *params])
+        ga = torch.autograd.grad(a, [x, *layer.parameters()], retain_graph=True)
+        gb = torch.autograd.grad(b, [y, *layer.parameters()])
         layer(2 * y.detach())
-        again = torch.autograd.grad(a, [x, *params])
+        again = torch.autograd.grad(a, [x, *layer.parameters()])
         assert all(torch.equal(p, q) for p, q in zip(ga, again, strict=True))
         return [*ga, *gb]
 
@@ -242,7 +225,7 @@ def test_masks_and_starts():
 
 def test_autocast():
     values = []
-    for layer in pair(tol=1e-2):
+    for layer in pair():
         torch.manual_seed(5)
         (x,) = inputs(1.0)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -254,7 +237,7 @@ def test_autocast():
 
 @torch.no_grad()
 def test_each_shape_is_captured_and_the_oldest_forgotten(monkeypatch):
-    monkeypatch.setattr(cuda_graphs, "CACHE", 2)
+    monkeypatch.setattr(tdeq.cuda_graphs, "CACHE", 2)
     layer, _ = pair(max_steps=3)
     for rows in (1, 2, 3):
         layer(torch.zeros(rows, WIDTH))
@@ -266,15 +249,7 @@ def test_each_shape_is_captured_and_the_oldest_forgotten(monkeypatch):
 
 
 def test_each_memory_format_is_captured():
-    class Conv(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(2, 2, 3, padding=1)
-
-        def forward(self, z, x):
-            return torch.tanh(0.5 * self.conv(z) + x)
-
-    layers = pair(Conv())
+    layers = pair(Cell(linear=nn.Conv2d(2, 2, 3, padding=1)))
     x = torch.randn(2, 2, 3, 4)
     for form in (torch.contiguous_format, torch.channels_last):
         z0 = torch.zeros_like(x, memory_format=form)
@@ -288,11 +263,8 @@ def test_a_cell_that_cannot_be_captured(monkeypatch):
     layer, _ = pair()
     (x,) = inputs(1.0)
 
-    def fails(self, work):
-        raise RuntimeError("operation not permitted when stream is capturing")
-
     with monkeypatch.context() as patch:
-        patch.setattr(Recorder, "__call__", fails)
+        patch.setattr(Recorder, "__call__", Mock(side_effect=RuntimeError("operation not permitted")))
         with pytest.raises(RuntimeError, match="can't be captured.*graph=False.*not permitted"):
             layer(x)
     assert not captures(layer) and not layer.cell.dropout.held
@@ -394,30 +366,19 @@ def test_a_cell_whose_steps_evaluate_it_themselves(monkeypatch, operands):
 def test_a_loop_is_a_while_node_that_is_closed_where_the_body_fails(monkeypatch, case):
     """What is asked of CUDA, in order; outside of a capture the body runs once."""
     monkeypatch.undo()
-    asked, going = [], torch.tensor(True)
-
-    class Graph:
-        begin_capture_to_while_node = staticmethod(lambda going: asked.append(("begin", going)))
-        set_conditional_handle_for_current_node = staticmethod(lambda going: asked.append(("again", going)))
-        end_capture_to_conditional_node = staticmethod(lambda: asked.append("end"))
-        get_currently_capturing_graph = staticmethod(lambda: Graph)
-
-    def body():
-        if case == "body fails":
-            raise RuntimeError("operation not permitted when stream is capturing")
-        asked.append("body")
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    graph, going = Mock(), torch.tensor(True)
+    graph.get_currently_capturing_graph.return_value = graph
+    graph.body.side_effect = RuntimeError("not permitted") if case == "body fails" else None
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: case != "warm-up")
-    record = cuda_graphs.Recorder(torch.device("cuda"))
+    record = tdeq.cuda_graphs.Recorder(torch.device("cuda"))
     assert record.repeats
-    if case == "body fails":
-        with pytest.raises(RuntimeError, match="not permitted"):
-            record.repeat(going, body)
-    else:
-        record.repeat(going, body)
-    steps = {"captured": [("begin", going), "body", ("again", going), "end"], "warm-up": ["body"]}
-    assert asked == steps.get(case, [("begin", going), "end"])
+    with pytest.raises(RuntimeError, match="not permitted") if case == "body fails" else nullcontext():
+        record.repeat(going, graph.body)
+    begin = [call.get_currently_capturing_graph(), call.begin_capture_to_while_node(going), call.body()]
+    again, end = call.set_conditional_handle_for_current_node(going), call.end_capture_to_conditional_node()
+    asked = {"captured": [*begin, again, end], "body fails": [*begin, end], "warm-up": [call.body()]}
+    assert graph.mock_calls == asked[case]
     monkeypatch.setattr(torch.cuda, "CUDAGraph", type("CUDAGraph", (), {}))  # older torch: the host repeats
-    assert not cuda_graphs.Recorder(torch.device("cuda")).repeats
+    assert not tdeq.cuda_graphs.Recorder(torch.device("cuda")).repeats

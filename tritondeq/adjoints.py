@@ -76,7 +76,6 @@ class Implicit(Adjoint):
             raise ValueError(f"reuse=True takes the forward solver, so solver must be None, got {self.solver!r}")
 
     def cotangent(self, at: Linearised, g: Tensor, solves: BackwardSolves) -> Tensor:
-        """Solves u = J' u + g."""
         return solves.adjoint(at, g)
 
 
@@ -96,7 +95,6 @@ class Neumann(Adjoint):
         integer("terms", self.terms)
 
     def cotangent(self, at: Linearised, g: Tensor, solves: BackwardSolves) -> Tensor:
-        """Sums the series."""
         u = g
         for _ in range(self.terms - 1):
             u = at.vjp(u) + g
@@ -125,7 +123,6 @@ class Phantom(Adjoint):
             raise ValueError(f"damping must be in (0, 1], got {self.damping!r}")
 
     def cotangent(self, at: Linearised, g: Tensor, solves: BackwardSolves) -> Tensor:
-        """Sums the series."""
         term = self.damping * g
         u = term
         for _ in range(self.steps - 1):
@@ -142,7 +139,6 @@ class OneStep(Adjoint):
     """
 
     def cotangent(self, at: Linearised, g: Tensor, solves: BackwardSolves) -> Tensor:
-        """Returns g."""
         return g
 
 
@@ -193,12 +189,16 @@ class _Attached(torch.autograd.Function):
             with torch.no_grad():
                 grads = at.input_vjp(adjoint.cotangent(at, g, solves))
             if torch.is_grad_enabled():
-                grads = _Refused.apply(_APPROXIMATE.format(type(adjoint).__name__), ctx.saved_tensors[0], *grads)
+                why = (
+                    f"the gradient of {type(adjoint).__name__} is an approximation whose derivative would be wrong: "
+                    "for second derivatives use Implicit(), or Unrolled(steps)"
+                )
+                grads = _Refused.apply(why, ctx.saved_tensors[0], *grads)
         return None, None, None, None, *grads
 
 
 class _Adjoint(torch.autograd.Function):
-    """u = J' u + g as a function of g, z and the inputs: du solves v = J v + du, and z and inputs get d(u' J v)."""
+    """u = J' u + g as a function of g, z and the inputs: g gets v = J v + du, z and the inputs d(u' J v)."""
 
     @staticmethod
     def forward(ctx: Any, at: Linearised, solves: BackwardSolves, g: Tensor, z: Tensor, *inputs: Tensor) -> Any:
@@ -238,16 +238,10 @@ class _InputVjp(torch.autograd.Function):
         return None, *_no_third(z, grads)
 
 
-_APPROXIMATE = (
-    "the gradient of {} is an approximation whose derivative would be wrong: "
-    "for second derivatives use Implicit(), or Unrolled(steps)"
-)
-_THIRD = "Implicit() is twice differentiable, and this is a third derivative: use Unrolled(steps)"
-
-
 def _no_third(z: Tensor, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Returns `grads`, and if a graph is being made, such that differentiating them raises."""
-    return _Refused.apply(_THIRD, z, *grads) if torch.is_grad_enabled() else grads
+    why = "Implicit() is twice differentiable, and this is a third derivative: use Unrolled(steps)"
+    return _Refused.apply(why, z, *grads) if torch.is_grad_enabled() else grads
 
 
 class _Refused(torch.autograd.Function):

@@ -17,10 +17,7 @@ from .layout import Layout, pytree
 
 
 class _StandIns(TorchFunctionMode):
-    """Replaces every tensor that requires grad and comes from outside: a leaf, or the output of a node that is older.
-
-    `state` is what f is given; the first nodes that count as inside made it.
-    """
+    """Replaces each tensor that requires grad and comes from outside: a leaf, or made before the state."""
 
     def __init__(self, state: list[Tensor]):
         super().__init__()
@@ -29,10 +26,8 @@ class _StandIns(TorchFunctionMode):
         self._oldest = min(tensor.grad_fn._sequence_nr() for tensor in state if tensor.grad_fn is not None)
 
     def swap(self, tensor: Tensor) -> Tensor:
-        """Returns the tensor's stand-in, or the tensor itself where it needs none."""
-        if not tensor.requires_grad or id(tensor) in self._made:
-            return tensor
-        if tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= self._oldest:
+        inside = tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= self._oldest
+        if inside or not tensor.requires_grad or id(tensor) in self._made:
             return tensor
         if id(tensor) not in self.pairs:
             stand_in = tensor.detach().requires_grad_()

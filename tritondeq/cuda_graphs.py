@@ -3,16 +3,14 @@
 For each shape of everything that goes in, a solve is captured once, on static tensors: `begin` (from the start, a chunk
 of evaluations), `more` (another chunk) and `end` (best iterate, outcome); for gradients the cell at z* under autograd,
 the same three of the adjoint solve on it, and the product with (df/d input)'. From torch 2.14 on, the three are one
-graph with a WHILE node around `more`, and the host waits for nothing. A call copies its start, injection and dropout
-masks there and replays. Parameters are read where they lie, so an optimizer may update them in place.
-
-A forward replay may overwrite what the cell at z* has saved, for captures share a pool: the cell is replayed before it
-is differentiated, unless nothing came between (`Captured.holder`).
+graph with a WHILE node around `more`. A call copies its start, injection and dropout masks there and replays;
+parameters are read where they lie. Captures share a pool, so a forward replay may overwrite what the cell at z* has
+saved: the cell is replayed before it is differentiated, unless nothing came between (`Captured.holder`).
 """
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from .capture import Linearised
 from .kernels.dispatch import CellOp
 from .kernels.tails import PLAIN
 from .layout import Layout, pytree
-from .loop import Look, Parts, Settings, flat_tail, plan_steps, split_tail, under_autocast
+from .loop import Look, Settings, flat_tail, plan_steps, start, without_autocast
 from .solution import Solution
 
 CHUNK = 3  # evaluations at least; a chunk has whole periods of kernels/steps, so that it begins with the same buffers
@@ -40,7 +38,7 @@ class Recorder:
         self.repeats = hasattr(torch.cuda.CUDAGraph, "begin_capture_to_while_node")
 
     def repeat(self, going: Tensor, body: Work) -> None:
-        """Runs `body`, which renews `going`, a bool scalar, for as long as that is true; as part of work."""
+        """Runs `body` for as long as `going`, a bool scalar that it renews, is true; as part of work."""
         if not torch.cuda.is_current_stream_capturing():
             return body()  # to warm up
         graph: Any = torch.cuda.CUDAGraph.get_currently_capturing_graph()
@@ -74,11 +72,7 @@ def can_record(device: torch.device) -> bool:
 
 @dataclass
 class Call:
-    """What one call provides, and a captured solve copies.
-
-    f is a layer's map, of (state, *args); start is [B, N]; settings and backward are those of the two solves; op and
-    backward_op hold the cell, where they take these, and options are their arguments for a tolerance.
-    """
+    """What one call provides; `op` and `backward_op` hold the cell, and options(tol) are their arguments."""
 
     f: Any
     layout: Layout
@@ -115,17 +109,17 @@ class Graphs:
 
     def find(self, call: Call) -> "tuple[Captured | None, str]":
         """Returns (the solve captured for such calls, how it is done), or (None, why there is none)."""
-        device = call.start.device
+        op, device, layout = call.op, call.start.device, call.layout
         if not can_record(device):
             return None, f"graphs are for CUDA, outside of other graphs, and tensors are on {device.type}"
-        op, how = call.op, call.op.label if call.op else ""
+        how = op.label if op else ""
         if op is None:
-            op, how = plan_steps(call.settings.solver, device, call.layout.width, call.layout.dtype)
-        if op is None or not call.layout.batch:
+            op, how = plan_steps(call.settings.solver, device, layout.width, layout.dtype)
+        if op is None or not layout.batch:
             return None, f"no graph: {how}"
         if not call.f.masks.drawn:
             with torch.no_grad():
-                call.f(call.layout.unpack(call.start), *call.args)
+                call.f(layout.unpack(call.start), *call.args)
         key = call.key()
         try:
             new = key not in self.solves
@@ -166,20 +160,18 @@ class Captured:
         static = lambda leaf: leaf.detach().clone().requires_grad_(leaf.requires_grad)  # noqa: E731
         self.args = pytree.tree_map_only(Tensor, static, call.args)
         self.map = call.f.copy(self.args[0])
-        kind = self.start.device.type
-        cell, outside = under_autocast(self.map, kind, caches=False)
         parts, tail = flat_tail(self.map, self.layout, self.args)
-        parts, _ = under_autocast(parts, kind, caches=False)
+        with without_autocast(self.start.device.type, caches=False) as autocast:
+            cell, settings = autocast(self.map), replace(call.settings, tail=(autocast(parts), tail))
 
-        def apply(flat: Tensor) -> Tensor:
-            return self.layout.pack(cell(self.layout.unpack(flat), *self.args))
+            def apply(flat: Tensor) -> Tensor:
+                return self.layout.pack(cell(self.layout.unpack(flat), *self.args))
 
-        with outside:
             with torch.no_grad():
                 if call.op is None:
-                    self.forward = _fused(record, apply, self.start, replace(call.settings, tail=(parts, tail)))
+                    self.forward = _fused(record, apply, self.start, settings)
                 else:
-                    self.forward = self._by_cell(record, call.op.solve, call, call.settings, False)
+                    self.forward = self._by_cell(record, call.op.solve, call, settings)
             if torch.is_grad_enabled():
                 cell.opaque = self.map.opaque  # type: ignore[attr-defined]
                 self._backward(record, cell, call)
@@ -203,26 +195,25 @@ class Captured:
                 settings = replace(call.backward, tail=(lambda u: (self.at.vjp(u), self.g), PLAIN))
                 self.adjoint = _fused(record, lambda u: self.at.vjp(u) + self.g, self.g, settings)
             else:
-                self.adjoint = self._by_cell(record, call.backward_op.adjoint, call, call.backward, True)
+                self.adjoint = self._by_cell(record, call.backward_op.adjoint, call, call.backward, self.g)
             self.input_vjp = record(lambda: setattr(self, "grads", self.at.input_vjp(self.u)))
 
-    def _by_cell(self, record: Recorder, make: Callable, call: Call, settings: Settings, adjoint: bool) -> "_Solve":
-        """Captures a solve by steps that evaluate the cell themselves."""
+    def _by_cell(self, record: Recorder, make: Callable, call: Call, settings: Settings, g: Any = None) -> "_Solve":
+        """Captures a solve by steps that evaluate the cell themselves; an adjoint one where g is given."""
 
         def operands() -> tuple[Tensor, ...]:
             whole = self.map.whole_solve
-            return whole.at(self.z) if adjoint else whole.operands
+            return whole.operands if g is None else whole.at(self.z)
 
-        held, plan = operands(), {"tol": settings.tol, "max_steps": settings.max_steps}
-        options = call.options(settings.tol) | (settings.solver.fused() or {})
-        steps = make(*held, self.g if adjoint else self.start, **plan, **options)
+        held, options = operands(), call.options(settings.tol) | (settings.solver.fused() or {})
+        steps = make(*held, self.start if g is None else g, tol=settings.tol, max_steps=settings.max_steps, **options)
 
         def renew() -> None:
             for static, new in zip(held, operands(), strict=True):
                 if static.data_ptr() != new.data_ptr():  # else it is a view of the static arguments
                     static.copy_(new)
 
-        return _Solve(record, steps, None if adjoint else self.start, settings.max_steps, None, renew)
+        return _Solve(record, steps, self.start if g is None else None, settings, lambda z: (), renew)
 
     def hold(self, owner: Any, args: tuple, masks: dict) -> None:
         """Copies in what a call provides; `owner` is a token, for this outlives the call."""
@@ -235,45 +226,39 @@ class Captured:
         self.holder = owner
 
     def solve(self, call: Call) -> tuple[Tensor, Solution]:
-        """Solves for the numbers of this call."""
         self.hold(None, call.args, call.f.masks.masks)
         self.start.copy_(call.start)
         return self.forward(call.settings.mask)
 
 
-def _fused(record: Recorder, f: Callable[[Tensor], Tensor], start: Tensor, settings: Settings) -> "_Solve":
+def _fused(record: Recorder, f: Callable[[Tensor], Tensor], z: Tensor, settings: Settings) -> "_Solve":
     """Captures a solve by fused steps."""
-    op, why = plan_steps(settings.solver, start.device, start.shape[1], start.dtype)
+    op, why = plan_steps(settings.solver, z.device, z.shape[1], z.dtype)
     if op is None:
         raise Refused(f"graph=True needs a solver whose steps are fused: {why}")
-    parts, tail = split_tail(f, settings, start)
-    options = asdict(settings.solver)  # type: ignore[call-overload]  # every solver is a dataclass
-    steps = op.start(start, settings.mask, settings.tol, settings.max_steps, tail, **options)
-    return _Solve(record, steps, start, settings.max_steps, parts, lambda: None)
+    parts, steps = start(op, f, z, settings)
+    return _Solve(record, steps, z, settings, parts, renew=lambda: None)
 
 
 class _Solve:
-    """A captured solve by these steps, from the static `start` on, after `renew`; cell steps need no `parts`."""
+    """A captured solve by these steps, from the static `z0` on, after `renew`; as `drive` takes them."""
 
     outcome: Any
 
-    def __init__(
-        self, record: Recorder, steps: Any, start: Tensor | None, max_steps: int, parts: Parts | None, renew: Work
-    ):
+    def __init__(self, record: Recorder, steps: Any, z0: Any, settings: Settings, parts: Callable, renew: Work):
         chunk = -(-CHUNK // steps.period) * steps.period
-        self.steps, self.chunks = steps, -(-max_steps // chunk)
+        self.steps, self.chunks = steps, -(-settings.max_steps // chunk)
         going = torch.empty((), dtype=torch.bool, device=steps.count.device)
 
         def begin() -> None:
             renew()
-            steps.reset(start)
-            steps.take(*(parts(steps.z) if parts else ()))
+            steps.reset(z0)
+            steps.take(*parts(steps.z))
             evaluate(chunk - 1)
 
         def evaluate(times: int = chunk) -> None:
             for _ in range(times):
-                z = steps.onward()
-                steps.take(*(parts(z) if parts else ()))
+                steps.take(*parts(steps.onward()))
 
         end: Work = lambda: setattr(self, "outcome", steps.finish())  # noqa: E731
 
@@ -302,7 +287,6 @@ class _Solve:
         self.end()
 
     def __call__(self, mask: Tensor | None) -> tuple[Tensor, Solution]:
-        """Replays, and copies the results."""
         if mask is not None:
             self.steps.mask.copy_(mask)
         self.replay()
@@ -311,7 +295,7 @@ class _Solve:
 
 
 class CapturedPoint(Linearised):
-    """The cell at the solution of one call, by its captured graphs; first derivatives only."""
+    """`Linearised` at the solution of one call, by its captured graphs; first derivatives only."""
 
     def __init__(self, captured: Captured, call: Call, z: Tensor):
         self.captured, self.z, self.mask, self.token = captured, z, call.settings.mask, object()
@@ -329,22 +313,18 @@ class CapturedPoint(Linearised):
         return captured
 
     def vjp(self, u: Tensor) -> Tensor:
-        """Returns J' u."""
         return self._hold().at.vjp(u)
 
     def adjoint(self, g: Tensor) -> tuple[Tensor, Solution]:
-        """Solves u = J' u + g."""
         captured = self._hold()
         captured.g.copy_(g)
         return captured.adjoint(self.mask)
 
     def input_vjp(self, u: Tensor) -> tuple[Tensor, ...]:
-        """Returns (df/d input)' u for each input."""
         captured = self._hold()
         captured.u.copy_(u)
         captured.input_vjp()
         return tuple(grad.clone() for grad in captured.grads)
 
     def require_seen_through(self) -> None:
-        """Raises RuntimeError: a graph can't be differentiated twice."""
         raise RuntimeError("second derivatives need graph=False")

@@ -14,7 +14,7 @@ from .cells import Cell
 from .checks import boolean
 from .cuda_graphs import Graphs
 from .fixed_point import check, fixed_point
-from .generation import Cache, Token, past_of
+from .generation import Cache, past_of
 from .held import Masks, Parametrized
 from .layout import describe
 from .solution import Solution
@@ -73,28 +73,33 @@ class DEQ(nn.Module):
         if not isinstance(compile, bool | dict):
             raise TypeError(f"compile must be a bool or a dict of torch.compile's options, got {compile!r}")
         boolean("graph", graph)
-        why = _not_captured(adjoint, trace, group) if graph else None
-        if why:
-            raise ValueError(f"graph=True can't be combined with {why}")
+        conflicts = {
+            "adjoint Unrolled, which autograd differentiates step by step": isinstance(adjoint, Unrolled),
+            "Implicit(reuse=True)": isinstance(adjoint, Implicit) and adjoint.reuse,
+            "trace=True, which asks for every residual": trace,
+            "group, whose ranks would have to agree on every replay": group is not None,
+        }
+        for what in (what for what, given in conflicts.items() if graph and given):
+            raise ValueError(f"graph=True can't be combined with {what}")
         self.cell, self.solver, self.adjoint = cell, solver, adjoint
         self.tol, self.max_steps, self.trace, self.group = tol, max_steps, trace, group
         self.compile_cell, self.graph = compile, graph
         self._graphs = Graphs() if graph else None
         self._compiled: Any = None  # as a tuple, or its parameters would be registered twice
         self._unrolled: Unrolled | None = None
-        self._token = Token()
+        self._token = object()
         self.last: Solution | None = None
 
     def forward(self, x: Any, z0: Any = None, mask: Any = None) -> Any:
-        """Returns the fixed point: `solve(x, z0, mask).value`."""
+        """Returns the fixed point alone."""
         return self.solve(x, z0, mask).value
 
     def unrolled(self, steps: int | None, checkpoint: bool = False) -> "DEQ":
         """Switches to the explicit weight-tied net of `steps` evaluations of the cell, or with None back; returns self.
 
-        The net is `Unrolled(steps, checkpoint)` from where a solve would start, by steps of the layer's solver if it is
-        a `Picard`, else of the cell's default, else by plain ones: for warm-up, and to compare with. It holds in
-        train() and eval(), and in copies; state_dict does not contain it.
+        The net is `Unrolled(steps, checkpoint)` from where a solve would start, for warm-up and comparison, by steps of
+        the first `Picard` among the layer's solver, the cell's default and Picard(). It holds in train(), in eval() and
+        in copies, not in state_dict.
 
         Raises:
             TypeError, ValueError: An option is of the wrong kind or out of range.
@@ -132,8 +137,8 @@ class DEQ(nn.Module):
         tokens and stops by their residual, so the result is that of `forward` on all tokens to within the tolerance.
 
         There are no gradients, neither of z nor of the cache: train with `forward`. A cache belongs to the weights it
-        was made with. It may be stepped from any number of times, as beams do that share a prompt. Dropout, in train(),
-        draws its mask for each step. Neither `compile` nor `graph` applies.
+        was made with, and may be stepped from any number of times, as beams that share a prompt do. In train(), each
+        step draws its dropout masks. Neither `compile` nor `graph` applies.
 
         Args:
             x: The cell's input for the new tokens, [B, t, ...].
@@ -152,8 +157,7 @@ class DEQ(nn.Module):
             return z, Cache(self._token, like, cell.remember(z, f.injection))  # type: ignore[operator]
 
     def _solve(self, f: "_Map", x: Any, z0: Any, mask: Any) -> Solution:
-        cell, tol = self.cell, self.tol
-        solver, adjoint = self.solver, self.adjoint
+        cell, tol, solver, adjoint = self.cell, self.tol, self.solver, self.adjoint
         if self._unrolled is not None:
             default = cell.default_solver() if isinstance(cell, Cell) else None
             solver, adjoint = _picard(solver, default), self._unrolled
@@ -172,21 +176,17 @@ class DEQ(nn.Module):
         return solution
 
     def extra_repr(self) -> str:
-        """Returns the options, for repr()."""
         tol = "auto" if self.tol is None else self.tol
         unrolled = "" if self._unrolled is None else f", unrolled={self._unrolled.steps}"
         return f"solver={self.solver}, adjoint={self.adjoint}, tol={tol}, max_steps={self.max_steps}{unrolled}"
 
     def __getstate__(self) -> dict[str, Any]:
         graphs = Graphs() if self.graph else None
-        return self.__dict__ | {"last": None, "_compiled": None, "_graphs": graphs, "_token": Token()}
+        return self.__dict__ | {"last": None, "_compiled": None, "_graphs": graphs, "_token": object()}
 
 
 class _Map:
-    """cell(z, injection), with the same dropout masks at every call, and parametrized tensors of given values.
-
-    `evaluate` is the cell or what it was compiled to, `inject` computes the injection, `graphs` are the layer's.
-    """
+    """cell(z, injection), with the same dropout masks at every call, and parametrized tensors of given values."""
 
     def __init__(self, evaluate: Callable, cell: nn.Module, inject: Callable[[], Any], graphs: Graphs | None):
         self.evaluate, self.cell, self.graphs = evaluate, cell, graphs
@@ -197,7 +197,6 @@ class _Map:
         self.masks = Masks(cell)
 
     def copy(self, injection: Any) -> "_Map":
-        """Returns the same map of another injection, with copies of the masks."""
         other = copy(self)
         other.injection, other.graphs, other.masks = injection, None, copy(self.masks)
         other.masks.masks = {k: None if mask is None else mask.clone() for k, mask in self.masks.masks.items()}
@@ -205,7 +204,6 @@ class _Map:
 
     @contextlib.contextmanager
     def held(self, weights: tuple[Tensor, ...]) -> Iterator[None]:
-        """Holds the masks and these weights for one evaluation."""
         with self.weights.held(weights), self.masks.held():
             yield
 
@@ -224,17 +222,11 @@ class _Map:
         depth = [next(i for i, c in enumerate(type(cell).__mro__) if n in vars(c)) for n in (name, "forward")]
         return getattr(cell, name)(self.injection) if depth[0] <= depth[1] else None
 
-    @property
-    def whole_solve(self) -> Any:
-        return self._declared("whole_solve")
-
-    @property
-    def splitting(self) -> Any:
-        return self._declared("splitting")
+    whole_solve = property(lambda self: self._declared("whole_solve"))
+    splitting = property(lambda self: self._declared("splitting"))
 
     @property
     def tail(self) -> Any:
-        """The cell's `tail`, with everything held."""
         declared = None if self.opaque else self._declared("tail")
         if declared is None:
             return None
@@ -248,16 +240,4 @@ class _Map:
 
 
 def _picard(*solvers: Solver | None) -> Picard:
-    """Returns the first of these that is one, else the plain one."""
     return next((solver for solver in solvers if isinstance(solver, Picard)), Picard())
-
-
-def _not_captured(adjoint: Adjoint, trace: bool, group: Any) -> str | None:
-    """Returns which of these a captured solve can't have."""
-    if isinstance(adjoint, Unrolled):
-        return "adjoint Unrolled, which autograd differentiates step by step"
-    if isinstance(adjoint, Implicit) and adjoint.reuse:
-        return "Implicit(reuse=True)"
-    if trace:
-        return "trace=True, which asks for every residual"
-    return "group, whose ranks would have to agree on every replay" if group is not None else None

@@ -67,14 +67,12 @@ def fixed_point(
     """
     options = (solver, adjoint, tol, max_steps, batch_dims, mask, trace, group, throw)
     if torch.compiler.is_compiling():  # a compiler can't see through the loop, and need not
-        return torch.compiler.disable(_fixed_point)(f, z0, args, *options)
-    return _fixed_point(f, z0, args, *options)
+        return torch.compiler.disable(_fixed_point)(f, z0, args, options)
+    return _fixed_point(f, z0, args, options)
 
 
-def _fixed_point(
-    f: Any, z0: Any, args: Any, solver: Any, adjoint: Any, tol: Any, max_steps: Any, batch_dims: Any, *rest: Any
-) -> Solution:
-    mask, trace, group, throw = rest
+def _fixed_point(f: Any, z0: Any, args: Any, options: tuple) -> Solution:
+    solver, adjoint, tol, max_steps, batch_dims, mask, trace, group, throw = options
     if not callable(f):
         raise TypeError(f"f must be callable, got {f!r}")
     if not isinstance(args, tuple):
@@ -87,21 +85,20 @@ def _fixed_point(
         tol = 1e-2 if narrow else 1e-3
     reuse = isinstance(adjoint, Implicit) and adjoint.reuse and torch.is_grad_enabled()
     leaves = Estimate() if reuse else None
-    settings = Settings(solver, float(tol), max_steps, layout.mask(mask), group, leaves=leaves)
+    settings = Settings(solver, float(tol), max_steps, layout.mask(mask), group, trace, leaves=leaves)
     start = layout.pack(z0, "z0")
 
     def apply(flat: Tensor) -> Tensor:
         return layout.pack(f(layout.unpack(flat), *args))
 
     if isinstance(adjoint, Unrolled):
-        flat, solution = _unroll(apply, start, settings, adjoint, trace)
+        flat, solution = _unroll(apply, start, settings, adjoint)
     else:
         whole = declared(f, "whole_solve", WholeSolve)
-        op, path = _plan(whole, layout, settings, trace)
+        op, path = _plan(whole, layout, settings)
         backward = _for_adjoint(settings, adjoint)
         splitting = _splitting(f, settings.solver, backward.solver)
-        graphs, captured = getattr(f, "graphs", None), None
-        start = start.detach()
+        graphs, captured, start = getattr(f, "graphs", None), None, start.detach()
         stepwise = op if isinstance(op, CellOp) else None
         if graphs is not None and op is stepwise:
             call = Call(f, layout, start, args, settings, backward)
@@ -116,12 +113,12 @@ def _fixed_point(
             if captured is not None:
                 flat, solution = captured.solve(call)
             elif splitting is not None and isinstance(solver, SplittingSolver):
-                flat, solution, op, path = _split(lambda: solver.solve(splitting), start, layout, settings, trace)
+                flat, solution, op, path = _split(lambda: solver.solve(splitting), start, layout, settings)
             elif whole is None or op is None:
                 settings = replace(settings, tail=flat_tail(f, layout, args))
-                flat, solution = iterate(apply, start, settings, trace)
+                flat, solution = iterate(apply, start, settings)
             else:
-                flat, solution = _run(op, op.solve, (*whole.operands, start), whole, settings, trace)
+                flat, solution = _run(op, op.solve, (*whole.operands, start), whole, settings)
         solution.path = _path(op, path, solution)
         if torch.is_grad_enabled():
             at = CapturedPoint(captured, call, flat) if captured else Linearised(f, layout, flat, args)
@@ -152,11 +149,9 @@ def check(solver: Any, adjoint: Any, tol: Any, max_steps: Any) -> None:
 
 def _for_adjoint(settings: Settings, adjoint: Adjoint) -> Settings:
     """Returns how the linear systems of the exact adjoint are solved: as the forward one, or by its options."""
-    if not isinstance(adjoint, Implicit):
-        return settings
-    solver, tol = adjoint.solver or settings.solver, adjoint.tol or settings.tol
-    max_steps = adjoint.max_steps or settings.max_steps
-    return replace(settings, solver=solver, tol=tol, max_steps=max_steps, estimate=settings.leaves, leaves=None)
+    settings = replace(settings, trace=False, estimate=settings.leaves, leaves=None)
+    chosen = {name: getattr(adjoint, name, None) for name in ("solver", "tol", "max_steps")}
+    return replace(settings, **{name: value for name, value in chosen.items() if value is not None})
 
 
 _Outcome = tuple[Tensor, Solution, Op | CellOp | None, str]
@@ -164,7 +159,7 @@ _Outcome = tuple[Tensor, Solution, Op | CellOp | None, str]
 
 @dataclass
 class _Backward:
-    """Solves the linear systems of the exact adjoint at z, and leaves the last Solution in `record`."""
+    """Solves the linear systems of the exact adjoint at z; `record` gets the last Solution."""
 
     settings: Settings
     whole: WholeSolve | None
@@ -200,12 +195,12 @@ class _Backward:
                 with torch.autocast(w.device.type, enabled=False):
                     y = self._linear(split, solver, w @ split.w.mT, transpose=False)[0]
                     return (split.slope(split.linear(self.z), 1.0) * y + w) * scale
-            tail = lambda v: (at.jvp(v), w), PLAIN  # noqa: E731
-            settings = replace(self.settings, estimate=None, tail=tail)  # the estimate is of the transposed problem
+            # without the estimate, which is of the transposed problem
+            settings = replace(self.settings, estimate=None, tail=(lambda v: (at.jvp(v), w), PLAIN))
             return iterate(lambda v: at.jvp(v) + w, w, settings)[0] * scale
 
     def _linear(self, split: Splitting, solver: SplittingSolver, g: Tensor, transpose: bool) -> "_Outcome":
-        """Solves y = M S y + g; returns what `_split` does."""
+        """Solves y = M S y + g."""
         return _split(lambda: solver.pull(split, split.linear(self.z), g, transpose), g, self.layout, self.settings)
 
 
@@ -217,9 +212,7 @@ def _normalised(g: Tensor) -> tuple[Tensor, Tensor]:
     return g / scale, scale
 
 
-def _plan(
-    whole: WholeSolve | None, layout: Layout, settings: Settings, trace: bool = False
-) -> tuple[Op | CellOp | None, str]:
+def _plan(whole: WholeSolve | None, layout: Layout, settings: Settings) -> tuple[Op | CellOp | None, str]:
     """Returns (op, how) if kernels that hold the cell can do it, else (None, why not)."""
     fused = settings.solver.fused()
     if whole is None:
@@ -229,7 +222,7 @@ def _plan(
     op, how = whole.pick(layout.device, int(fused["memory"]), settings.tol)
     if op is not None and settings.mask is not None:
         return None, "kernels that hold the cell take no mask"
-    if isinstance(op, Op) and (settings.group is not None or trace):
+    if isinstance(op, Op) and (settings.group is not None or settings.trace):
         return None, "whole-solve kernels take no group or trace"
     return op, how
 
@@ -243,20 +236,18 @@ def _splitting(f: Callable, *solvers: Solver) -> Splitting | None:
     return splitting
 
 
-def _split(
-    problem: Callable[[], Reformulation], start: Tensor, layout: Layout, settings: Settings, trace: bool = False
-) -> _Outcome:
+def _split(problem: Callable[[], Reformulation], start: Tensor, layout: Layout, settings: Settings) -> _Outcome:
     """Returns (solution of what `problem` reformulates, Solution without it, op, how), in the state's precision."""
     with torch.autocast(start.device.type, enabled=False):
         p, settings = problem(), replace(settings, solver=Picard())
         whole = p.whole_solve
-        op, path = _plan(whole, layout, settings, trace)
+        op, path = _plan(whole, layout, settings)
         if whole is None or op is None:
             settings = replace(settings, tail=p.tail)
-            w, solution = iterate(lambda w: p.act(p.linear(w)), p.enter(start), settings, trace)
+            w, solution = iterate(lambda w: p.act(p.linear(w)), p.enter(start), settings)
             y = p.linear(w)
         elif p.pre is None:
-            w, solution = _run(op, op.solve, (*whole.operands, p.enter(start)), whole, settings, trace)
+            w, solution = _run(op, op.solve, (*whole.operands, p.enter(start)), whole, settings)
             y = p.linear(w)
         else:
             y, solution = _run(op, op.adjoint, (*whole.at(start), p.shift), whole, settings)
@@ -264,53 +255,43 @@ def _split(
 
 
 def _path(op: Op | CellOp | None, how: str, solution: Solution) -> str:
-    """Returns `Solution.path`."""
     if op is None:
         return f"{solution.path}: {how}"
     return f"loop, {how}" if isinstance(op, CellOp) else how
 
 
 def _run(
-    op: Op | CellOp,
-    work: Callable,
-    operands: tuple[Tensor, ...],
-    whole: WholeSolve,
-    settings: Settings,
-    trace: bool = False,
+    op: Op | CellOp, work: Callable, operands: tuple[Tensor, ...], whole: WholeSolve, settings: Settings
 ) -> tuple[Tensor, Solution]:
     """Runs one solve by kernels that hold the cell."""
     options = whole.options(settings.tol) | (settings.solver.fused() or {})
     with explain_no_room(settings.solver, operands[-1]):
         made = work(*operands, tol=settings.tol, max_steps=settings.max_steps, **options)
     if isinstance(op, CellOp):
-        return drive(made, settings, trace)
+        return drive(made, settings)
     value, steps, residual, status = made
     return value, Solution(None, status, steps, residual)
 
 
-def _unroll(f: Callable, z: Tensor, settings: Settings, adjoint: Unrolled, trace: bool) -> tuple[Tensor, Solution]:
+def _unroll(f: Callable, z: Tensor, settings: Settings, adjoint: Unrolled) -> tuple[Tensor, Solution]:
     """Takes `steps` damped steps under autograd; the residual is that of the last evaluation."""
     mask, damping = settings.mask, getattr(settings.solver, "damping", 1.0)
     residuals = []
     for k in range(1, adjoint.steps + 1):
-        if adjoint.checkpoint and torch.is_grad_enabled():
-            y = torch.utils.checkpoint.checkpoint(f, z, use_reentrant=False)
-        else:
-            y = f(z)
-        if trace or k == adjoint.steps:
+        recompute = adjoint.checkpoint and torch.is_grad_enabled()
+        y = torch.utils.checkpoint.checkpoint(f, z, use_reentrant=False) if recompute else f(z)
+        if settings.trace or k == adjoint.steps:
             with torch.no_grad():
                 rules = Rules(z.shape[0], z.dtype, z.device, settings.tol)
                 counted = (x if mask is None else torch.where(mask, x, 0.0) for x in (y - z, y))
                 rel, _ = rules.update(1, *(torch.linalg.vector_norm(x, dim=1) for x in counted))
                 residuals.append(rel)
         z = y if damping == 1 else torch.lerp(z, y, damping)
-    steps, residual = rules.steps * adjoint.steps, rules.rel
-    traced = torch.stack(residuals) if trace else None
-    return z, Solution(None, rules.status(), steps, residual, traced, "loop: unrolled under autograd")
+    trace = torch.stack(residuals) if settings.trace else None
+    return z, Solution(None, rules.status(), rules.steps * adjoint.steps, rel, trace, "loop: unrolled under autograd")
 
 
 def _shape(solution: Solution, layout: Layout) -> None:
-    """Reshapes per-sample vectors to the batch shape."""
     for name in ("status", "steps", "residual", "trace"):
         vector = getattr(solution, name)
         setattr(solution, name, None if vector is None else layout.per_sample(vector))

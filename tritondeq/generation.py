@@ -9,25 +9,17 @@ from .cells import Cell
 from .layout import describe, pytree
 
 
-class Token:
-    """The identity of a layer, for its caches; a copy of the layer has another."""
-
-
 @dataclass(frozen=True)
 class Cache:
     """What `DEQ.step` stores of the tokens so far."""
 
-    layer: Token
+    layer: object  # the token of the layer; a copy of the layer has another
     like: dict[str, Any]  # batch size, dtype and device of x
     past: Any = field(repr=False)  # what the cell's `remember` returned
 
 
-def past_of(cell: nn.Module, x: Any, cache: Any, layer: Token) -> tuple[Any, dict[str, Any]]:
-    """Returns (the cell's `past`, or None for the first tokens, and what a cache for x is like).
-
-    Raises:
-        TypeError, ValueError: The cell is not solved token by token, x holds no tensor, or the cache does not fit.
-    """
+def past_of(cell: nn.Module, x: Any, cache: Any, layer: object) -> tuple[Any, dict[str, Any]]:
+    """Returns (the cell's `past`, None for the first tokens, and what a cache for x is like), or raises as `step`."""
     if not isinstance(cell, Cell) or type(cell).extend is Cell.extend or type(cell).remember is Cell.remember:
         raise TypeError(f"step needs a causal cell that defines extend and remember, got {type(cell).__name__}")
     first = next((leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor) and leaf.ndim), None)

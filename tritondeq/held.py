@@ -74,12 +74,10 @@ class Masks:
 
     @property
     def drawn(self) -> bool:
-        """Whether there is a mask for every place."""
         return all(mask is not None for mask in self.masks.values())
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Holds the masks for one evaluation of the cell."""
         for module, mask in self.masks.items():
             module.held, module.mask = True, mask
         try:
@@ -105,9 +103,8 @@ def _draws(module: nn.Module) -> bool:
 class Parametrized:
     """The parametrized tensors of a module, such as those of spectral_norm or weight_norm.
 
-    `values` are computed at construction, in the grad mode of then; while they are `held` the module uses them and
-    computes none. A caller passes them to f as an argument, so that they are differentiated and captured as any other.
-    (parametrize.cached() would store what the solve computed under no_grad, without a gradient.)
+    `values` are computed at construction, in its grad mode; while `held`, the module uses them. A caller passes them to
+    f as an argument, to be differentiated as any other. (parametrize.cached() would store what no_grad computed.)
     """
 
     def __init__(self, module: nn.Module):
@@ -117,11 +114,8 @@ class Parametrized:
 
     @contextlib.contextmanager
     def held(self, values: tuple[Tensor, ...]) -> Iterator[None]:
-        """Holds `values` for one evaluation of the module."""
         constants = [_CONSTANTS.setdefault(made_of, _Constant()) for made_of in self.lists]
-        before: list[Any] = [
-            constant.value for constant in constants
-        ]  # a DEQ within a DEQ sees what the outer one holds
+        before: list[Any] = [c.value for c in constants]  # a DEQ within a DEQ sees what the outer one holds
         for made_of, constant, value in zip(self.lists, constants, values, strict=True):
             made_of.forward, constant.value = constant, value
         try:

@@ -67,9 +67,7 @@ class Layout:
         """
         if self.single:
             self._check(state, 0, name)
-            if self.flat and state.dtype == self.dtype:
-                return state
-            rows = self._rows(state, 0)
+            rows = state if self.flat else self._rows(state, 0)
             return rows.to(self.dtype) if cast else rows
         leaves, spec = pytree.tree_flatten(state)
         if spec != self.spec:
@@ -100,8 +98,7 @@ class Layout:
         """Returns `mask` as [B, N] bool: one tensor for every leaf, aligned with its first dims, or a nesting as z0's.
 
         Raises:
-            TypeError: It is not boolean.
-            ValueError: It does not broadcast to a leaf.
+            TypeError, ValueError: It is not boolean, or does not broadcast to a leaf.
         """
         if mask is None:
             return None
@@ -116,9 +113,7 @@ class Layout:
                 raise TypeError(f"mask must be made of bool tensors (True: counts), got {describe(m)}")
             wide = m.reshape(m.shape + (1,) * max(0, len(shape) - m.ndim))
             if len(wide.shape) > len(shape) or any(a not in (1, b) for a, b in zip(wide.shape, shape, strict=True)):
-                raise ValueError(
-                    f"mask of shape {tuple(m.shape)} must broadcast, first dims first, to z0's {tuple(shape)}"
-                )
+                raise ValueError(f"mask of shape {tuple(m.shape)} must broadcast, first dims first, to {tuple(shape)}")
             flat.append(self._rows(wide.to(self.device).expand(shape), i))
         return torch.cat(flat, dim=1)
 
@@ -142,11 +137,6 @@ class Layout:
 
 
 def _channels_last(leaf: Tensor) -> bool:
-    """Returns whether each sample is in a memory format that convolutions keep and that is not the plain one.
-
-    Samples may lie apart, as those of a leaf in a matrix do.
-    """
+    """Returns whether each sample is channels last and not in the plain format too; samples may lie apart."""
     form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(leaf.ndim)
-    if form is None:
-        return False
-    return leaf[:1].is_contiguous(memory_format=form) and not leaf[:1].is_contiguous()
+    return form is not None and leaf[:1].is_contiguous(memory_format=form) and not leaf[:1].is_contiguous()

@@ -23,11 +23,9 @@ Parts = Callable[[Tensor], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Settings:
-    """What one solve needs beside the map and where to start.
+    """What one solve needs beside the map and its start: arguments of `fixed_point`, with the mask as [B, N] bool.
 
     Attributes:
-        solver, tol, max_steps, group: As `fixed_point` takes them.
-        mask: Elements that count in norms, [B, N] bool, or None for all.
         tail: (g, Tail) where the map is that Tail of the parts that g returns.
         estimate: Of the inverse Jacobian, by an earlier solve; this one begins with it.
         leaves: Filled by this solve.
@@ -36,8 +34,9 @@ class Settings:
     solver: Solver
     tol: float
     max_steps: int
-    mask: Tensor | None
-    group: Any
+    mask: Tensor | None = None
+    group: Any = None
+    trace: bool = False
     tail: tuple[Parts, Tail] | None = None
     estimate: "Estimate | None" = None
     leaves: "Estimate | None" = None
@@ -49,23 +48,16 @@ class Estimate:
     rings: Any = None
 
 
-def iterate(
-    f: Callable[[Tensor], Tensor], z: Tensor, settings: Settings, trace: bool = False
-) -> tuple[Tensor, Solution]:
+def iterate(f: Callable[[Tensor], Tensor], z: Tensor, settings: Settings) -> tuple[Tensor, Solution]:
     """Runs the loop. Returns the iterate [B, N] with the lowest residual, and a Solution without it."""
     op, how = plan_steps(settings.solver, z.device, z.shape[1], z.dtype) if z.shape[0] else (None, "")
-    parts, tail = split_tail(f, settings, z) if op is not None else (lambda z: (f(z),), PLAIN)
-    parts, outside = under_autocast(parts, z.device.type)
-    with outside:
+    with without_autocast(z.device.type) as autocast:
         with explain_no_room(settings.solver, z):
-            if op is None:
-                steps: Any = _Steps(z, settings)
-            else:
-                options = asdict(settings.solver)  # type: ignore[call-overload]  # every solver is a dataclass
-                steps = op.start(z, settings.mask, settings.tol, settings.max_steps, tail, **options)
+            parts, steps = start(op, f, z, settings)
+        parts = autocast(parts)
         if settings.estimate is not None:
             steps.resume(settings.estimate.rings)
-        best, solution = drive(steps, settings, trace, parts, z)
+        best, solution = drive(steps, settings, parts, z)
         if settings.leaves is not None:
             settings.leaves.rings = tuple(_oldest_first(ring, solution.steps) for ring in steps.estimate())
     solution.path = f"loop, {how}" if op else "loop"
@@ -73,24 +65,21 @@ def iterate(
 
 
 def drive(
-    steps: Any, settings: Settings, trace: bool = False, parts: Parts | None = None, z: Tensor | None = None
+    steps: Any, settings: Settings, parts: Callable = lambda z: (), z: Tensor | None = None
 ) -> tuple[Tensor, Solution]:
-    """Runs the loop by these steps, from z on.
-
-    `steps` make f of its `parts`; steps that evaluate the cell themselves need neither these nor z.
-    """
+    """Runs the loop by these steps, from z on; steps that evaluate the cell themselves need neither its parts nor z."""
     residuals = []
     look = Look(steps.rules.best.device, settings.group)
     for k in range(1, settings.max_steps + 1):
-        steps.take(*(parts(z) if parts is not None and z is not None else ()))
-        if trace:
+        steps.take(*parts(z))
+        if settings.trace:
             residuals.append(steps.rel.clone())
         left = look(steps.left)
         if k == settings.max_steps or left == 0:
             break
         z = steps.onward(left)
     best, status, evaluations, residual = steps.finish()
-    return best, Solution(None, status, evaluations, residual, torch.stack(residuals) if trace else None)
+    return best, Solution(None, status, evaluations, residual, torch.stack(residuals) if settings.trace else None)
 
 
 def declared(f: Callable, name: str, kind: type) -> Any:
@@ -115,11 +104,15 @@ def flat_tail(f: Callable, layout: Layout, args: tuple) -> tuple[Parts, Tail]:
     return parts, tail
 
 
-def split_tail(f: Callable[[Tensor], Tensor], settings: Settings, z: Tensor) -> tuple[Parts, Tail]:
-    """Returns (parts, tail): what is evaluated of f, and what fused steps make of that."""
-    if settings.tail is not None and settings.tail[1].fits(settings.solver.fused_steps, z):
-        return settings.tail
-    return lambda z: (f(z),), PLAIN
+def start(op: Any, f: Callable[[Tensor], Tensor], z: Tensor, settings: Settings) -> tuple[Parts, Any]:
+    """Returns what is evaluated of f, and the steps that take it: those of `op`, or in torch where it is None."""
+    if op is None:
+        return lambda z: (f(z),), _Steps(z, settings)
+    parts, tail = settings.tail or (None, PLAIN)
+    if parts is None or not tail.fits(settings.solver.fused_steps, z):
+        parts, tail = (lambda z: (f(z),)), PLAIN
+    options = asdict(settings.solver)  # type: ignore[call-overload]  # every solver is a dataclass
+    return parts, op.start(z, settings.mask, settings.tol, settings.max_steps, tail, **options)
 
 
 def plan_steps(solver: Solver, device: torch.device, width: int, dtype: torch.dtype) -> tuple[Any, str]:
@@ -132,7 +125,7 @@ def plan_steps(solver: Solver, device: torch.device, width: int, dtype: torch.dt
 
 @contextlib.contextmanager
 def explain_no_room(solver: Solver, z: Tensor) -> Iterator[None]:
-    """Adds what to change to the error where there is no room for the states that a solve of `z` stores."""
+    """Adds what to change to the error where there is no room for the states of a solve of `z`."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -143,10 +136,7 @@ def explain_no_room(solver: Solver, z: Tensor) -> Iterator[None]:
 
 
 def _oldest_first(ring: Tensor, steps: Tensor) -> Tensor:
-    """Returns a copy of `ring` [B, m, N], into whose slot (k - 2) % m evaluation k wrote, as if written from slot 0 on.
-
-    What overwrites it takes empty slots first, then the oldest.
-    """
+    """Returns `ring` [B, m, N], into whose slot (k - 2) % m evaluation k wrote, with empty slots first, then by age."""
     m = ring.shape[1]
     order = (torch.arange(m, device=ring.device) + steps.long().unsqueeze(1) - 2) % m
     return ring.gather(1, order.unsqueeze(2).expand_as(ring))
@@ -196,8 +186,7 @@ class _Steps:
 class Look:
     """The number of active samples, or None where it is not known.
 
-    On a GPU the answer is only ever None or 0, and `every` steps old, so that the host never waits for it; while a CUDA
-    graph is being captured there is none.
+    On a GPU it is None or 0, and `every` steps old, so that the host never waits; while a graph is captured, None.
     """
 
     def __init__(self, device: torch.device, group: Any, every: int = READ_EVERY):
@@ -208,7 +197,6 @@ class Look:
             self.copied: torch.cuda.Event | None = None
 
     def __call__(self, active: Callable[[], Tensor]) -> int | None:
-        """Looks once, after a step; `active` computes the number of active samples, a scalar tensor."""
         self.steps += 1
         if self.blind or (self.cuda and self.steps % self.every):
             return None
@@ -228,21 +216,13 @@ class Look:
         return None
 
 
-def under_autocast(f: Callable, kind: str, caches: bool = True) -> tuple[Callable, contextlib.AbstractContextManager]:
-    """Returns (f under the current autocast, a context without it): autocast rules the cell, never the solver."""
-    if not torch.is_autocast_enabled(kind):
-        return f, contextlib.nullcontext()
-    dtype, caches = torch.get_autocast_dtype(kind), caches and torch.is_autocast_cache_enabled()
-
-    def cell(*args: Any) -> Any:
-        with torch.autocast(kind, dtype=dtype, cache_enabled=caches):
-            return f(*args)
-
-    return cell, _no_autocast(kind)
-
-
 @contextlib.contextmanager
-def _no_autocast(kind: str) -> Iterator[None]:
+def without_autocast(kind: str, caches: bool = True) -> Iterator[Callable[[Callable], Callable]]:
+    """A context for the solver; gives what wraps the cell in the autocast around it, which rules only the cell."""
+    if not torch.is_autocast_enabled(kind):
+        yield lambda f: f
+        return
+    dtype, caches = torch.get_autocast_dtype(kind), caches and torch.is_autocast_cache_enabled()
     with torch.autocast(kind, enabled=False):
-        yield
+        yield torch.autocast(kind, dtype=dtype, cache_enabled=caches)
     torch.clear_autocast_cache()  # casts made under no_grad would cut the gradients of a later use

@@ -16,8 +16,7 @@ nonfinite = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, under
 
 def run(made, max_steps, trace=None):
     """Drives steps to their end; returns what the whole solve does."""
-    settings = Settings(Picard(), made.tol, max_steps, None, None)
-    value, solution = drive(made, settings, trace=trace is not None)
+    value, solution = drive(made, Settings(Picard(), made.tol, max_steps, trace=trace is not None))
     if trace is not None:
         trace.append(solution.trace)
     return value, solution.steps, solution.residual, solution.status

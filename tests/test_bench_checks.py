@@ -1,16 +1,10 @@
 """What the bench times, and that nothing is timed that is wrong, cannot run or takes too long."""
 
-import contextlib
-import signal
-import time
-
 import pytest
 import torch
 
 from tritondeq.bench import __main__ as bench
-from tritondeq.bench import blocks, measure, rivals, shapes, solves, suspect, uneven
-from tritondeq.kernels import launch
-from tritondeq.kernels.rows import affine
+from tritondeq.bench import blocks, measure, rivals, shapes, solves, suspect
 
 CPU = torch.device("cpu")
 
@@ -46,17 +40,6 @@ def test_a_speed_up_on_results_that_differ_is_suspect_and_a_case_without_times_i
     assert suspect.listed(records) == []
 
 
-def test_rows_of_many_depths_are_what_they_are_meant_to_be():
-    w, u = uneven.problem(4096, CPU)
-    options = {"activation": "identity", "tol": uneven.TOL, "max_steps": uneven.MOST}
-    steps = affine.affine_solve_ref(w, u, **options)[1]
-    assert 10 < steps.float().mean() < 20 and steps.min() <= 6 and 150 < steps.max() < uneven.MOST
-    shape = {"batch": 9, "shapes": [(128, 128)], "terms": 2, "memory": 0}
-    with uneven.lockstep():
-        assert launch.parameters("rows.affine", **shape)["REFILL"] == 0
-    assert launch.parameters("rows.affine", **shape)["REFILL"] == 8 and list(uneven.run(CPU, "tiny", 0.1)) == []
-
-
 def test_a_wrong_block_is_a_fault(monkeypatch):
     calls, layer, steps = blocks.contestants(blocks.SIZES["tiny"], CPU, compiled=False)
     broken = calls | {"tied loop": lambda: calls["tied loop"]() * 1.2}
@@ -90,6 +73,7 @@ def test_shapes_are_combined_and_sequences_and_images_are_whole():
     assert {(cell, rows): shapes.Shape(cell, 8, rows).dims for cell, rows in dims} == dims
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", shapes.CELLS)
 @pytest.mark.parametrize("low", [False, True], ids=shapes.DTYPES)
 def test_every_cell_is_measured_and_agrees_with_its_rivals(cell, low):
@@ -149,32 +133,6 @@ def test_what_cannot_run_here_is_lost_and_an_error_of_ours_is_a_fault():
     calls = {"tritondeq": lambda: 1, "compiled tied loop": pytest.fail}
     assert measure.attempt(calls, "case", lambda: False, lost.append) == ({"tritondeq": 1}, {})
     assert lost[4:] == ["case, compiled tied loop: no time to compile it"] and list(calls) == ["tritondeq"]
-
-
-def test_a_deadline_stops_what_goes_on_and_leaves_no_alarm(monkeypatch):
-    before = signal.getsignal(signal.SIGALRM)
-    with measure.deadline(30):
-        pass
-    monkeypatch.setattr(measure, "AGAIN", 0.05)
-    with pytest.raises(measure.Late), measure.deadline(0.05):
-        with contextlib.suppress(measure.Late):
-            time.sleep(5)
-        time.sleep(5)
-    assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL)[0] == 0
-
-
-def test_what_is_compiled(monkeypatch):
-    """With a stand-in for the compiler: one net a case, all rivals where `every` is set."""
-    monkeypatch.setattr(rivals, "compiled", lambda net, graphs: net)
-
-    def compiled(kind, **options):
-        made = solves.Setup(solves.Case(kind, 4, 8, compiled=True, **options), CPU).contestants(True)
-        return [name for name in made if "compiled" in name]
-
-    nets = ["compiled tied loop", "compiled untied stack"]
-    assert compiled("solve") == nets[:1] and compiled("train") == nets[1:] == compiled("train", every=True)[1:]
-    assert compiled("solve", every=True) == ["compiled cell in a loop", *nets]
-    assert not any(case.compiled for case in solves.cases("full", cuda=False) + solves.cases("quick", cuda=True))
 
 
 def test_a_result_is_kept_from_a_contestant_that_writes_over_it():

@@ -72,17 +72,6 @@ def test_what_the_processes_of_a_round_report():
     assert bench._run(["-S", "-c", ""], 60) == (0, "no output") and bench._run([], 0) == (1, "no time")
 
 
-@pytest.mark.slow
-def test_the_tests_of_the_round(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "TESTS", tmp_path)
-    (tmp_path / "test_a.py").write_text("def test_a(): pass\n")
-    (tmp_path / "test_bench_b.py").write_text("def test_b(): assert False\n")
-    assert bench._tests()["passed"] is True
-    (tmp_path / "test_c.py").write_text("def test_c(): assert False\n")
-    outcome = bench._tests()
-    assert outcome["passed"] is False and "1 failed" in outcome["text"]
-
-
 def test_a_gpu_too_old_and_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
     knobs = pytest.importorskip("triton").knobs
     cuda = torch.device("cuda")

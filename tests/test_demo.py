@@ -72,12 +72,6 @@ def test_a_failed_run_leaves_no_empty_folder(tmp_path, existed):
     assert out.exists()
 
 
-def test_table_and_spread():
-    text = toolbox.table(["", "b"], [["one", "1.0"], ["fourteen", "14.0"]])
-    assert text.splitlines() == ["             b", "--------  ----", "one        1.0", "fourteen  14.0"]
-    assert toolbox.spread([2.0]) == "2.0" and toolbox.spread([1.0, 3.0], 2) == "2.00 ± 1.41"
-
-
 def test_memory_of_a_chain(device):
     """`sin` saves its argument, a step back needs a few tensors beside, and a view of the data is free."""
     size, depth = 1 << 16, 10
@@ -116,22 +110,6 @@ def test_training_depends_on_the_seed_only(task):
     assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
 
 
-@pytest.mark.parametrize(("one", "advises"), [(98.5, True), (97.9, True), (90.0, False)])
-def test_the_conclusion_follows_from_the_numbers(one, advises):
-    shown = {"converged": torch.tensor([True, True, True, False])}
-    runs = [
-        digits.Run(model, nn.Identity(), 1, 1.0, {digits.ACCURACY: one if model == digits.ONE else 98.2}, shown)
-        for model in digits.MODELS
-    ]
-    text = digits.conclusion(runs)
-    assert f"One explicit block has {one:.1f} %" in text and "75.0 % of the DEQ's" in text
-    assert ("no equilibrium" in text) == advises
-
-
-def test_prefix_parity_by_hand():
-    assert parity.prefix_parity(torch.tensor([[1, 0, 1, 1]])).tolist() == [[1, 1, 0, 1]]
-
-
 @torch.no_grad()
 def test_what_the_stack_can_see():
     """Random weights in float64, one bit flipped: the answers that change are as far as the conclusion has it."""
@@ -144,25 +122,6 @@ def test_what_the_stack_can_see():
     before, after = (net.answer(b.double())[0] for b in (bits, flipped))
     seen = (before != after).any(0).nonzero().flatten() - 30
     assert [seen.min(), seen.max()] == [-parity.REACH, parity.REACH]
-
-
-@pytest.mark.parametrize(("pick", "free", "tracked"), [(min, 0, 3), (max, 25, 8)])
-def test_loss_of_the_equilibrium_net(pick, free, tracked):
-    """The answer after `free` + `tracked` blocks and how much the last changes; the gradient of the last `tracked`."""
-    net = parity.MODELS[parity.IMPLICIT]().double()
-    bits, labels = parity.strings(4, 9, torch.Generator().manual_seed(0), CPU)
-    bits = bits.double()
-    loss = net.loss(bits, labels, pick)
-    z, u = net.start(bits)
-    for _ in range(free):
-        z = net.blocks[0](z, u).detach()
-    for _ in range(tracked):
-        last, z = z, net.blocks[0](z, u)
-    change = ((z - last).flatten(1).norm(dim=1) / z.flatten(1).norm(dim=1)).mean()
-    want = parity.cross_entropy(net.read(z), labels) + parity.SETTLE * change
-    assert torch.allclose(loss, want, atol=1e-12)
-    grads = [torch.autograd.grad(value, list(net.parameters())) for value in (loss, want)]
-    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*grads, strict=True))
 
 
 @torch.no_grad()

@@ -13,9 +13,7 @@ import pytest
 import tritondeq
 
 ROOT = Path(__file__).parent.parent
-HOUSE = {
-    str(p.relative_to(ROOT)): p for folder in ("tritondeq", "kernels") for p in sorted(ROOT.glob(f"{folder}/**/*.py"))
-}
+HOUSE = {str(p.relative_to(ROOT)): p for f in ("tritondeq", "kernels") for p in sorted(ROOT.glob(f"{f}/**/*.py"))}
 PUBLIC = {
     *("DEQ", "fixed_point", "Solution", "Status", "cells", "backend", "set_backend"),
     *("Picard", "Anderson", "Broyden", "PeacemanRachford", "ForwardBackward", "FixedDropout"),
@@ -23,30 +21,10 @@ PUBLIC = {
     *("to_equilibrium", "jacobian_penalty", "spectral_radius", "diagnose", "plot", "Watch"),
 }
 # A module imports what stands before it or lies in its folder.
-ORDER = [
-    "kernels",
-    "checks",
-    "row_kernels",
-    "layout",
-    "solution",
-    "capture",
-    "solvers",
-    "adjoints",
-    "held",
-    "cells",
-    "loop",
-]
-ORDER += ["loop", "cuda_graphs", "fixed_point", "generation", "deq", "convert", "inspect"]
+ORDER = "kernels checks row_kernels layout solution capture solvers adjoints held cells loop cuda_graphs fixed_point"
+ORDER = [*ORDER.split(), "generation", "deq", "convert", "inspect"]
 COMMANDS = {"toolbox", "tune", "doctor", "demo", "bench", "__main__"}  # these import any
-PLAIN = {
-    "devices",
-    "dispatch",
-    "formulas",
-    "launch",
-    "rules",
-    "tables",
-    "tails",
-}  # modules of kernels/ that need no Triton
+PLAIN = {*"devices dispatch formulas launch rules tables tails".split()}  # of kernels/: they need no Triton
 HIDE_TRITON = "import sys; sys.modules['triton'] = None\n"
 
 
@@ -74,9 +52,8 @@ def imports(name: str) -> set[str]:
 
 
 def test_import_is_light():
-    new = set(
-        run("import sys, torch; old = {*sys.modules}; import tritondeq; print(*sys.modules.keys() - old)").split()
-    )
+    code = "import sys, torch; old = {*sys.modules}; import tritondeq; print(*sys.modules.keys() - old)"
+    new = set(run(code).split())
     assert not new & {"triton", "matplotlib", "sklearn", "tqdm", "tabulate", "torchdeq", "pytest"}
     assert "torch._dynamo" not in new, "it imports Triton and takes as long to import as torch"
 
@@ -85,6 +62,12 @@ def test_solves_and_differentiates_without_triton():
     code = """
         import torch, tritondeq
         torch.manual_seed(0)
+        try:
+            tritondeq.set_backend("triton")
+        except ValueError as error:
+            assert "not installed" in str(error)
+        else:
+            raise AssertionError("set_backend('triton') was accepted without Triton")
         layer = tritondeq.DEQ(tritondeq.cells.Affine(8), tol=1e-5)
         x = torch.randn(3, 8, requires_grad=True)
         z = layer(x)
@@ -93,19 +76,6 @@ def test_solves_and_differentiates_without_triton():
         assert all(g is not None and g.isfinite().all() and g.abs().sum() > 0 for g in grads)
         assert torch.allclose(layer.cell(z, layer.cell.inject(x)), z, atol=1e-4)
         assert not any(name.startswith("triton.") for name in sys.modules)
-    """
-    run(HIDE_TRITON + textwrap.dedent(code))
-
-
-def test_commands_report_that_triton_is_absent():
-    code = """
-        import tritondeq
-        try:
-            tritondeq.set_backend("triton")
-        except ValueError as error:
-            assert "not installed" in str(error)
-        else:
-            raise AssertionError("set_backend('triton') was accepted without Triton")
         from tritondeq import doctor
         print(doctor.report())
     """
@@ -125,10 +95,10 @@ def test_arrows_run_one_way(name):
     targets = [target.split(".") for target in imports(name)]
     assert ["triton"] not in targets, "Triton is imported in kernels/ only"
     below = [target for target in targets if target[0] == "tritondeq" and len(target) > 1]
-    assert {target[2] for target in below if target[1] == "kernels" and len(target) > 2} <= PLAIN, (
-        "ask dispatch for ops"
-    )
+    kernels = {target[2] for target in below if target[1] == "kernels" and len(target) > 2}
+    assert kernels <= PLAIN, "ask dispatch for ops"
     module = Path(name).with_suffix("").parts[1]
+    assert module in {"__init__", *ORDER, *COMMANDS}, "it has no place in the order of imports"
     if module in ORDER:
         later = {*ORDER[ORDER.index(module) + 1 :], *COMMANDS}
         assert not {target[1] for target in below} & later
@@ -136,9 +106,7 @@ def test_arrows_run_one_way(name):
 
 def test_an_adjoint_knows_no_solver_by_name():
     solvers = {target for target in imports("tritondeq/adjoints.py") if target.startswith("tritondeq.solvers.")}
-    assert all(
-        target.startswith("tritondeq.solvers.base") or target == "tritondeq.solvers.Solver" for target in solvers
-    )
+    assert all(target.startswith(("tritondeq.solvers.base", "tritondeq.solvers.Solver")) for target in solvers)
 
 
 def test_files_stay_short():
@@ -146,8 +114,7 @@ def test_files_stay_short():
 
 
 def test_public_api():
-    assert set(tritondeq.__all__) == PUBLIC
-    assert len(tritondeq.__all__) == len(PUBLIC)
+    assert sorted(tritondeq.__all__) == sorted(PUBLIC)
     assert (ROOT / "tritondeq/py.typed").exists()
 
 

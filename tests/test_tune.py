@@ -117,11 +117,6 @@ def test_what_a_layer_launches_is_learnt_from_it(monkeypatch, cell, features, dt
         assert (got.double() - expected).norm() <= 0.05 * expected.norm()
 
 
-def test_solvers_of_cells_without_a_whole_solve():
-    names = [str(one) for one in tune.workloads(["any", "gated"], [8], [2, 2], ["fp32"])]
-    assert names == ["any 2x8 fp32 Picard", "any 2x8 fp32 Anderson", "any 2x8 fp32 Broyden", "gated 2x8 fp32"]
-
-
 @pytest.mark.parametrize("times", [[1.0, 1.0, 1.0], [1.0, 0.99, 1.5, 1.0, 0.99], [1.0, 0.9, 0.5, 1.0, 0.999]])
 def test_no_gain_or_one_by_chance_is_the_pure_function(few, times):
     """The fastest is timed again beside the pure function."""
@@ -174,13 +169,9 @@ def test_a_choice_that_is_wrong_or_fails_is_left_out(few, broken, fault, best):
 )
 def test_a_workload_that_can_not_be_measured(broken, capsys, fault, message):
     broken[0] = fault
-    assert run(rows(), clock()) == (1, [])
-    assert message in capsys.readouterr().out
-
-
-def test_sizes_that_a_cell_refuses_are_left_out(few, capsys):
-    assert run([*rows("conv", 12), *rows()], clock()) == (0, [NAME])
-    assert "left out: conv 3x12 fp32 Picard: ValueError: groups=8 must divide" in capsys.readouterr().out
+    assert run([*rows("conv", 12), *rows()], clock()) == (1, [])
+    printed = capsys.readouterr().out
+    assert message in printed and "left out: conv 3x12 fp32 Picard: ValueError: groups=8 must divide" in printed
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(cache, few, capsys):
@@ -239,7 +230,3 @@ def test_the_command_line(monkeypatch, capsys):
     assert not taken[1][1] and set(tune.CELLS) == {name.split()[0] for name in taken[1][0]} == set(__main__.TUNED)
     assert capsys.readouterr().err.count("interrupted; finished: rows.mlp of mlp\n") == 2
     assert set(tune.DTYPES) == set(__main__.DTYPES)
-    with pytest.raises(SystemExit) as stop:
-        __main__.main(["tune", "--cell", "lstm"])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and "invalid choice: 'lstm'" in error

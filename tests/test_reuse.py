@@ -33,7 +33,10 @@ def gradients(reuse, gain=1.2, name="torch", solver=Broyden(memory=40), tol=1e-9
     return grads, steps
 
 
-@pytest.mark.parametrize("name, memory", [("torch", 4), ("torch", 40), pytest.param("triton", 4, marks=pytest.mark.kernels)])
+TRITON = pytest.param("triton", 4, marks=pytest.mark.kernels)
+
+
+@pytest.mark.parametrize("name, memory", [("torch", 4), ("torch", 40), TRITON])
 def test_same_gradient(name, memory):
     fresh, _ = gradients(False, solver=Broyden(memory=memory), gain=0.8)
     reused, _ = gradients(True, solver=Broyden(memory=memory), gain=0.8, name=name)

@@ -104,7 +104,10 @@ OPS = {
 }
 
 
-@pytest.mark.parametrize(("cell", "features", "dtype"), OPS)
+@pytest.mark.parametrize(
+    ("cell", "features", "dtype"),
+    [pytest.param(*one, marks=[pytest.mark.slow] * (one[0] in ("transformer", "conv"))) for one in OPS],
+)
 def test_what_a_layer_launches_is_learnt_from_it(monkeypatch, cell, features, dtype):
     """And in all dtypes it has the right value and gradients."""
     monkeypatch.setattr(tune, "TOL", 1e-2)

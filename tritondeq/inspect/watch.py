@@ -112,7 +112,7 @@ class _Layer:
         self.notes: dict[str, list[tuple[Tensor, Tensor]]] = {"": [], "backward ": []}
         self.radius: Tensor | None = None
         if self.measures and self.hook is None:
-            self.hook = self.layer.register_forward_hook(self.measure, with_kwargs=True)
+            self.hook = self.layer.register_forward_hook(torch.compiler.disable(self.measure), with_kwargs=True)
 
     def note(self) -> None:
         """Sums the last solves up on their device, by a few small operations, none of which waits."""
@@ -128,7 +128,6 @@ class _Layer:
                 peaks = torch.stack([solution.steps.max().float(), solution.residual.max().float()])
                 self.notes[way].append((torch.cat([counts, solution.steps.sum()[None]]), peaks))
 
-    @torch.compiler.disable
     def measure(self, layer: DEQ, args: tuple, kwargs: dict[str, Any], z: Any) -> None:
         """Is a hook of the layer until its first forward pass in train(), whose radius it takes."""
         if layer is self.layer and layer.training and self.hook is not None:

@@ -5,56 +5,36 @@ import torch
 from problems import tanh_problem
 
 import tritondeq as tdeq
-from tritondeq import DEQ, Anderson, Broyden, Implicit, Picard
+from tritondeq import DEQ, Anderson, Broyden, Implicit
 from tritondeq.loop import Estimate, Settings, iterate
 
 
-def gradients(reuse, gain=1.2, name="torch", solver=Broyden(memory=40), tol=1e-9, again=False, rows=3, width=24):  # noqa: B008
-    """(gradients of the weights and the injection, adjoint steps) of a problem whose spectral radius is about gain."""
+def gradients(reuse, gain=1.2, name="torch", solver=Broyden(memory=40), tol=1e-9, rows=3, width=24):  # noqa: B008
+    """Returns (gradients of weights and injection, adjoint steps), spectral radius about `gain`, twice of one graph."""
     torch.manual_seed(0)
     w = (torch.randn(width, width, dtype=torch.float64) * gain / width**0.5).requires_grad_()
     u = torch.randn(rows, width, dtype=torch.float64).requires_grad_()
-    adjoint = Implicit(reuse=reuse, max_steps=300)
+    options = {"solver": solver, "adjoint": Implicit(reuse=reuse, max_steps=300), "tol": tol, "max_steps": 300}
     with tdeq.backend(name):
-        solution = tdeq.fixed_point(
-            lambda z: torch.tanh(z @ w.T + u),
-            torch.zeros_like(u),
-            solver=solver,
-            adjoint=adjoint,
-            tol=tol,
-            max_steps=300,
-        )
+        solution = tdeq.fixed_point(lambda z: torch.tanh(z @ w.T + u), torch.zeros_like(u), **options)
         assert solution.converged.all()
         loss = solution.value.sin().sum()
-        grads = torch.autograd.grad(loss, (w, u), retain_graph=True)
-        steps = solution.adjoint.steps
-        if again:
-            return grads, steps, torch.autograd.grad(loss, (w, u)), solution.adjoint.steps
-    return grads, steps
+        return [(torch.autograd.grad(loss, (w, u), retain_graph=True), solution.adjoint.steps) for _ in range(2)]
 
 
-TRITON = pytest.param("triton", 4, marks=pytest.mark.kernels)
-
-
-@pytest.mark.parametrize("name, memory", [("torch", 4), ("torch", 40), TRITON])
+@pytest.mark.parametrize(
+    "name, memory", [("torch", 4), ("torch", 40), pytest.param("triton", 4, marks=pytest.mark.kernels)]
+)
 def test_same_gradient(name, memory):
-    fresh, _ = gradients(False, solver=Broyden(memory=memory), gain=0.8)
-    reused, _ = gradients(True, solver=Broyden(memory=memory), gain=0.8, name=name)
-    for a, b in zip(reused, fresh, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    fresh, _ = gradients(False, solver=Broyden(memory=memory), gain=0.8)[0]
+    reused, _ = gradients(True, solver=Broyden(memory=memory), gain=0.8, name=name)[0]
+    torch.testing.assert_close(reused, fresh, rtol=1e-6, atol=1e-7)
 
 
 def test_fewer_products_where_the_ring_holds_the_solve():
     """On the average: stale updates cost a sample more than they save, now and then."""
-    (_, fresh), (_, reused) = (gradients(reuse, tol=1e-3, rows=24, width=64) for reuse in (False, True))
+    (_, fresh), (_, reused) = (gradients(reuse, tol=1e-3, rows=24, width=64)[0] for reuse in (False, True))
     assert reused.sum() <= 0.9 * fresh.sum()
-
-
-@pytest.mark.kernels
-def test_backends_agree():
-    options = {"tol": 1e-3, "solver": Broyden(memory=6)}
-    (_, eager), (_, fused) = (gradients(True, gain=0.9, name=name, **options) for name in ("torch", "triton"))
-    assert (eager - fused).abs().max() <= 1
 
 
 @pytest.mark.kernels
@@ -88,13 +68,13 @@ def test_kernels_leave_the_same_estimate_but_for_its_oldest_update(width, dtype,
 
 
 def test_retained_graphs_begin_with_the_same_estimate():
-    first, steps, second, again = gradients(True, again=True)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)) and torch.equal(steps, again)
+    first, second = gradients(True)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 def test_frozen_samples_keep_their_estimate():
     """Batch mates that go on for long change neither values nor steps of the adjoint."""
-    f, w, u = tanh_problem(1, 8, 0.3, dtype=torch.float64)
+    _, w, u = tanh_problem(1, 8, 0.3, dtype=torch.float64)
     u = torch.cat([u, 0.1 * u]).requires_grad_()
     slow = torch.tensor([[0.5], [3.3]], dtype=torch.float64)
     alone = []
@@ -114,14 +94,13 @@ def test_frozen_samples_keep_their_estimate():
 
 
 def test_second_derivatives():
-    f, w, u = tanh_problem(2, 5, 0.4, dtype=torch.float64)
-    w = w.requires_grad_()
+    _, w, u = tanh_problem(2, 5, 0.4, dtype=torch.float64)
+    options = {"solver": Broyden(), "adjoint": Implicit(reuse=True), "tol": 1e-12, "max_steps": 200}
 
     def layer(w):
-        options = {"solver": Broyden(), "adjoint": Implicit(reuse=True), "tol": 1e-12, "max_steps": 200}
         return tdeq.fixed_point(lambda z: torch.tanh(z @ w.T + u), torch.zeros_like(u), **options).value
 
-    assert torch.autograd.gradgradcheck(layer, (w,), atol=1e-6)
+    assert torch.autograd.gradgradcheck(layer, (w.requires_grad_(),), atol=1e-6)
 
 
 def test_without_gradient():
@@ -136,7 +115,6 @@ def test_without_gradient():
         (lambda: DEQ(torch.nn.Identity(), adjoint=Implicit(reuse=True)), ValueError, "Broyden, got solver Picard"),
         (lambda: Implicit(solver=Anderson(), reuse=True), ValueError, "solver must be None"),
         (lambda: Implicit(reuse=1), TypeError, "reuse must be a bool"),
-        (lambda: DEQ(torch.nn.Identity(), solver=Picard(), adjoint=Implicit(reuse=True)), ValueError, "Broyden"),
     ],
 )
 def test_bad_options(make, error, message):

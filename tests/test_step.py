@@ -9,9 +9,14 @@ from torch import nn
 
 from tritondeq import DEQ, Anderson, FixedDropout, Picard, Status
 from tritondeq.cells import Affine, Cell, Transformer
-from tritondeq.cells.past import ROOM
+from tritondeq.cells.tokens import ROOM
 
 D, T, B = 12, 9, 2
+
+
+@pytest.fixture
+def x():
+    return torch.randn(B, T, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
 def layer(dtype=torch.float64, tol=1e-12, **options):
@@ -25,55 +30,54 @@ def layer(dtype=torch.float64, tol=1e-12, **options):
 
 def stepwise(deq, x, sizes, cache=None, mask=None):
     out = []
-    at = 0
-    for size in sizes:
+    for at, size in zip(itertools.accumulate((0, *sizes)), sizes, strict=False):
         part = x[:, at : at + size]
         z, cache = deq.step(part if mask is None else (part, mask[:, at : at + size]), cache)
-        assert deq.last.converged.all() and not z.requires_grad
+        assert deq.last.converged.all() and not z.requires_grad and deq.last.adjoint is None
         out.append(z)
-        at += size
     return torch.cat(out, dim=1), cache
+
+
+def assert_close(got, want, atol=1e-9):
+    torch.testing.assert_close(got, want, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("options", [{}, {"heads": 6, "kv_heads": 2}, {"rotary": None}, {"decay": True}], ids=str)
 @pytest.mark.parametrize("wiring", ["outer", "damped", "head"])
-def test_as_all_together(wiring, options):
+def test_as_all_together(wiring, options, x):
     """Token by token, by parts, all at once, and a prompt of one."""
     deq = layer(wiring=wiring, **options)
-    x = torch.randn(B, T, 7).double()
     together = deq(x)
     for sizes in ((1,) * T, (4, 1, 3, 1), (T,), (1, 8)):
-        torch.testing.assert_close(stepwise(deq, x, sizes)[0], together, rtol=0, atol=1e-9)
+        assert_close(stepwise(deq, x, sizes)[0], together)
 
 
 @pytest.mark.parametrize("options", [{}, {"heads": 6, "kv_heads": 2, "wiring": "damped"}], ids=str)
-def test_prompts_of_unequal_length(options):
+def test_prompts_of_unequal_length(options, x):
     """Padding, on the left of the prompt, in the middle of a sequence or on its right."""
-    deq = layer(**options)
-    x, real = torch.randn(B, T, 7).double(), torch.ones(B, T, dtype=torch.bool)
+    deq, real = layer(**options), torch.ones(B, T, dtype=torch.bool)
     real[0, :2], real[1, 4:6], real[1, 8:] = False, False, False
     z, _ = stepwise(deq, x, (4, 1, 3, 1), mask=real)
-    torch.testing.assert_close(z[real], deq((x, real))[real], rtol=0, atol=1e-9)
+    assert_close(z[real], deq((x, real))[real])
     # padding that has begun late, or ended, is the same
     first = torch.ones(B, 4, dtype=torch.bool)
     first[0, :2] = False
     a, cache = deq.step((x[:, :4], first))
     b, _ = stepwise(deq, x[:, 4:], (2, 3), cache)
     seen = torch.cat([first, torch.ones(B, 5, dtype=torch.bool)], dim=1)
-    torch.testing.assert_close(torch.cat([a, b], dim=1)[seen], deq((x, seen))[seen], rtol=0, atol=1e-9)
-    torch.testing.assert_close(b[:1], deq(x[:1, 2:])[:, 2:], rtol=0, atol=1e-9)
+    assert_close(torch.cat([a, b], dim=1)[seen], deq((x, seen))[seen])
+    assert_close(b[:1], deq(x[:1, 2:])[:, 2:])
 
 
 def test_past_what_a_cache_has_room_for():
     deq = layer(tol=1e-11)
-    x = torch.randn(1, 2 * ROOM + 5, 7).double()
-    together = deq(x)
+    x = torch.randn(1, 2 * ROOM + 5, 7).double().requires_grad_()
     z, cache = stepwise(deq, x, (ROOM - 1, 1, 1, ROOM, 2, 2))
-    torch.testing.assert_close(z, together, rtol=0, atol=1e-9)
-    assert cache.past.tokens == x.shape[1]
+    assert_close(z, deq(x).detach())
+    assert cache.past.tokens == x.shape[1] and not cache.past.store.keys.requires_grad
 
 
-def test_growth_is_amortised(monkeypatch):
+def test_growth_is_amortised():
     """Steps between two doublings copy nothing: keys stay where they are."""
     deq, x = layer(tol=1e-3, dtype=torch.float32), torch.randn(1, 1, 7)
     places, cache = [], None
@@ -83,10 +87,9 @@ def test_growth_is_amortised(monkeypatch):
     assert len(list(itertools.groupby(places))) == 4  # at 1, 65, 129, 257 tokens
 
 
-def test_a_cache_is_stepped_from_again():
+def test_a_cache_is_stepped_from_again(x):
     """Beams that share a prompt: none changes another, nor the prompt."""
     deq = layer()
-    x = torch.randn(B, T, 7).double()
     prompt, cache = deq.step(x[:, :4])
     keys = cache.past.store.keys[:, :, :4].clone()
     a, cache_a = deq.step(x[:, 4:6], cache)
@@ -95,82 +98,64 @@ def test_a_cache_is_stepped_from_again():
     last_b, _ = deq.step(x[:, 6:], cache_b)
     for sign, middle, last in ((1, a, last_a), (-1, b, last_b)):
         together = deq(torch.cat([x[:, :4], sign * x[:, 4:6], x[:, 6:]], dim=1))
-        torch.testing.assert_close(torch.cat([prompt, middle, last], dim=1), together, rtol=0, atol=1e-9)
+        assert_close(torch.cat([prompt, middle, last], dim=1), together)
     assert torch.equal(cache.past.store.keys[:, :, :4], keys) and cache.past.tokens == 4
 
 
-def test_a_step_that_fails_leaves_the_cache_as_it_was():
+def test_a_step_that_fails_leaves_the_cache_as_it_was(x):
     deq = layer()
-    x = torch.randn(B, T, 7).double()
     first, cache = deq.step(x[:, :4])
     with pytest.raises(ValueError, match="max_steps"):
         deq.max_steps = 0
         deq.step(x[:, 4:], cache)
     deq.max_steps = 300
     last, _ = deq.step(x[:, 4:], cache)
-    torch.testing.assert_close(torch.cat([first, last], dim=1), deq(x), rtol=0, atol=1e-9)
+    assert_close(torch.cat([first, last], dim=1), deq(x))
 
 
-def test_a_warm_start_takes_fewer_steps_to_the_same():
+def test_a_warm_start_takes_fewer_steps_to_the_same(x):
     deq = layer(wiring="damped", tol=1e-9)
-    x = torch.randn(B, T, 7).double()
     together, (_, cache) = deq(x), deq.step(x[:, :5])
     z, _ = deq.step(x[:, 5:], cache)
     cold = deq.last.steps
     warm, _ = deq.step(x[:, 5:], cache, z0=together[:, 5:])
     assert (deq.last.steps < cold).all() and deq.last.steps.max() <= 2
-    torch.testing.assert_close(warm, z, rtol=0, atol=1e-7)
+    assert_close(warm, z, atol=1e-7)
 
 
-@pytest.mark.parametrize("solver", [Picard(damping=0.8), Anderson(memory=2)], ids=repr)
-def test_other_solvers(solver):
-    deq = layer()
-    deq.solver = solver
-    x = torch.randn(B, T, 7).double()
-    z, _ = stepwise(deq, x, (3, 1, 5))
-    torch.testing.assert_close(z, deq(x), rtol=0, atol=1e-9)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"solver": Picard(damping=0.8)},
+        {"solver": Anderson(memory=2)},
+        {"graph": True},  # this and the next do not apply to steps
+        {"compile": {"backend": "no such backend"}},
+    ],
+    ids=repr,
+)
+def test_options_of_the_layer(options, x):
+    cell = layer().cell
+    z, _ = stepwise(DEQ(cell, tol=1e-12, max_steps=300, **options), x, (3, 1, 5))
+    assert_close(z, DEQ(cell, tol=1e-12, max_steps=300)(x))
 
 
-def test_what_compile_and_graph_leave_alone():
-    """They do not apply to steps."""
-    cell = layer(tol=None).cell
-    x = torch.randn(B, T, 7).double()
-    for options in ({"graph": True}, {"compile": {"backend": "no such backend"}}):
-        deq = DEQ(cell, tol=1e-12, max_steps=300, **options)
-        z, _ = stepwise(deq, x, (5, 4))
-        torch.testing.assert_close(z, DEQ(cell, tol=1e-12, max_steps=300)(x), rtol=0, atol=1e-9)
-
-
-def test_autocast_keeps_narrow_keys():
-    deq = layer(torch.float32, tol=None)
-    x = torch.randn(B, T, 7)
+def test_autocast_keeps_narrow_keys(x):
+    deq, wide = layer(torch.float32, tol=None), layer()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        z, cache = stepwise(deq, x, (5, 4))
-        together = deq(x)
+        z, cache = stepwise(deq, x.float(), (5, 4))
+        torch.testing.assert_close(z, deq(x.float()), rtol=5e-2, atol=5e-2)
+        assert_close(stepwise(wide, x, (5, 4))[0], wide(x))  # leaves float64 alone
     assert cache.past.store.keys.dtype == torch.bfloat16 and z.dtype == torch.float32
-    torch.testing.assert_close(z, together, rtol=5e-2, atol=5e-2)
     with pytest.raises(ValueError, match="bfloat16.*float32"):
-        deq.step(x, cache)
-    wide = layer()
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # leaves float64 alone
-        z, _ = stepwise(wide, x.double(), (5, 4))
-        torch.testing.assert_close(z, wide(x.double()), rtol=0, atol=1e-9)
+        deq.step(x.float(), cache)
 
 
-def test_no_gradient_even_where_all_has_one():
-    deq = layer()
-    x = torch.randn(B, T, 7).double().requires_grad_()
-    z, cache = deq.step(x)
-    assert not z.requires_grad and not cache.past.store.keys.requires_grad and deq.last.adjoint is None
-
-
-def test_dropout_is_one_mask_a_step():
+def test_dropout_is_one_mask_a_step(x):
     deq = layer(dropout=0.5)
-    x = torch.randn(B, T, 7).double()
     a, b = deq.step(x)[0], deq.step(x)[0]
     assert deq.last.status.max() == Status.CONVERGED and not torch.allclose(a, b, atol=1e-3)
     deq.eval()
-    torch.testing.assert_close(stepwise(deq, x, (4, 5))[0], deq(x), rtol=0, atol=1e-9)
+    assert_close(stepwise(deq, x, (4, 5))[0], deq(x))
 
 
 class Running(Cell):
@@ -200,7 +185,7 @@ class Running(Cell):
 def test_a_cell_of_ones_own():
     deq = DEQ(Running().double(), tol=1e-12, max_steps=300)
     x = torch.randn(B, T, D).double()
-    torch.testing.assert_close(stepwise(deq, x, (1, 5, 3))[0], deq(x), rtol=0, atol=1e-9)
+    assert_close(stepwise(deq, x, (1, 5, 3))[0], deq(x))
 
 
 @pytest.mark.parametrize(
@@ -217,23 +202,20 @@ def test_cells_that_have_no_steps(cell, error, message):
         DEQ(cell).step(torch.zeros(B, T, D))
 
 
-def test_caches_that_do_not_fit():
+def test_caches_that_do_not_fit(x):
     deq = layer()
-    x = torch.randn(B, T, 7).double()
     _, cache = deq.step(x)
-    for other in (layer(), copy.deepcopy(deq)):
-        with pytest.raises(ValueError, match="another layer"):
-            other.step(x, cache)
-    with pytest.raises(ValueError, match="batch size 2, and x has batch size 1"):
-        deq.step(x[:1], cache)
-    with pytest.raises(ValueError, match="dtype torch.float64, and x has dtype torch.float32"):
-        deq.step(x.float(), cache)
-    with pytest.raises(ValueError, match="device cpu, and x has device meta"):
-        deq.step(x.to("meta"), cache)
-    with pytest.raises(TypeError, match="cache must be what step returned.*float64 tensor"):
-        deq.step(x, x)
-    with pytest.raises(TypeError, match="x must hold a tensor"):
-        deq.step(None, cache)
+    for error, message, other, *inputs in (
+        (ValueError, "another layer", layer(), x, cache),
+        (ValueError, "another layer", copy.deepcopy(deq), x, cache),
+        (ValueError, "batch size 2, and x has batch size 1", deq, x[:1], cache),
+        (ValueError, "dtype torch.float64, and x has dtype torch.float32", deq, x.float(), cache),
+        (ValueError, "device cpu, and x has device meta", deq, x.to("meta"), cache),
+        (TypeError, "cache must be what step returned.*float64 tensor", deq, x, x),
+        (TypeError, "x must hold a tensor", deq, None, cache),
+    ):
+        with pytest.raises(error, match=message):
+            other.step(*inputs)
 
 
 @torch.no_grad()

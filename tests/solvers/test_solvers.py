@@ -29,18 +29,17 @@ def test_the_residual_reported_is_that_of_the_value(solver):
     torch.testing.assert_close(solution.residual, (y - solution.value).norm(dim=1) / y.norm(dim=1), rtol=1e-6, atol=0)
 
 
-def test_anderson_solves_an_affine_problem_in_as_many_differences_as_dimensions():
+@pytest.mark.parametrize(
+    "solver, steps",
+    [
+        (Anderson(memory=6, ridge=0), 6 + 2),  # D + 1 residuals give D differences; one more evaluation to see it
+        (Broyden(12), 2 * 6 + 2),  # Gay 1979
+    ],
+)
+def test_an_affine_problem_ends_in_few_steps(solver, steps):
     a = torch.linspace(-0.9, 0.95, 6, dtype=torch.float64).diag()
-    solution = fixed_point(
-        lambda z: z @ a + 1, torch.zeros(1, 6, dtype=torch.float64), solver=Anderson(memory=6, ridge=0), tol=1e-10
-    )
-    assert solution.steps.item() <= 6 + 2  # D + 1 residuals give D differences; one more evaluation to see it
-
-
-def test_broyden_ends_on_an_affine_problem_in_twice_the_dimensions():
-    a = torch.linspace(-0.9, 0.95, 6, dtype=torch.float64).diag()
-    solution = fixed_point(lambda z: z @ a + 1, torch.zeros(1, 6, dtype=torch.float64), solver=Broyden(12), tol=1e-10)
-    assert solution.steps.item() <= 2 * 6 + 2  # Gay 1979
+    solution = fixed_point(lambda z: z @ a + 1, torch.zeros(1, 6, dtype=torch.float64), solver=solver, tol=1e-10)
+    assert solution.steps.item() <= steps
 
 
 @pytest.mark.parametrize("dtype,tol", [(torch.float32, 1e-4), (torch.float64, 1e-10)], ids=["fp32", "fp64"])
@@ -57,9 +56,8 @@ def test_anderson_needs_no_more_evaluations_than_picard(gain, dtype, tol):
 @pytest.mark.parametrize("gain", [0.5, 0.9, 1.2])
 def test_rounding_half_of_the_history_costs_no_evaluations(gain):
     f, _, _ = tanh_problem(64, 64, gain, torch.float32)
-    whole, half = (
-        fixed_point(f, torch.zeros(64, 64), solver=Anderson(half=h), tol=1e-5, max_steps=300) for h in (False, True)
-    )
+    options = {"tol": 1e-5, "max_steps": 300}
+    whole, half = (fixed_point(f, torch.zeros(64, 64), solver=Anderson(half=h), **options) for h in (False, True))
     assert half.converged.all() and not torch.equal(half.value, whole.value)
     assert half.steps.float().mean() <= 1.02 * whole.steps.float().mean()
 
@@ -81,11 +79,10 @@ def test_samples_do_not_share_history():
     """Anderson's and Broyden's weights are per sample: a hard neighbour changes nothing, not even rounding."""
     rates = torch.tensor([0.1, 0.5, 0.9, -0.99]).unsqueeze(1) * torch.linspace(0.5, 1, 7)
     for solver in (Anderson(memory=3), Broyden(memory=4)):
-        together = fixed_point(lambda z: rates * z + 1, torch.zeros(4, 7), solver=solver, tol=1e-5, max_steps=100)
+        options = {"solver": solver, "tol": 1e-5, "max_steps": 100}
+        together = fixed_point(lambda z: rates * z + 1, torch.zeros(4, 7), **options)
         for i in range(4):
-            alone = fixed_point(
-                lambda z, r: r * z + 1, torch.zeros(1, 7), (rates[i : i + 1],), solver=solver, tol=1e-5, max_steps=100
-            )
+            alone = fixed_point(lambda z, r: r * z + 1, torch.zeros(1, 7), (rates[i : i + 1],), **options)
             assert together.steps[i] == alone.steps[0]
             torch.testing.assert_close(together.value[i], alone.value[0], rtol=1e-5, atol=1e-6)
 

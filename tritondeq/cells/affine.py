@@ -38,9 +38,6 @@ class Affine(RowCell):
         contraction: Bounds ||W||_2 by this during training, with a parametrization; below 1 / max|act'| the
             equilibrium exists and is unique. None leaves W free.
         bias: Whether there is a b.
-
-    Raises:
-        TypeError, ValueError: An option is of the wrong kind or out of range.
     """
 
     def __init__(
@@ -55,11 +52,11 @@ class Affine(RowCell):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(features, inputs, operands)
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(features, inputs, operands, features, bias, like)
         one_of("activation", activation, ("tanh", "relu", "gelu", "sin", "identity"))
         self.activation = activation
-        self.weight: Tensor = nn.Parameter(torch.empty(features, features, device=device, dtype=dtype))
-        self.input = nn.Linear(self.inputs, features, bias=bias, device=device, dtype=dtype)
+        self.weight: Tensor = nn.Parameter(torch.empty(features, features, **like))
         self.reset_parameters()
         if contraction is not None:
             number("contraction", contraction, 0)
@@ -74,7 +71,6 @@ class Affine(RowCell):
         self.input.reset_parameters()
 
     def inject(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (U x + b, W as the iteration uses it)."""
         features_of(x, self.inputs, self)
         return self.input(x), self.rounded(self.weight)
 

@@ -26,6 +26,9 @@ class Cell(nn.Module):
         whole_solve, tail, splitting   for kernels and for splitting solvers; for a subclass that overrides `forward`
                                        they count only where it overrides them too
 
+    The cells of this package raise TypeError or ValueError for an option that is of the wrong kind or out of range, and
+    for an x that does not fit.
+
     Attributes:
         batch_dims: Leading dims of the state that index samples; -1 where each row is a sample.
     """
@@ -56,7 +59,7 @@ class Cell(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define extend(x, past) to be solved token by token")
 
     def remember(self, z: Any, injection: Any) -> Any:
-        """Returns the `past` of tokens to come, such as keys and values at the solution z; it may be used again."""
+        """Returns the `past` of tokens to come, such as keys and values at the solution z; it may serve again."""
         raise NotImplementedError(f"{type(self).__name__} must define remember(z, injection), as extend(x, past)")
 
     def default_solver(self) -> Solver:
@@ -105,7 +108,6 @@ class Cell(nn.Module):
         return pytree.tree_unflatten(residuals, spec)
 
     def extra_repr(self) -> str:
-        """Returns those arguments of the constructor that are attributes, for repr()."""
         values = {name: vars(self).get(name) for name in inspect.signature(type(self).__init__).parameters}
         return ", ".join(f"{k}={v!r}" for k, v in values.items() if isinstance(v, bool | int | float | str | tuple))
 

@@ -6,33 +6,25 @@ from torch import Tensor, nn
 SQUARINGS = 5
 
 
-def norm_bound(w: Tensor, squarings: int = SQUARINGS) -> Tensor:
-    """Returns an upper bound of ||w||_2, too large by a factor of at most min(w.shape)^(1 / 2^(squarings + 2)).
+def norm_bound(w: Tensor) -> Tensor:
+    """Returns an upper bound of ||w||_2 of a matrix, too large by a factor of at most min(w.shape)^(1/128).
 
-    Gram iteration (Delattre et al. 2023, theorem 1): the Schatten norm of order 2^(squarings + 2), by repeated squaring
-    of the smaller Gram matrix. Deterministic, differentiable, without state.
-
-    Args:
-        w: A matrix.
-        squarings: Number of squarings after the first product; 5 gives at most 4.5% at 256 x 256.
+    Gram iteration (Delattre et al. 2023, theorem 1): the Schatten norm of order 128, by repeated squaring of the
+    smaller Gram matrix. Deterministic, differentiable, without state. At 256 x 256 it is at most 4.5% too large.
     """
     gram = w @ w.mT if w.shape[0] <= w.shape[1] else w.mT @ w
     log = gram.new_zeros(())
-    for k in range(squarings + 1):
+    for k in range(SQUARINGS + 1):
         size = torch.linalg.matrix_norm(gram).clamp_min(torch.finfo(gram.dtype).tiny)
         log = log + size.log() / 2 ** (k + 1)
         gram = gram / size
-        if k < squarings:
+        if k < SQUARINGS:
             gram = gram @ gram
     return log.exp()
 
 
 class SpectralBound(nn.Module):
-    """Parametrization w -> w min(1, bound / norm_bound(w)), for torch.nn.utils.parametrize.
-
-    Args:
-        bound: The most that ||w||_2 may be.
-    """
+    """Parametrization w -> w min(1, bound / norm_bound(w)), for torch.nn.utils.parametrize: keeps ||w||_2 in bound."""
 
     def __init__(self, bound: float):
         super().__init__()
@@ -42,7 +34,6 @@ class SpectralBound(nn.Module):
         return w * (self.bound / norm_bound(w)).clamp_max(1.0)
 
     def right_inverse(self, w: Tensor) -> Tensor:
-        """Returns w."""
         return w
 
     def extra_repr(self) -> str:

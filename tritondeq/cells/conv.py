@@ -1,5 +1,7 @@
 """z = GN(ReLU(z + GN(u + conv(ReLU(GN(conv z)))))): the residual block of MDEQ, at one resolution."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from .base import Cell, floating
 from .norm import GroupNorm
 
 _CONVS: dict[int, type[nn.Conv1d | nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d}
+_LEAD = 3.0  # what the sum with u weighs at initialisation, against the unit variance of the state
 _SMALL = 0.1  # of a variance-keeping scale, for the convolution whose output the injection is added to
 
 
@@ -37,8 +40,7 @@ class Conv(Cell):
         weight_norm: Whether the two convolutions are weight-normalised (Salimans and Kingma 2016), as in MDEQ.
 
     Raises:
-        TypeError, ValueError: An option is of the wrong kind or out of range, x does not fit, or groups of x's size
-            would hold a single value.
+        ValueError: Groups of x's size would hold a single value.
     """
 
     def __init__(
@@ -66,11 +68,11 @@ class Conv(Cell):
             raise ValueError(f"dims must be 1 or 2, got {dims!r}")
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         self.channels, self.inputs, self.groups, self.dims = channels, inputs, groups, dims
-        self.input = Injection(inputs, channels, kernel_size, groups, dims, **like)
-        self.block = Block(channels, kernel_size, expansion, groups, dims, dropout, weight_norm, **like)
+        conv = partial(_CONVS[dims], kernel_size=kernel_size, padding=kernel_size // 2, **like)
+        self.input = Injection(inputs, channels, conv, groups, **like)
+        self.block = Block(channels, conv, expansion, groups, dropout, weight_norm, **like)
 
     def inject(self, x: Tensor) -> Tensor:
-        """Returns GN(conv x), channels_last."""
         image_of(x, self.inputs, self.dims, self)
         values_in_groups(x.shape[2:], self.channels, self.groups)
         return self.input(x)
@@ -85,9 +87,9 @@ class Conv(Cell):
 class Injection(nn.Module):
     """x -> GN(conv x), channels_last. The bias makes the channels of an empty image differ."""
 
-    def __init__(self, inputs: int, channels: int, kernel_size: int, groups: int, dims: int, **like: Any):
+    def __init__(self, inputs: int, channels: int, conv: Callable[..., nn.Module], groups: int, **like: Any):
         super().__init__()
-        self.conv = _CONVS[dims](inputs, channels, kernel_size, padding=kernel_size // 2, **like)
+        self.conv = conv(inputs, channels)
         self.norm = GroupNorm(groups, channels, **like)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,35 +97,21 @@ class Injection(nn.Module):
 
 
 class Block(nn.Module):
-    """(z, u) -> GN(ReLU(z + GN(u + conv(ReLU(GN(conv z)))))); u may be None, for zero.
-
-    `lead` is what the sum with u weighs at initialisation, against the unit variance of the state.
-    """
+    """(z, u) -> GN(ReLU(z + GN(u + conv(ReLU(GN(conv z)))))); u may be None, for zero."""
 
     def __init__(
-        self,
-        channels: int,
-        kernel_size: int,
-        expansion: int,
-        groups: int,
-        dims: int,
-        dropout: float,
-        weight_norm: bool,
-        lead: float = 3.0,
-        **like: Any,
+        self, channels: int, conv: Callable, expansion: int, groups: int, dropout: float, weight_norm: bool, **like: Any
     ):
         super().__init__()
         hidden = expansion * channels
-        options: dict[str, Any] = {"padding": kernel_size // 2, "bias": False, **like}
-        self.conv1 = _CONVS[dims](channels, hidden, kernel_size, **options)
-        self.conv2 = _CONVS[dims](hidden, channels, kernel_size, **options)
-        nn.init.normal_(self.conv2.weight, std=_SMALL / (hidden * kernel_size**dims) ** 0.5)
+        self.conv1, self.conv2 = conv(channels, hidden, bias=False), conv(hidden, channels, bias=False)
+        nn.init.normal_(self.conv2.weight, std=_SMALL / self.conv2.weight[0].numel() ** 0.5)
         if weight_norm:
             weight_normed(self.conv1), weight_normed(self.conv2)
         self.norm1 = GroupNorm(groups, hidden, relu="after", **like)
         self.norm2 = GroupNorm(groups, channels, **like)
         self.norm3 = GroupNorm(groups, channels, relu="before", **like)
-        nn.init.constant_(self.norm2.weight, lead)
+        nn.init.constant_(self.norm2.weight, _LEAD)
         self.dropout = FixedDropout(dropout, dims=2)  # whole channels
 
     def forward(self, z: Tensor, u: Tensor | None) -> Tensor:

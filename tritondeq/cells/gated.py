@@ -35,16 +35,10 @@ class Gated(RowCell):
     under autocast, three below a tolerance of 1e-5. That is up to 128 features on an H100.
 
     Args:
-        features: Width D of the state; z is [..., D].
-        inputs: Width of x; None is D.
         contraction: Bounds ||Wr||_2 by 1 and ||Wc||_2 by 0.8 times this during training, with a parametrization;
             below 1, c contracts in z by this much, so there is one equilibrium and plain iteration reaches it. None
             leaves them free.
-        operands: What weights are rounded to inside the iteration, as for `Affine`: "fp32" or "bf16".
-        bias: Whether there is a b.
-
-    Raises:
-        TypeError, ValueError: An option is of the wrong kind or out of range.
+        features, inputs, operands, bias: As for `Affine`.
     """
 
     def __init__(
@@ -58,10 +52,10 @@ class Gated(RowCell):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(features, inputs, operands)
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(features, inputs, operands, 3 * features, bias, like)
         for name in _WEIGHTS:
-            self.register_parameter(name, nn.Parameter(torch.empty(features, features, device=device, dtype=dtype)))
-        self.input = nn.Linear(self.inputs, 3 * features, bias=bias, device=device, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(torch.empty(features, features, **like)))
         self.reset_parameters()
         if contraction is not None:
             number("contraction", contraction, 0)
@@ -83,7 +77,6 @@ class Gated(RowCell):
         return self.input(x), self.rounded(torch.stack([getattr(self, name) for name in _WEIGHTS]))
 
     def forward(self, z: Tensor, injection: tuple[Tensor, Tensor]) -> Tensor:
-        """Returns (1 - s) * z + s * c."""
         u, w = injection
         rows = z.reshape(-1, self.features)
         _, s, c = gru(w.unbind(), u.reshape(-1, 3 * self.features).chunk(3, 1), rows)

@@ -31,24 +31,16 @@ class MLP(RowCell):
     of the usual scale. A pre-norm block with neither has no equilibrium (Bai et al. 2021, section 4).
 
     On a GPU a solve by Picard or Anderson(memory <= 4) is one Triton launch, and so is its adjoint, as long as the
-    bfloat16 terms of the weights fit in a multiprocessor's shared memory: two terms each, one with bfloat16 operands or
-    under autocast, three below a tolerance of 1e-5. That is some 100,000 weights in one term on an H100, D and H
-    rounded up to powers of two. Beyond that a solve takes the loop, whose fused steps do the last sum, with its norm or
-    decay, as they read.
+    bfloat16 terms of the weights, of which `Gated` gives the number, fit in a multiprocessor's shared memory. That is
+    some 100,000 weights in one term on an H100, D and H rounded up to powers of two. Beyond that a solve takes the
+    loop, whose fused steps do the last sum, with its norm or decay, as they read.
 
     Args:
-        features: Width D of the state; z is [..., D].
-        inputs: Width of x; None is D.
         hidden: Width H of the hidden layer; None is 2 D.
         form: "post" or "pre".
         activation: "relu", "gelu" (exact), "silu" or "swiglu".
-        operands: What weights are rounded to inside the iteration: "fp32", or "bf16" for speed (the state stays
-            float32). With "bf16", and under autocast, kernels make gelu and silu of the hardware's tanh (errors up to
-            5e-4 (1 + |x|)) where `tol` is at least 5e-3.
-        bias: Whether there are biases.
-
-    Raises:
-        TypeError, ValueError: An option is of the wrong kind or out of range.
+        features, inputs, operands, bias: As for `Affine`; the hardware's tanh makes gelu and silu, with errors up to
+            5e-4 (1 + |x|).
     """
 
     def __init__(
@@ -64,14 +56,13 @@ class MLP(RowCell):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(features, inputs, operands)
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(features, inputs, operands, features, bias, like)
         hidden = 2 * features if hidden is None else hidden
         integer("hidden", hidden)
         one_of("form", form, ("post", "pre"))
         one_of("activation", activation, ("relu", "gelu", "silu", "swiglu"))
         self.hidden, self.form, self.activation = hidden, form, activation
-        like: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.input = nn.Linear(self.inputs, features, bias=bias, **like)
         self.norm = nn.RMSNorm(features, eps=RMS_EPS, **like)
         self.up = nn.Linear(features, hidden, bias=bias, **like)
         self.gate = nn.Linear(features, hidden, bias=bias, **like) if activation == "swiglu" else None
@@ -89,7 +80,6 @@ class MLP(RowCell):
         return self.outer if self.form == "post" else self.decay.sigmoid()
 
     def inject(self, x: Tensor) -> tuple[Tensor, tuple, tuple, Tensor]:
-        """Returns (u, weights, biases, n or a), as the iteration uses them."""
         features_of(x, self.inputs, self)
         layers = [layer for layer in (self.up, self.down, self.gate) if layer is not None]
         u = self.norm(self.input(x).to(self.norm.weight.dtype))  # autocast made it bfloat16

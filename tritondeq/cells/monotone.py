@@ -15,11 +15,7 @@ from .contraction import norm_bound
 
 
 class MonotoneForm(nn.Module):
-    """Parametrization W = (1 - m) I - A'A + B - B', for torch.nn.utils.parametrize; always in W's precision.
-
-    Args:
-        margin: m; the symmetric part of I - W is at least this.
-    """
+    """Parametrization W = (1 - m) I - A'A + B - B', for torch.nn.utils.parametrize; always in W's precision."""
 
     def __init__(self, margin: float):
         super().__init__()
@@ -48,15 +44,9 @@ class Monotone(Affine):
     ForwardBackward (with tanh at alpha = 1 only), Picard or Anderson(memory <= 4).
 
     Args:
-        features: Width D of the state; z is [..., D].
-        inputs: Width of x; None is D.
         activation: "relu" or "tanh", which are proximal operators.
         margin: m, above 0. A small one allows more, and takes more steps.
-        operands: What matrices are rounded to inside the iteration, as for `Affine`: "fp32" or "bf16".
-        bias: Whether there is a b.
-
-    Raises:
-        TypeError, ValueError: An option is of the wrong kind or out of range.
+        features, inputs, operands, bias: As for `Affine`.
     """
 
     def __init__(
@@ -82,20 +72,17 @@ class Monotone(Affine):
     def splitting(self, injection: tuple[Tensor, Tensor]) -> Splitting:
         w, u, narrow = self._operands(injection)
 
-        def norm() -> float:
+        def bound() -> float:
             return norm_bound(torch.eye(len(w), dtype=w.dtype, device=w.device) - w).item()
 
-        return Splitting(w, u, self.activation, self.margin, norm, narrow)
+        return Splitting(w, u, self.activation, self.margin, bound, narrow)
 
     def default_solver(self) -> Solver:
         return PeacemanRachford()
 
     @torch.no_grad()
     def monotonicity(self) -> Tensor:
-        """Returns the least eigenvalue of the symmetric part of I - W, a scalar in float64.
-
-        It is `margin` or more, up to rounding: the certificate that there is one equilibrium.
-        """
+        """Returns the least eigenvalue of the symmetric part of I - W, in float64: `margin` or more, up to rounding."""
         w = self.weight.double()
         return 1 - torch.linalg.eigvalsh((w + w.mT) / 2)[-1]
 

@@ -1,6 +1,7 @@
 """Several resolutions at once: MDEQ."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,15 +46,13 @@ class MultiScale(Cell):
     Args:
         channels: Channels of each resolution, the finest first.
         inputs: Channels of x, [B, inputs, H, W]; None is channels[0].
-        expansion: Channels between the two convolutions of a block, in multiples of its channels.
         groups: Number of groups of every GroupNorm but those after the fusion, which have half as many (at least one),
             as published; divides all channels.
-        dropout: Share of channels that a `FixedDropout` sets to zero in each block before u is added.
+        expansion, dropout: As for `Conv`, in each block.
         weight_norm: Whether the blocks' convolutions and the ones after the fusion are weight-normalised.
 
     Raises:
-        TypeError, ValueError: An option is of the wrong kind or out of range, x does not fit, or a group would hold a
-            single value at some resolution.
+        ValueError: A group would hold a single value at some resolution.
     """
 
     def __init__(
@@ -79,22 +78,22 @@ class MultiScale(Cell):
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         scales = range(len(channels))
         self.channels, self.inputs, self.groups = channels, inputs, groups
-        self.input = Injection(inputs, channels[0], 1, groups, 2, **like)
-        blocks = [Block(c, 3, expansion, groups, 2, dropout, weight_norm, lead=_LEAD, **like) for c in channels]
+        self.input = Injection(inputs, channels[0], partial(nn.Conv2d, kernel_size=1, **like), groups, **like)
+        conv = partial(nn.Conv2d, kernel_size=3, padding=1, **like)
+        blocks: list[Any] = [Block(c, conv, expansion, groups, dropout, weight_norm, **like) for c in channels]
         fuse = [[_fusion(channels[j], channels[i], i - j, groups, like) for j in scales] for i in scales]
         self.blocks, self.fuse = nn.ModuleList(blocks), nn.ModuleList(map(nn.ModuleList, fuse))
         self.post = nn.ModuleList()
         for c in channels:
-            conv: nn.Module = nn.Conv2d(c, c, 1, bias=False, **like)
-            conv = weight_normed(conv) if weight_norm else conv
-            self.post.append(nn.Sequential(nn.ReLU(), conv, GroupNorm(max(1, groups // 2), c, **like)))
-        norms: list[Any] = [block.norm3 for block in blocks[1:]]
-        norms += [fuse[i][j][-1] for j in scales[1:] for i in scales if i != j]
-        for norm in norms:
-            nn.init.constant_(norm.weight, _FAINT)
+            mix: nn.Module = nn.Conv2d(c, c, 1, bias=False, **like)
+            mix = weight_normed(mix) if weight_norm else mix
+            self.post.append(nn.Sequential(nn.ReLU(), mix, GroupNorm(max(1, groups // 2), c, **like)))
+        for j, block in enumerate(blocks):
+            nn.init.constant_(block.norm2.weight, _LEAD)
+            for norm in [block.norm3, *(fuse[i][j][-1] for i in scales if i != j)] if j else ():
+                nn.init.constant_(norm.weight, _FAINT)
 
     def inject(self, x: Tensor) -> Tensor:
-        """Returns GN(conv1 x), channels_last."""
         image_of(x, self.inputs, 2, self)
         for size, c in zip(_sizes(x.shape[2:], len(self.channels)), self.channels, strict=True):
             values_in_groups(size, c, self.groups)
@@ -108,18 +107,16 @@ class MultiScale(Cell):
 
     def forward(self, z: State, injection: Tensor) -> State:
         y = [block(part, None if i else injection) for i, (block, part) in enumerate(zip(self.blocks, z, strict=True))]
-        return tuple(self.post[i](self._fused(i, y)) for i in range(len(y)))
-
-    def _fused(self, i: int, y: list[Tensor]) -> Tensor:
-        """Returns the sum over resolutions, at resolution i."""
-        total, fuse = y[i], list(self.fuse[i].children())
-        for j, part in enumerate(y):
-            if j != i:
-                part = fuse[j](part)
-                if j > i:
-                    part = F.interpolate(part, scale_factor=2 ** (j - i))[:, :, : total.shape[2], : total.shape[3]]
-                total = total + part
-        return total
+        fused = []
+        for i, total in enumerate(y):
+            for j, (fuse, part) in enumerate(zip(self.fuse[i].children(), y, strict=True)):
+                if j != i:
+                    part = fuse(part)
+                    if j > i:
+                        part = F.interpolate(part, scale_factor=2 ** (j - i))[:, :, : total.shape[2], : total.shape[3]]
+                    total = total + part
+            fused.append(self.post[i](total))
+        return tuple(fused)
 
 
 def _fusion(inputs: int, outputs: int, down: int, groups: int, like: dict[str, Any]) -> nn.Sequential:

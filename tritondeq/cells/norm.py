@@ -9,18 +9,10 @@ from ..kernels import dispatch
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm of a sum, with a ReLU before it or after it.
+    """nn.GroupNorm of a sum, with a ReLU before it or after it (`relu`: "before", "after" or None).
 
     Without gradients, as in the steps of a solve, and on a GPU, it is one Triton launch that keeps channels_last, which
     torch's does not.
-
-    Args:
-        groups: Number of groups of channels.
-        channels: C of [B, C, ...]; a multiple of `groups`.
-        relu: "before", "after" or None.
-
-    Raises:
-        ValueError: `groups` does not divide `channels`.
     """
 
     def __init__(self, groups: int, channels: int, *, relu: str | None = None, **like: Any):

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checks import integer
 from .base import Cell, one_of
@@ -12,25 +12,19 @@ from .base import Cell, one_of
 class RowCell(Cell):
     """A cell that maps each row of a state [..., D] by itself, so that every row stops alone.
 
-    Its injection is a tuple that begins with U x + b, [..., n D].
-
-    Args:
-        features: Width D of the state.
-        inputs: Width of x; None is D.
-        operands: What weights are rounded to inside the iteration: "fp32" or "bf16".
-
-    Raises:
-        TypeError, ValueError: An option is of the wrong kind or out of range.
+    Its injection is a tuple that begins with a tensor [..., n D], made of U x + b. The constructor takes the options of
+    `Affine`, the width of U x + b, and the device and dtype of parameters.
     """
 
     batch_dims = -1
 
-    def __init__(self, features: int, inputs: int | None, operands: str):
+    def __init__(self, features: int, inputs: int | None, operands: str, width: int, bias: bool, like: dict[str, Any]):
         super().__init__()
         self.features, self.inputs, self.operands = features, features if inputs is None else inputs, operands
         integer("features", features)
         integer("inputs", self.inputs)
         one_of("operands", operands, ("fp32", "bf16"))
+        self.input = nn.Linear(self.inputs, width, bias=bias, **like)
 
     def initial(self, x: Tensor, injection: tuple[Any, ...]) -> Tensor:
         return x.new_zeros(*injection[0].shape[:-1], self.features)

@@ -12,8 +12,7 @@ from ..held import FixedDropout
 from ..kernels.tails import Tail
 from .base import Cell, one_of
 from .norm import plain_norm, sum_and_norm, summed
-from .past import Past, Store
-from .tokens import attention_mask, rotary_angles, rotated, tokens_of
+from .tokens import Past, Store, attention_mask, rotary_angles, rotated, tokens_of
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 _EPS = 1e-6  # of norms
@@ -56,16 +55,14 @@ class Transformer(Cell):
     whatever the weights, and that of "head" is bounded by its branches, whose inputs are normed.
 
     The input is x [B, T, inputs], or (x, mask) with mask [B, T] bool, True for real tokens. Padding is not attended to
-    and does not count in the residual; what comes out in its place means nothing. A sample is a sequence.
-
-    On a GPU the last sum of the block, LayerScale, norm, damping and the norms of the residual are one launch.
+    and does not count in the residual; what comes out in its place means nothing. A sample is a sequence. On a GPU the
+    last sum of the block, LayerScale, norm, damping and the norms of the residual are one launch.
 
     Second derivatives through Implicit() need attention that torch can differentiate twice:
     torch.nn.attention.sdpa_kernel(SDPBackend.MATH).
 
     Args:
-        features: Width D of the state; z is [B, T, D].
-        inputs: Width of x; None is D.
+        features, inputs: As for `Affine`; z is [B, T, D].
         heads: Heads of attention; must divide `features`.
         kv_heads: Heads of keys and values, each for heads / kv_heads of queries (Ainslie et al. 2023); None is heads.
         hidden: Width of the feed-forward net; None is 4 D, or 8/3 D rounded up to a multiple of 8 for "swiglu".
@@ -78,9 +75,6 @@ class Transformer(Cell):
         gamma_max: The largest LayerScale of "head", above 0; None is 0.5.
         dropout: Share of elements of both branches that a `FixedDropout` sets to zero.
         bias: Whether linears have one.
-
-    Raises:
-        TypeError, ValueError: An option is of the wrong kind, out of range, or of another wiring.
     """
 
     def __init__(
@@ -130,9 +124,7 @@ class Transformer(Cell):
         if rotary is not None:
             number("rotary", rotary, 0)
             if self.width % 2:
-                raise ValueError(
-                    f"rotary positions need heads of even width, got {self.width}: features={features}, heads={heads}"
-                )
+                raise ValueError(f"rotary positions need heads of even width, got {features=} and {heads=}")
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         self.input = nn.Linear(inputs, features, bias=bias, **like)
         self.qkv = nn.Linear(features, (heads + 2 * kv_heads) * self.width, bias=bias, **like)
@@ -155,17 +147,16 @@ class Transformer(Cell):
         for module in self.children():
             if isinstance(module, nn.Linear | nn.RMSNorm):
                 module.reset_parameters()
-        if self.wiring != "head":
+        if self.wiring == "head":
+            self.scales.zero_()
+        else:
             self.output.weight *= _LAST
             self.down.weight *= _LAST
         if self.decay:
             self.log_decay.fill_(-torch.tensor(_DECAY).log()).log_()
             self.gain.fill_(1.0)
-        if self.wiring == "head":
-            self.scales.zero_()
 
     def inject(self, x: Any) -> Injection:
-        """Returns (U x, normed), positions and masks."""
         return self._injection(x, None)
 
     def extend(self, x: Any, past: Past | None) -> Injection:
@@ -176,7 +167,7 @@ class Transformer(Cell):
     def remember(self, z: Tensor, injection: Injection) -> Past:
         assert injection.past is not None and injection.past.store is not None
         store, at = injection.past.store, injection.past.tokens
-        y = self._enter(z, injection)
+        y = summed(injection.u, z, injection.decay)
         _, k, v = self._qkv(y if self.wiring == "damped" else self.attention_norm(y), injection)
         store.write(at, k, v)
         store.used = at + z.shape[1]
@@ -211,16 +202,13 @@ class Transformer(Cell):
     def _parts(self, z: Tensor, injection: Injection) -> tuple[Tensor, ...]:
         """Returns the summands of f: the residual and the feed-forward branch, or u and both branches of "head"."""
         if self.wiring == "damped":
-            y = self._enter(z, injection)
+            y = summed(injection.u, z, injection.decay)
             _, h = sum_and_norm(y, self._attention(y, injection), None, self.attention_norm, sum_too=False)
             return h, self._ffn(h)
         y, n = sum_and_norm(injection.u, z, injection.decay, self.attention_norm)
         attended = self._attention(n, injection)
         h, n = sum_and_norm(y, attended, injection.scales[0], self.ffn_norm, sum_too=self.wiring == "outer")
         return (injection.u, attended, self._ffn(n)) if self.wiring == "head" else (h, self._ffn(n))
-
-    def _enter(self, z: Tensor, injection: Injection) -> Tensor:
-        return summed(injection.u, z, injection.decay)
 
     def _qkv(self, h: Tensor, injection: Injection) -> tuple[Tensor, Tensor, Tensor]:
         heads = self.qkv(h).unflatten(-1, (-1, self.width)).transpose(1, 2)
@@ -289,10 +277,9 @@ class Transformer(Cell):
 
 def _only_in(only: str, wiring: str, name: str, value: float | None, default: float) -> float | None:
     """Returns the option of one wiring or its default, and None in others; raises if it is given there."""
-    if wiring != only:
-        if value is not None:
-            raise ValueError(f"{name} is for wiring={only!r}, got {name}={value!r} with wiring={wiring!r}")
-        return None
-    value = default if value is None else value
-    number(name, value, 0)
+    if wiring == only:
+        value = default if value is None else value
+        number(name, value, 0)
+    elif value is not None:
+        raise ValueError(f"{name} is for wiring={only!r}, got {name}={value!r} with wiring={wiring!r}")
     return value

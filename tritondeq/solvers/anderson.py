@@ -41,9 +41,6 @@ class Anderson(Solver):
         ridge: Relative to the squared norm of each difference; at least a few ulps, its rounding error.
         half: Whether differences of residuals, which only make the weights, are stored in bfloat16. On a GPU that saves
             memory / 2 - 1 states of memory, and memory / 2 of traffic; elsewhere it only rounds.
-
-    Raises:
-        TypeError, ValueError: an option is of the wrong kind or out of range.
     """
 
     memory: int = 5
@@ -72,7 +69,6 @@ class Anderson(Solver):
         )
 
     def step(self, history: _History, z: Tensor, y: Tensor, g: Tensor, counted: Tensor, rules: Rules) -> Tensor:
-        """Returns h - sum_j gamma_j dh_j."""
         h = y if self.damping == 1 else torch.add(z, g, alpha=self.damping)
         (newest, *residuals), steps = history.rows
         before, history.z = history.z, z

@@ -11,6 +11,8 @@ from ..kernels.rules import Rules
 class Solver(ABC):
     """Proposes iterates for a batch of independent samples, each a row of a [B, N] matrix.
 
+    The solvers of this package raise TypeError or ValueError for an option of the wrong kind or out of range.
+
     Attributes:
         fused_steps: Name of the op whose kernels take the same steps, given the dataclass's fields, or None.
     """

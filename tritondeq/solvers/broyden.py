@@ -33,9 +33,6 @@ class Broyden(Solver):
 
     Args:
         memory: Number of updates, at least 1.
-
-    Raises:
-        TypeError, ValueError: `memory` is not an integer of at least 1.
     """
 
     memory: int = 10
@@ -50,7 +47,6 @@ class Broyden(Solver):
         return _History(z.new_zeros(ring), z.new_zeros(ring), mask)
 
     def step(self, history: _History, z: Tensor, y: Tensor, g: Tensor, counted: Tensor, rules: Rules) -> Tensor:
-        """Returns z - H g."""
         if history.z is not None and history.g is not None:
             self._update(history, z - history.z, counted - history.g, rules.active.unsqueeze(1))
         history.z, history.g = z, counted
@@ -80,17 +76,14 @@ class Broyden(Solver):
         products = along_u * along_v
         den = products.sum(1) - torch.linalg.vecdot(dz, dg)  # <left, dg>
         size = products.abs().sum(1) + torch.linalg.vector_norm(dz, dim=1) * torch.linalg.vector_norm(dg, dim=1)
-        fine = (den.abs() > torch.finfo(dz.dtype).eps * size) & den.isfinite()
-        fine = fine.unsqueeze(1)
+        fine = ((den.abs() > torch.finfo(dz.dtype).eps * size) & den.isfinite()).unsqueeze(1)
         u[:, slot] = torch.where(active, torch.where(fine, (dz - right) / den.unsqueeze(1), 0.0), old_u)
         v[:, slot] = torch.where(active, torch.where(fine, left, 0.0), old_v)
 
 
-def _dots(ring: Tensor, x: Tensor) -> Tensor:
-    """Returns inner products [B, m] of each row of `ring` [B, m, N] with `x` [B, N]."""
+def _dots(ring: Tensor, x: Tensor) -> Tensor:  # [B, m] of [B, m, N] and [B, N]
     return torch.bmm(ring, x.unsqueeze(2)).squeeze(2)
 
 
-def _mix(c: Tensor, ring: Tensor) -> Tensor:
-    """Returns sums [B, N] of the rows of `ring` [B, m, N], weighted by `c` [B, m]."""
+def _mix(c: Tensor, ring: Tensor) -> Tensor:  # [B, N] of [B, m] and [B, m, N]
     return torch.bmm(c.unsqueeze(1), ring).squeeze(1)

@@ -21,9 +21,6 @@ class ForwardBackward(SplittingSolver):
 
     Args:
         alpha: Above 0; None is m / L^2 with L a bound of ||I - W||, read once per solve.
-
-    Raises:
-        TypeError, ValueError: `alpha` is no number above 0.
     """
 
     alpha: float | None = None
@@ -33,18 +30,14 @@ class ForwardBackward(SplittingSolver):
             number("alpha", self.alpha, 0)
 
     def step_size(self, s: Splitting) -> float:
-        """Returns alpha."""
         return s.margin / s.norm**2 if self.alpha is None else self.alpha
 
     def affine(self, s: Splitting, u: Tensor, transpose: bool = False) -> tuple[Tensor, Tensor]:
-        """Returns ((1 - alpha) I + alpha W, alpha u)."""
         alpha, w = self.step_size(s), s.w.mT if transpose else s.w
         return torch.lerp(torch.eye(len(w), dtype=w.dtype, device=w.device), w, alpha), alpha * u
 
     def act(self, image: Tensor, y: Tensor) -> Tensor:
-        """Returns prox(y)."""
         return image
 
     def act_name(self, s: Splitting) -> str | None:
-        """Returns the activation's name where prox does not depend on alpha, or alpha is 1."""
         return s.activation if s.activation == "relu" or self.step_size(s) == 1 else None

@@ -21,9 +21,6 @@ class PeacemanRachford(SplittingSolver):
 
     Args:
         alpha: Above 0. The bound on the rate is best at 1 / ||I - W||.
-
-    Raises:
-        TypeError, ValueError: `alpha` is no number above 0.
     """
 
     alpha: float = 1.0
@@ -32,21 +29,17 @@ class PeacemanRachford(SplittingSolver):
         number("alpha", self.alpha, 0)
 
     def step_size(self, s: Splitting) -> float:
-        """Returns alpha."""
         return self.alpha
 
     def affine(self, s: Splitting, u: Tensor, transpose: bool = False) -> tuple[Tensor, Tensor]:
-        """Returns (C, 2 alpha V u)."""
         v = s.resolvent(self.alpha)
         v = v.mT if transpose else v
         return 2 * v - torch.eye(len(v), dtype=v.dtype, device=v.device), 2 * self.alpha * u @ v.mT
 
     def act(self, image: Tensor, y: Tensor) -> Tensor:
-        """Returns 2 prox(y) - y."""
         return 2 * image - y
 
     def act_name(self, s: Splitting) -> str | None:
-        """Returns the name of the reflection 2 prox - 1."""
         return {"relu": "abs", "tanh": "reflected_tanh" if self.alpha == 1 else None}[s.activation]
 
     def enter(self, s: Splitting, z: Tensor) -> Tensor:

@@ -19,9 +19,6 @@ class Picard(Solver):
 
     Args:
         damping: In (0, 2).
-
-    Raises:
-        TypeError, ValueError: `damping` is no number in (0, 2).
     """
 
     damping: float = 1.0

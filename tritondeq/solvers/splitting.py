@@ -1,9 +1,8 @@
 """Operator splitting, for cells z = prox(W z + u) that are monotone: they have one fixed point, and need not contract.
 
-With prox the proximal operator of a convex function phi of each element, z solves u in (I - W) z + d phi(z), a sum of
-two monotone operators if the symmetric part of I - W is positive. Splittings iterate over the resolvents of the two in
-turn. For this sum each of them is a fixed-point iteration of the same form in another variable, w = act(A w + c), for
-which see `Reformulation`; so is the linear system of the gradient, with prox replaced by its derivative.
+With prox the proximal operator of a convex function of each element, z is a zero of the sum of two monotone operators,
+over whose resolvents splittings iterate in turn. Each is a fixed-point iteration of the same form in another variable,
+w = act(A w + c); so is the linear system of the gradient, with prox replaced by its derivative.
 """
 
 from abc import abstractmethod
@@ -25,23 +24,14 @@ NEWTON = 16  # steps of prox: enough for float64 and alpha between 0.01 and 100
 
 @dataclass(frozen=True)
 class Splitting:
-    """A cell z = prox(W z + u), row by row, as a splitting solver needs it.
+    """A cell z = prox(W z + u), row by row, as a splitting solver needs it."""
 
-    Attributes:
-        w: W, [D, D], float32 or float64; detached, and so is `u`.
-        u: [B, D].
-        activation: "relu" or "tanh", which are proximal operators.
-        margin: m > 0 such that the symmetric part of I - W is at least m.
-        bound: Returns a bound of ||I - W||_2; called at most once.
-        narrow: Whether kernels may round matrices to bfloat16.
-    """
-
-    w: Tensor
-    u: Tensor
-    activation: str
-    margin: float
-    bound: Callable[[], float]
-    narrow: bool = False
+    w: Tensor  # W, [D, D], float32 or float64; detached, and so is `u`
+    u: Tensor  # [B, D]
+    activation: str  # "relu" or "tanh", which are proximal operators
+    margin: float  # m > 0 such that the symmetric part of I - W is at least m
+    bound: Callable[[], float]  # returns a bound of ||I - W||_2; called at most once
+    narrow: bool = False  # whether kernels may round matrices to bfloat16
     _resolvents: dict[float, Tensor] = field(default_factory=dict)
 
     def linear(self, z: Tensor) -> Tensor:
@@ -78,27 +68,16 @@ class Splitting:
 
 @dataclass(frozen=True)
 class Reformulation:
-    """A problem w = act(A w + c), row by row, whose solution gives that of another problem.
+    """A problem w = act(A w + c), row by row, whose solution gives that of another problem."""
 
-    Attributes:
-        matrix: A, [D, D].
-        shift: c, [B, D].
-        act: Elementwise.
-        name: The kernels' name of `act`, or None if no kernel has it.
-        enter: Maps the start of the other problem, [B, D], to one of this.
-        leave: Maps A w + c, where act(A w + c) = w, to the solution of the other problem.
-        pre: Where the problem is linear and its slope is that of the activation `name`: at which point, [B, D].
-        narrow: Whether kernels may round `matrix` to bfloat16.
-    """
-
-    matrix: Tensor
-    shift: Tensor
-    act: Callable[[Tensor], Tensor]
-    name: str | None
-    enter: Callable[[Tensor], Tensor]
-    leave: Callable[[Tensor], Tensor]
-    pre: Tensor | None = None
-    narrow: bool = False
+    matrix: Tensor  # A, [D, D]
+    shift: Tensor  # c, [B, D]
+    act: Callable[[Tensor], Tensor]  # elementwise
+    name: str | None  # the kernels' name of `act`, or None if no kernel has it
+    enter: Callable[[Tensor], Tensor]  # maps the start of the other problem, [B, D], to one of this
+    leave: Callable[[Tensor], Tensor]  # maps A w + c, where act(A w + c) = w, to the solution of the other problem
+    narrow: bool  # whether kernels may round `matrix` to bfloat16
+    pre: Tensor | None = None  # where the problem is linear, with the slope of `name`: at which point, [B, D]
 
     def linear(self, w: Tensor) -> Tensor:
         """Returns A w + c."""
@@ -158,10 +137,8 @@ class SplittingSolver(Solver):
     def solve(self, s: Splitting) -> Reformulation:
         """Returns z = prox(W z + u) reformulated."""
         alpha = self.step_size(s)
-        matrix, shift = self.affine(s, s.u)
         return Reformulation(
-            matrix,
-            shift,
+            *self.affine(s, s.u),
             act=lambda y: self.act(s.prox(y, alpha), y),
             name=self.act_name(s),
             enter=lambda z: self.enter(s, z),
@@ -172,14 +149,12 @@ class SplittingSolver(Solver):
     def pull(self, s: Splitting, pre: Tensor, g: Tensor, transpose: bool) -> Reformulation:
         """Returns y = M S y + g, [B, D], reformulated: S is prox's derivative where W z + u is `pre`, M is W' or W."""
         slope, m = s.slope(pre, self.step_size(s)), s.w.mT if transpose else s.w
-        matrix, shift = self.affine(s, g, transpose)
         return Reformulation(
-            matrix,
-            shift,
+            *self.affine(s, g, transpose),
             act=lambda y: self.act(slope * y, y),
             name=self.act_name(s),
             enter=torch.zeros_like,
             leave=lambda y: torch.addmm(g, slope * y, m.mT),
-            pre=pre,
             narrow=s.narrow,
+            pre=pre,
         )

@@ -6,7 +6,7 @@ import torch
 from affine_ways import dense_adjoint, exact, nonfinite, options, problem, restless, true_residual
 from close import FLOOR, assert_as_eager, assert_residual, error
 
-from tritondeq.kernels import launch
+from tritondeq.kernels import devices, launch
 from tritondeq.kernels.formulas import FAST
 from tritondeq.kernels.rows import affine as op
 from tritondeq.kernels.rows import skeleton
@@ -114,7 +114,7 @@ def test_lanes_take_new_rows(device, monkeypatch, memory):
     u[::7] *= 1e-3
     u[2, 3], u[9, 5] = torch.nan, torch.inf
     z0, pre = torch.randn_like(u), torch.randn_like(u)
-    monkeypatch.setattr(launch, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(devices, "multiprocessors", lambda device: 1)
     settings = options(activation="identity", max_steps=20, memory=memory)
 
     def outcome():
@@ -176,7 +176,7 @@ def test_refuses(monkeypatch):
     assert "float64" in op.refuses(**takes | {"dtype": torch.float64})
     assert "memory 5" in op.refuses(**takes, solver_memory=5)
     assert "'elu'" in op.refuses(**takes, activation="elu")
-    monkeypatch.setattr(launch, "shared_memory", lambda device: 101376)
+    monkeypatch.setattr(devices, "shared_memory", lambda device: 101376)
     assert "101376 bytes" in op.refuses(**takes | {"features": 256})
     assert op.refuses(**takes) is None
 

@@ -9,7 +9,7 @@ import torch
 from close import FLOOR, assert_as_eager, assert_residual, error
 from torch import Tensor
 
-from tritondeq.kernels import formulas, launch
+from tritondeq.kernels import devices, formulas, launch
 from tritondeq.kernels.rows import gated as gated_op
 from tritondeq.kernels.rows import mlp as mlp_op
 from tritondeq.kernels.rules import CONVERGED, MAX_STEPS, NONFINITE, PLATEAU, WINDOW
@@ -256,7 +256,7 @@ def test_lanes_take_new_rows(device, monkeypatch, make, memory):
     whole = outcome()
     assert whole[1].unique().numel() >= 3, "the rows are not of different depths"
     rows = launch.rows
-    monkeypatch.setattr(launch, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(devices, "multiprocessors", lambda device: 1)
     for refill, programs in ((8, 1), (15, 2)):
         for op in ("rows.mlp", "rows.gated"):
             one = {"programs": programs, "REFILL": refill}

@@ -65,7 +65,7 @@ def test_operands(kind):
         (Transformer, {"heads": 5}, ValueError, "heads=5.*features=12"),
         (Transformer, {"heads": 4, "kv_heads": 3}, ValueError, "kv_heads=3.*heads=4"),
         (Transformer, {"heads": 0}, ValueError, "heads"),
-        (Transformer, {"heads": 4, "rotary": 1e4}, ValueError, "even width, got 3: features=12, heads=4"),
+        (Transformer, {"heads": 4, "rotary": 1e4}, ValueError, "even width, got features=12 and heads=4"),
         (Transformer, {"rotary": 0}, ValueError, "rotary"),
         (Transformer, {"rotary": True}, TypeError, "rotary"),
         (Transformer, {"hidden": 0}, ValueError, "hidden"),

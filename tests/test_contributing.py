@@ -27,6 +27,7 @@ def leaky(tmp_path, monkeypatch):
     return module
 
 
+@pytest.mark.kernels
 def test_a_new_cell_is_its_step_its_adjoint_and_its_reference(leaky, device):
     w, a = 0.2 * torch.randn(12, 12, device=device), 0.5 + 0.5 * torch.rand(12, device=device)
     u, g = torch.randn(2, 37, 12, device=device)

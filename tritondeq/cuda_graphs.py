@@ -213,7 +213,7 @@ class Captured:
                 if static.data_ptr() != new.data_ptr():  # else it is a view of the static arguments
                     static.copy_(new)
 
-        return _Solve(record, steps, self.start if g is None else None, settings, lambda z: (), renew)
+        return _Solve(record, steps, self.start if g is None else None, settings, None, renew)
 
     def hold(self, owner: Any, args: tuple, masks: dict) -> None:
         """Copies in what a call provides; `owner` is a token, for this outlives the call."""
@@ -245,7 +245,7 @@ class _Solve:
 
     outcome: Any
 
-    def __init__(self, record: Recorder, steps: Any, z0: Any, settings: Settings, parts: Callable, renew: Work):
+    def __init__(self, record: Recorder, steps: Any, z0: Any, settings: Settings, parts: Any, renew: Work):
         chunk = -(-CHUNK // steps.period) * steps.period
         self.steps, self.chunks = steps, -(-settings.max_steps // chunk)
         going = torch.empty((), dtype=torch.bool, device=steps.count.device)
@@ -253,12 +253,13 @@ class _Solve:
         def begin() -> None:
             renew()
             steps.reset(z0)
-            steps.take(*parts(steps.z))
+            steps.take(*(parts(steps.z) if parts else ()))
             evaluate(chunk - 1)
 
         def evaluate(times: int = chunk) -> None:
             for _ in range(times):
-                steps.take(*parts(steps.onward()))
+                z = steps.onward()
+                steps.take(*(parts(z) if parts else ()))
 
         end: Work = lambda: setattr(self, "outcome", steps.finish())  # noqa: E731
 

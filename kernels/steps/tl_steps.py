@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..tl_common import FLOOR as FLOOR_FP32
-from ..tl_common import act, add2, constant, rules_update
+from ..tl_common import INF, act, add2, constant, rules_update
 
 # Rows of `stats` [8, B], in the dtype of the state: what rules_update changes, then the last norms and residual.
 BEST, BAR, FIRST, PEAK, MARK, R, S, REL = (constant(i) for i in range(8))
@@ -144,7 +144,8 @@ def judge_rows(
     s = tl.sqrt(tl.sum(tl.load(parts + SPLITS * B, mask=mask, other=0.0), 0))
     flags = flags_ptr + rows
     rel, best, bar, improved, before = _apply_rules(stats_ptr + rows, flags, B, k, r, s, active, FLOOR_FP32)
-    stopped = active & ((best <= bar) | (k >= limit))
+    # Triton 3.9 interprets a scalar that joins a mask as int32, which no store takes
+    stopped = active & (best <= tl.where(k >= limit, INF, bar))
     tl.store(flags + PHASE * B, DONE, mask=stopped)
     tl.atomic_add(count_ptr, -tl.sum(stopped.to(tl.int32), 0))
 

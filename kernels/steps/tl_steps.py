@@ -144,7 +144,7 @@ def judge_rows(
     s = tl.sqrt(tl.sum(tl.load(parts + SPLITS * B, mask=mask, other=0.0), 0))
     flags = flags_ptr + rows
     rel, best, bar, improved, before = _apply_rules(stats_ptr + rows, flags, B, k, r, s, active, FLOOR_FP32)
-    # Triton 3.9 interprets a scalar that joins a mask as int32, which no store takes
+    # by `where`, for Triton 3.9 interprets a scalar that joins a mask as int32, which no store takes
     stopped = active & (best <= tl.where(k >= limit, INF, bar))
     tl.store(flags + PHASE * B, DONE, mask=stopped)
     tl.atomic_add(count_ptr, -tl.sum(stopped.to(tl.int32), 0))

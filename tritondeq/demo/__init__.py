@@ -1,4 +1,1 @@
-"""Demonstrations on real data, each beside the explicit nets that a DEQ has to be compared with.
-
-`digits` is an easy task, where one explicit block does. `parity` is a task whose depth grows with its input.
-"""
+"""Demonstrations on real data: `digits`, an easy task, and `parity`, whose depth grows with its input."""

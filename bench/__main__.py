@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -15,17 +14,30 @@ from typing import Any
 
 import torch
 
+from tritondeq.kernels import devices
 from tritondeq.toolbox import one_thread
 
-from . import blocks, launches, machine, measure, memory, report, shapes, solves, steps, suspect, uneven
+from . import (
+    blocks,
+    first,
+    host,
+    launches,
+    machine,
+    measure,
+    memory,
+    processes,
+    report,
+    shapes,
+    solves,
+    steps,
+    suspect,
+    uneven,
+)
 from .machine import installed
+from .processes import INTERRUPTED, TESTS
 
-TESTS = Path(__file__).resolve().parents[1] / "tests"
-ELSEWHERE = ("test_bench*.py", "test_studies*.py", "test_demo*.py")  # tests of nothing that runs on the device
 TESTS_SECONDS, TUNE_SECONDS, PART_SECONDS, SPARE_SECONDS = 150, 60, 90, 45
 COMPILE_UNTIL = 0.85  # of the time: compiling one more contestant may take half a minute
-OLDEST = (8, 0)  # capability of a GPU
-INTERRUPTED = 130
 SECONDS = {"tiny": 0.02, "quick": 0.25, "full": 0.5}  # of measuring, each contestant; CUDA takes a third
 NEEDED = ("tqdm", "tabulate")
 
@@ -48,10 +60,12 @@ def main(argv: list[str] | None = None) -> int:
         why = f'{" and ".join(missing)} not installed: pip install "tritondeq[bench]"'
     if not arguments.minutes >= 0:
         why = f"argument --minutes: must be at least 0, got {arguments.minutes:g}"
+    if arguments.first and (these or arguments.suite != parser.get_default("suite")):
+        why = "argument --first: has sizes of its own: leave out --suite, --cell, --features, --rows and --dtype"
     if why:
         parser.error(why)
     with one_thread() if device.type == "cpu" else contextlib.nullcontext():
-        return _measure(device, arguments, these)
+        return first.main(device, arguments, _print) if arguments.first else _measure(device, arguments, these)
 
 
 def _measure(device: torch.device, arguments: argparse.Namespace, these: list[shapes.Shape]) -> int:
@@ -118,10 +132,10 @@ def _round(results: dict[str, Any], device: torch.device, arguments: argparse.Na
     results["roofs"] = machine.roofs(device, arguments.suite != "full")
     if cuda and arguments.tests and TESTS.is_dir():
         _print("Running the tests on the GPU")
-        results["tests"] = _tests()
+        results["tests"] = processes.tests(TESTS, TESTS_SECONDS)
     if cuda and arguments.tune:
         _print("Tuning the kernels")
-        code, text = _run(["-m", "tritondeq", "tune"], min(TUNE_SECONDS, (total - spent()) / 2))
+        code, text = processes.run(["-m", "tritondeq", "tune"], min(TUNE_SECONDS, (total - spent()) / 2))
         results["tuning"] = {"tuned": code in (None, 0), "text": text}  # a choice is written as soon as it is made
         if code:
             results["left_out"].append(f"tuning: {text}")
@@ -170,6 +184,7 @@ def _parts(
     parts = [
         ("evaluations", steps.evaluations(device, suite)),
         ("time per step", steps.run(device, steps.suite_shapes(suite, cuda), seconds, lose)),
+        ("host time", host.run(device, seconds, 64 if suite == "tiny" else host.WIDE)),
         ("launches", launches.run(device)),
         ("memory", memory.run(device, suite)),
         ("states", memory.states(device, suite)),
@@ -200,30 +215,6 @@ def _progress(parts: list[Part]) -> Iterator[Part]:
         yield part
 
 
-def _tests() -> dict[str, Any]:
-    """Runs the tests of the device in a few processes, for TESTS_SECONDS at most; `passed` is None if that is short."""
-    ignored = [f"--ignore-glob={TESTS}*/{pattern}" for pattern in ELSEWHERE]  # * is any part of a path
-    shards = ["-n", str(max(1, min(4, (os.cpu_count() or 1) // 2)))] if installed("xdist") else []
-    code, text = _run(
-        ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *shards, *ignored, str(TESTS)], TESTS_SECONDS
-    )
-    return {"passed": None if code is None else code == 0, "text": text}
-
-
-def _run(arguments: list[str], seconds: float) -> tuple[int | None, str]:
-    """(exit status, last line) of Python with these arguments; the status is None if it was stopped after `seconds`."""
-    if seconds <= 0:
-        return 1, "no time"
-    try:
-        run = subprocess.run(
-            [sys.executable, *arguments], cwd=TESTS.parent, capture_output=True, text=True, timeout=seconds
-        )
-    except subprocess.TimeoutExpired:
-        return None, f"stopped after {seconds:.0f} s"
-    lines = (run.stdout if run.returncode == 0 else run.stdout + run.stderr).strip().splitlines()
-    return run.returncode, lines[-1] if lines else "no output"
-
-
 def unwritable(folder: Path) -> str | None:
     """Returns why results can't be written there, and what to do, or None; makes the folder."""
     why = _refused(folder)
@@ -234,10 +225,8 @@ def unfit(device: torch.device) -> str | None:
     """Returns why the kernels can't be measured on this device, and what to do, or None."""
     if device.type != "cuda":
         return None
-    capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST:
-        name, version = torch.cuda.get_device_name(device), ".".join(map(str, capability))
-        return f"{name} has capability {version}, and the kernels need 8.0 (A100) or later: take --cpu"
+    if why := devices.lacks(device):
+        return f"{torch.cuda.get_device_name(device)}: {why}: take --cpu"
     if not installed("triton"):
         return "Triton, which has the kernels and the clock, is not installed: pip install triton, or take --cpu"
     from triton import knobs
@@ -280,6 +269,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=8.0, help="what is not begun by then is left out; default: 8")
     parser.add_argument("--no-tests", dest="tests", action="store_false", help="do not run the tests on the GPU first")
     parser.add_argument("--no-tune", dest="tune", action="store_false", help="do not tune the kernels first")
+    text = "5 minutes at most: compare every op with its reference, take ten figures, run the kernels' tests"
+    parser.add_argument("--first", action="store_true", help=text)
     parser.add_argument("--cpu", action="store_true", help="leave the GPU alone: measure the torch backend on the CPU")
     return parser
 

@@ -70,7 +70,7 @@ def run(
     head |= {"low": True, "steps": steps, "tol": TOL, "residual": float(layer.last.residual.max())}
     for record in measure.compare(calls, faults, device, seconds):
         if record["contestant"] == "tritondeq":
-            record["path"] = layer.last.path
+            record |= {"route": layer.last.route.name, "why": layer.last.why}
         if cuda and "seconds" in record:
             record["peak_bytes"] = memory.peak(calls[record["contestant"]], device)
         yield head | record

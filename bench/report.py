@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from . import suspect
+from . import host, suspect
 from .measure import Record
 
 Results = dict[str, Any]
@@ -182,6 +182,7 @@ def _tables(records: list[Record]) -> Iterator[tuple[str, Rows]]:
             over = _times(r, "over_cell") if r.get("over_cell") else ""
             rows.append([r["case"], r["contestant"], _seconds(r), over, f"{r['ops']:g}" if r.get("ops") else ""])
     yield "Price of a step: a whole call of fixed_point, its steps read, beside as many bare evaluations", rows
+    yield "What a small layer waits for", host.table([r for r in timed if r["kind"] == "host"])
     rows = [["solver", "launches beside the cell", "copies", "host syncs", "looks at a flag copied before"]]
     for r in right:
         if r["kind"] == "launches":

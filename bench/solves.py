@@ -102,6 +102,7 @@ class Setup:
     """A case on a device: our layer, the cell and input of the rivals, and the contestants as calls.
 
     Attributes:
+        route, why: What solved our layer (the name of a `Route`), and why.
         steps: Evaluations that our slowest sample took.
         mean: Evaluations that a sample took on average.
         blocks: Of the explicit nets: as many as `steps`, or as plain iteration takes where our solver is another.
@@ -136,7 +137,8 @@ class Setup:
             with FlopCounterMode(display=False) as inject:
                 self.cell.inject(self.there)
         flops = counter.get_total_flops() - inject.get_total_flops()
-        self.steps, self.residual, self.path = int(last.steps.max()), float(last.residual.max()), last.path
+        self.steps, self.residual = int(last.steps.max()), float(last.residual.max())
+        self.route, self.why = last.route.name, last.why
         self.mean = float(last.steps.double().mean())
         self.blocks = self.steps if isinstance(self.layer.solver, tdeq.Picard) else self._plain_steps(cell)
         self.flops = flops * self.mean
@@ -301,7 +303,7 @@ def run(
         record = head | record | {"bytes": setup.nbytes}
         record["steps"] = setup.steps if ours else evaluations.get(record["contestant"])
         if ours:
-            record |= {"path": setup.path, "mean_steps": setup.mean}
+            record |= {"route": setup.route, "why": setup.why, "mean_steps": setup.mean}
         if "seconds" in record and not case.train:
             record["of_limit"] = least / record["seconds"] if least else None
             record["device_seconds"] = measure.replayed(calls["tritondeq"], device) if ours else None

@@ -25,7 +25,7 @@ from .report import markdown
 WIDTH, HEADS, TOKENS, PIXELS, SAMPLES = 64, 4, 16, 8, 4
 BLOCKS, SEEDS, SCALES = (3, 8), 3, (1, 4)
 TOL, MOST = 1e-3, 200
-SOLVERS = {"undamped": tdeq.Picard(), "default": tdeq.Picard(0.8), "Anderson(5)": tdeq.Anderson()}
+SOLVERS = {"undamped": tdeq.Picard(), "default": tdeq.Picard(0.8), "Anderson": tdeq.Anderson()}
 HEAD = ["wiring", "weights", "spectral radius", *SOLVERS, "familiar block", "its over ours"]
 
 Stack = tuple[nn.Sequential | nn.ModuleList, Tensor]  # and what enters it

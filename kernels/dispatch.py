@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import devices
+
 BACKENDS = ("auto", "triton", "torch")
 LEAST = (3, 4)  # Triton's version; older ones lack what the kernels, or their tests, need
 _default = "auto"
@@ -31,7 +33,7 @@ class Op:
     `solve_ref` and `adjoint_ref` do the same in torch, for any device and floating dtype.
 
     Every kind of op has `refuses`, which takes keyword arguments that describe the problem and returns why the op can't
-    take it, or None; and `label`, what the op does, for `path` and `doctor`.
+    take it, or None; and `label`, what the op does, for `Solution.why` and `doctor`.
     """
 
     solve: Callable
@@ -44,7 +46,10 @@ class Op:
 
 @dataclass(frozen=True)
 class StepsOp:
-    """A solver's steps for any cell: `start(z, mask, tol, limit, tail, **options)` returns a `steps.base.Steps`."""
+    """A solver's steps for any cell: `start(z, mask, tol, limit, tail, **options)` returns a `steps.base.Steps`.
+
+    The options are the solver's, and `relative` and `scale`.
+    """
 
     start: Callable
     refuses: Callable[..., str | None]
@@ -110,7 +115,10 @@ def set_backend(name: str) -> None:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Chooses the backend as `set_backend` does, for the duration of a `with` block in this thread or task."""
+    """Chooses the backend as `set_backend` does, for a `with` block in this thread or task.
+
+    It holds in the backward passes of what is solved in the block, too, whenever and in whatever thread they run.
+    """
     token = _scoped.set(_checked(name))
     try:
         yield
@@ -152,13 +160,20 @@ def interpreting() -> bool:
     return has_triton() and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
+def _on_cpu() -> str | None:
+    """Returns how kernels run on CPU tensors, or None where they can't."""
+    if interpreting():
+        return "interpreted"
+    return f"emulated for sm_{devices.emulated}" if devices.emulated else None
+
+
 def pick(name: str, device: torch.device, **problem) -> tuple[AnyOp | None, str]:
     """Returns the op for this problem, or None where torch does the work, and the reason in one line either way.
 
     `problem` has the keyword arguments of the op's `refuses`.
 
     Raises:
-        RuntimeError: Backend "triton" is forced for tensors on which it can't run, or Triton is too old.
+        RuntimeError: Backend "triton" is forced for tensors on which it can't run, or Triton or the GPU is too old.
     """
     cuda = device.type == "cuda"
     forced = chosen() == "triton"
@@ -168,12 +183,12 @@ def pick(name: str, device: torch.device, **problem) -> tuple[AnyOp | None, str]
         return None, f"tensors are on {device.type}, and Triton is for CUDA"
     if not has_triton():
         return None, "triton is not installed"
-    if not cuda and not interpreting():
+    if not cuda and not _on_cpu():
         raise RuntimeError(
             f"backend 'triton' can't run on {device.type} tensors: move them to CUDA, or set TRITON_INTERPRET=1 "
             "before triton is imported to use its (slow) interpreter"
         )
-    reason = too_old()
+    reason = too_old() or devices.lacks(device)
     if reason and forced:
         raise RuntimeError(f"backend 'triton' can't run: {reason}")
     if reason:
@@ -182,7 +197,7 @@ def pick(name: str, device: torch.device, **problem) -> tuple[AnyOp | None, str]
     if isinstance(op, Op):
         problem["device"] = device  # for the size of its shared memory
     reason = op.refuses(**problem)
-    return (None, reason) if reason else (op, op.label + ("" if cuda else ", interpreted"))
+    return (None, reason) if reason else (op, op.label + ("" if cuda else f", {_on_cpu()}"))
 
 
 @dataclass(frozen=True)

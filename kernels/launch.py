@@ -16,7 +16,7 @@ import torch
 
 from . import devices, tables
 from .devices import SHARED
-from .dispatch import triton_version
+from .dispatch import interpreting, triton_version
 
 FEATURES = 256  # most of an affine cell that one launch holds
 PROGRAMS = {16: 8, 32: 8, 64: 8, 128: 4, 256: 1}  # on one multiprocessor, by width
@@ -55,6 +55,11 @@ def row_bytes(shapes, block_b: int, resident: int, terms: int) -> int:
     return 2 * resident * sum(block(n) * block(m) for n, m in shapes) + tile + 1024
 
 
+def can_stream() -> bool:
+    """Returns whether Triton compiles whole solves that read terms from memory; its interpreter takes them all."""
+    return triton_version() >= (3, 5) or interpreting()
+
+
 def rows(
     *, batch, shapes, terms, memory, shared=SHARED, chip=90, BLOCK_B=None, STREAM=None, num_warps=None
 ) -> dict | None:
@@ -74,6 +79,8 @@ def rows(
     lone = len(shapes) == 1
     if STREAM is None:
         STREAM = lone and row_bytes(shapes, 16, terms, terms) > shared
+    if STREAM and not can_stream():
+        return None
     resident = 1 if STREAM else terms
     if BLOCK_B is None:
         BLOCK_B = 16
@@ -105,7 +112,7 @@ def steps(*, width, itemsize, features=0, BLOCK_N=None, num_warps=None) -> dict 
     if row > ROW[itemsize]:
         return None
     if features:
-        base = max(row, min(base, row * power_of_two(width // features)))
+        base = max(row, min(base, max(128, row * power_of_two(width // features))))
     if BLOCK_N is None:
         BLOCK_N = base
     elif not max(row, 128, base // 4) <= BLOCK_N <= min(16384 // itemsize, 2 * base):

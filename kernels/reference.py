@@ -9,16 +9,16 @@ RIDGE = 4e-7  # least ridge in fp32: the rounding of a Gram matrix of unit diago
 
 
 def iterate(
-    f, z: Tensor, *, tol, max_steps, damping=1.0, memory=0, ridge=1e-8
+    f, z: Tensor, *, tol, max_steps, relative=1.0, scale=0.0, damping=1.0, memory=0, ridge=1e-8
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Solves z = f(z) for rows z [B, D] as rows/skeleton.py does, with the options and results of `Rows.solve`."""
-    rules = Rules(len(z), z.dtype, z.device, tol)
+    rules = Rules(len(z), z.dtype, z.device, tol, relative, scale)
     best, pairs, step, last = z, [], None, None
     for k in range(1, max_steps + 1):
         image = f(z)
         defect = image - z
-        rel, improved = rules.update(k, defect.norm(dim=-1), image.norm(dim=-1))
-        best = torch.where(improved[:, None], z, best)
+        improved = rules.update(k, defect.norm(dim=-1), image.norm(dim=-1))
+        best = z if improved is None else torch.where(improved[:, None], z, best)
         if k == max_steps or not rules.active.any():
             break
         if memory and k > 1:
@@ -27,7 +27,7 @@ def iterate(
         if pairs:
             dx, dg = (torch.stack(side, -1) for side in zip(*pairs, strict=True))
             gamma = anderson_weights(dg, defect, ridge)
-            plain = (rel > SAFEGUARD * rules.best) | ~gamma.isfinite().all(-1)
+            plain = (rules.rel > SAFEGUARD * rules.best) | ~gamma.isfinite().all(-1)
             gamma = torch.where(plain[:, None], 0.0, gamma)
             step = step - ((dx + damping * dg) @ gamma[..., None])[..., 0]
         step = torch.where(rules.active[:, None], step, 0.0)

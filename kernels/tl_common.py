@@ -19,7 +19,8 @@ def constant(value):
     return value if interpreting() else tl.constexpr(value)
 
 
-EPS, WINDOW, PROGRESS, FLOOR = map(constant, (rules.EPS, rules.WINDOW, rules.PROGRESS, rules.FLOOR))
+WINDOW, PROGRESS, SHARE = map(constant, (rules.WINDOW, rules.PROGRESS, rules.SHARE))
+FLOOR, FLOOR_FP64 = map(constant, (rules.FLOOR, rules.FLOOR_FP64))
 GROWTH, STEADY, INF = map(constant, (rules.GROWTH, rules.STEADY, float("inf")))
 CONVERGED, PLATEAU, MAX_STEPS, GROWING, NONFINITE = map(constant, range(5))  # as rules.py numbers the outcomes
 
@@ -147,6 +148,16 @@ def act_slope(x, ACT: tl.constexpr, INTERP: tl.constexpr):
 
 
 @triton.jit
+def product(a, b):
+    """Returns a * b for a sum over lanes, whose bits have to be the same in each.
+
+    A plain product would be fused into the sum's first addition where a lane has no other: a b + c, of which c, the
+    neighbour's, is rounded and a b is not. Lanes that hold different bits of one sum part in a branch that asks for it.
+    """
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
 def add2(a0, a1, b0, b1):
     """Adds pairs, for tl.reduce."""
     return a0 + b0, a1 + b1
@@ -193,39 +204,55 @@ def row_sums(tiles, N: tl.constexpr, INTERP: tl.constexpr):
 
 
 @triton.jit
-def rules_start(tol, BLOCK_B: tl.constexpr):
-    """Returns (best, bar, first, peak, mark) of rows before their first evaluation: see rules.py."""
+def rules_start(tol, scale, BLOCK_B: tl.constexpr):
+    """Returns (best, bar, base, first, peak, mark, low) of rows before their first evaluation: see rules.py."""
     unknown = tl.full((BLOCK_B,), INF, tl.float32)
     zero = tl.zeros((BLOCK_B,), tl.float32)
-    return unknown, zero + tol, zero, zero, unknown
+    return unknown, zero + tol, zero + scale, zero, zero, unknown, unknown
 
 
 @triton.jit
-def rules_update(state, k, r, s, live, counts, FLOOR: tl.constexpr):
+def rules_size(state, s, relative):
+    """Returns what a defect is relative to where the norm of the image is s."""
+    return tl.maximum(relative * s, state[2])
+
+
+@triton.jit
+def _residual(state, r, s, relative):
+    return s * 0.0 + r / rules_size(state, s, relative)  # NaN where s is not finite
+
+
+@triton.jit
+def rules_update(state, k, r, s, relative, live, counts):
     """Takes the norms of evaluation k where `live`; returns (rel, improved, state).
 
     Where `counts`, which is within `live`, is false the evaluation is not exact enough to become the best.
     """
-    best, bar, first, peak, mark = state
-    rel = r / (s + EPS)
+    begins = live & (k == 1)
+    share = relative * (SHARE * s)
+    rel = _residual(state, r, s, relative)
+    best, bar, base, first, peak, mark, low = state
+    base = tl.where(begins & (share > base) & (share < INF), share, base)
     improved = (rel < best) & counts
     best = tl.where(improved, rel, best)
-    begins = live & (k == 1)
     first = tl.where(begins, s, first)
     peak = tl.where(begins, r, peak)
-    mark = tl.where(begins, best, mark)
     ends = live & (k % WINDOW == 0)
-    stalled = (best > PROGRESS * mark) & (best <= FLOOR)
-    bar = tl.where(ends & (stalled | ~(rel < INF)), INF, bar)
+    tests = ends & ((k // WINDOW & (k // WINDOW - 1)) == 0)
+    floor = FLOOR_FP64 if best.dtype == tl.float64 else FLOOR
+    # never at the first test, where mark and low are infinite
+    stalled = tests & (best > PROGRESS * mark) & (best <= floor) & (s >= PROGRESS * low)
+    bar = tl.where(stalled | (ends & ~(rel < INF)), INF, bar)
     peak = tl.where(ends & (r > peak), r, peak)
-    mark = tl.where(ends, best, mark)
-    return rel, improved, (best, bar, first, peak, mark)
+    mark = tl.where(tests, best, mark)
+    low = tl.where(tests & (s < low), s, low)
+    return rel, improved, (best, bar, base, first, peak, mark, low)
 
 
 @triton.jit
-def rules_status(state, r, s, tol):
+def rules_status(state, r, s, relative, tol):
     """Returns the outcome of each row, from its last norms."""
-    best, bar, first, peak, mark = state
+    best, bar, base, first, peak, mark, low = state
     outcome = tl.where(best <= tol, CONVERGED, tl.where(bar == INF, PLATEAU, MAX_STEPS))
     outcome = tl.where((s > GROWTH * first) & (r > STEADY * peak), GROWING, outcome)
-    return tl.where(r / (s + EPS) < INF, outcome, NONFINITE)
+    return tl.where(_residual(state, r, s, relative) < INF, outcome, NONFINITE)

@@ -8,6 +8,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA st
 os.environ["TRITONDEQ_CACHE"] = os.devnull  # no folder: tests don't depend on this machine's tables
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -29,6 +30,28 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def truncating_products():
+    """Makes the interpreter's dots as inexact as tensor cores: values never rest on rounding that a GPU does not do.
+
+    Those add 16 products at a time to the accumulator, exactly, and cut the sum to float32, toward zero.
+    """
+    if CUDA or refusal():
+        return
+    from triton.runtime import interpreter
+
+    def create_dot(self, a, b, acc, *precision):
+        left, right, out = (x.data.astype(np.float64) for x in (a, b, acc))
+        for k in range(0, left.shape[1], 16):
+            # BLAS would treat the rows of small matrices differently; a tensor core does not
+            exact = out + np.einsum("ik,kj->ij", left[:, k : k + 16], right[k : k + 16])
+            near = exact.astype(np.float32)
+            out = np.where(abs(near) > abs(exact), np.nextafter(near, np.float32(0)), near).astype(np.float64)
+        return interpreter.TensorHandle(out.astype(np.float32), acc.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 @pytest.fixture

@@ -219,7 +219,7 @@ def test_two_calls_before_one_backward_and_a_retained_graph(closure):
     assert torch.equal(first, closure.grads(loss, retain_graph=True))
     with torch.no_grad():
         closure.w.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="in ?place"):  # torch's error, or ours where it has let the change pass
         closure.grads(loss)
 
 
@@ -280,7 +280,8 @@ def test_one_sample_that_does_not_converge_leaves_the_others_gradients_right():
     b = torch.ones(3, 2, dtype=torch.float64, requires_grad=True)
     solution = fixed_point(lambda z: rates * z + b, torch.zeros(3, 2, dtype=torch.float64), tol=1e-12, max_steps=100)
     assert solution.status.tolist()[::2] == [0, 0] and solution.status[1] != 0
-    gr, gb = torch.autograd.grad(solution.value.sum(), (rates, b))
+    with pytest.warns(UserWarning, match="a backward solve.* did not converge"):
+        gr, gb = torch.autograd.grad(solution.value.sum(), (rates, b))
     true = 1 / (1 - rates.detach()[::2])
     torch.testing.assert_close(gb[::2], true.expand(2, 2), rtol=1e-9, atol=0)
     torch.testing.assert_close(gr[::2], 2 * true**2, rtol=1e-9, atol=0)

@@ -38,8 +38,8 @@ def test_the_round_writes_what_it_measured(tiny):
     assert status == 0 and results["complete"] and results["tests"] is None and not report.faults(results)
     assert results["machine"]["torch"] == torch.__version__ and results["machine"]["kind"] == "cpu"
     assert results["machine"]["threads"] == 1
-    assert "not the Triton kernels" in reported and "\n[10/10] Affine 8x16 fp32 forward 4" in reported
-    kinds = {"evaluations", "steps", "states", "depth", "solve", "train", "memory"}
+    assert "not the Triton kernels" in reported and "\n[11/11] Affine 8x16 fp32 forward 4" in reported
+    kinds = {"evaluations", "steps", "host", "states", "depth", "solve", "train", "memory"}
     assert {r["kind"] for r in results["records"]} == kinds
     assert {r["case"] for r in results["records"] if r["kind"] == "evaluations"} >= {"gain 0.5", "gain 1.2"}
     for record in results["records"]:
@@ -112,7 +112,7 @@ def test_a_figure_that_cannot_be_is_flagged_everywhere(tmp_path, monkeypatch):
 def test_what_time_does_not_allow_is_named(tmp_path):
     status, results, *_ = run([*TINY, "--minutes", "0"], tmp_path)
     assert status == 0 and not results["complete"] and not results["records"]
-    assert len(results["left_out"]) == 10 and all(lost.endswith(": no time") for lost in results["left_out"])
+    assert len(results["left_out"]) == 11 and all(lost.endswith(": no time") for lost in results["left_out"])
 
 
 def test_a_round_of_shapes_measures_those_and_nothing_else(tmp_path):

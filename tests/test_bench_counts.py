@@ -4,12 +4,13 @@ import pytest
 import torch
 
 import tritondeq as tdeq
+from tritondeq import guards
 from tritondeq.bench import measure, memory, rivals, shapes, steps
 from tritondeq.toolbox import PeakMemory
 
 CPU = torch.device("cpu")
 SOLVERS = list(steps.OURS.items())
-MOST_OPS = {"Picard": 12, "Anderson(5)": 24}  # torch operations of a step beside the cell
+MOST_OPS = {"Picard": 7, "Anderson(5)": 17}  # torch operations of a step beside the cell
 
 
 def counted(solver, evaluations, gain, tol):
@@ -21,15 +22,19 @@ def counted(solver, evaluations, gain, tol):
 
 @pytest.mark.parametrize("name, solver", SOLVERS)
 @pytest.mark.parametrize("gain, tol", [(0.9, 1e-12), (0.9, 1e-3), (1.3, 1e-12)])
-def test_no_step_has_more_operations_than_promised(name, solver, gain, tol):
-    """All rows active, rows that stop one by one, residuals that rise; only window ends cost more."""
+def test_no_step_has_more_operations_than_promised(monkeypatch, name, solver, gain, tol):
+    """All rows active, rows that stop one by one, residuals that rise; only window ends cost more.
+
+    What is compared once, at the end of a solve, is left out: it takes more where the last evaluation is not the best.
+    """
+    monkeypatch.setattr(guards, "compare_last", lambda *_: None)
     all_ops = [counted(solver, n, gain, tol) for n in range(2, 25)]
     seen = []
     for k, (before, after) in enumerate(zip(all_ops, all_ops[1:], strict=False), 2):
         if k + 1 not in (12, 24) and after.total > before.total:
             seen.append((after.total - before.total - 2, after.reads - before.reads))  # the cell is addmm, tanh
     assert len(seen) > 8
-    assert max(ops for ops, _ in seen) <= MOST_OPS[name] and max(reads for _, reads in seen) <= 2
+    assert max(ops for ops, _ in seen) <= MOST_OPS[name] and not any(reads for _, reads in seen)
 
 
 def test_a_call_is_timed_as_a_user_makes_it(monkeypatch):
@@ -98,10 +103,10 @@ def test_a_memory_that_grows_is_a_fault(monkeypatch):
 
 
 def test_states_beside_the_cell():
-    """In torch: where it is, where it was, the best and the residual; and for Anderson(m) 2 m differences beside."""
+    """In torch: the start, where it is and was, the best and the residual; and for Anderson(m) 2 m differences."""
     picard, anderson = (r["states"] for r in memory.states(CPU, "quick"))
     differences = 2 * memory.ANDERSON.memory
-    assert 3.9 < picard < 4.3 and differences + picard <= anderson < differences + picard + 2.2
+    assert 4.9 < picard < 5.3 and differences + picard <= anderson < differences + picard + 2.2
 
 
 @pytest.mark.slow

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tritondeq.bench import __main__ as bench
-from tritondeq.bench import machine, report
+from tritondeq.bench import machine, processes, report
+from tritondeq.kernels import devices
 
 CPU = torch.device("cpu")
 
@@ -16,7 +17,7 @@ def stand_ins(monkeypatch):
     """(`go(*arguments)`, which returns results and what was done in which order; the parts it is to measure)."""
     log, parts = [], {}
     monkeypatch.setattr(machine, "roofs", lambda device, quick: log.append("roofs") or {"copy": 1e9})
-    monkeypatch.setattr(bench, "_run", lambda arguments, seconds: log.append(arguments[1]) or (0, "fine"))
+    monkeypatch.setattr(processes, "run", lambda arguments, seconds: log.append(arguments[1]) or (0, "fine"))
     monkeypatch.setattr(bench, "_parts", lambda *_: list(parts.items()))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
 
@@ -66,10 +67,10 @@ def test_a_part_that_fails_hangs_or_lacks_memory_does_not_end_the_round(stand_in
 
 
 def test_what_the_processes_of_a_round_report():
-    assert bench._run(["-S", "-c", "print(1); print('2 passed')"], 60) == (0, "2 passed")
-    assert bench._run(["-S", "-c", "import sys; sys.exit('no GPU')"], 60) == (1, "no GPU")
-    assert bench._run(["-S", "-c", "import time; time.sleep(60)"], 0.2) == (None, "stopped after 0 s")
-    assert bench._run(["-S", "-c", ""], 60) == (0, "no output") and bench._run([], 0) == (1, "no time")
+    assert processes.run(["-S", "-c", "print(1); print('2 passed')"], 60) == (0, "2 passed")
+    assert processes.run(["-S", "-c", "import sys; sys.exit('no GPU')"], 60) == (1, "no GPU")
+    assert processes.run(["-S", "-c", "import time; time.sleep(60)"], 0.2) == (None, "stopped after 0 s")
+    assert processes.run(["-S", "-c", ""], 60) == (0, "no output") and processes.run([], 0) == (1, "no time")
 
 
 def test_a_gpu_too_old_and_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
@@ -77,7 +78,10 @@ def test_a_gpu_too_old_and_a_cache_that_cannot_be_written(monkeypatch, tmp_path)
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert bench.unfit(cuda) == "Tesla T4 has capability 7.5, and the kernels need 8.0 (A100) or later: take --cpu"
+    devices._chip.cache_clear()
+    why = "the GPU is of capability 7.5, and the kernels need 8.0 or later"
+    assert bench.unfit(cuda) == f"Tesla T4: {why}: take --cpu"
+    devices._chip.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(knobs.cache, "dir", str(tmp_path / "file"))
@@ -86,3 +90,6 @@ def test_a_gpu_too_old_and_a_cache_that_cannot_be_written(monkeypatch, tmp_path)
     assert bench.unfit(cuda) is None and bench.unfit(CPU) is None
     monkeypatch.setattr(bench, "installed", lambda package: package != "triton")
     assert "pip install triton, or take --cpu" in bench.unfit(cuda) and bench.unfit(CPU) is None
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert "built for ROCm" in bench.unfit(cuda) and bench.unfit(CPU) is None
+    devices._chip.cache_clear()

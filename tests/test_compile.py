@@ -77,7 +77,7 @@ def test_second_derivatives_raise(pair):
     deq, _, x, mask = pair
     x.requires_grad_()
     (g,) = torch.autograd.grad(deq((x, mask), z0=torch.zeros_like(x)).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="uncompiled cell"):
+    with pytest.raises(RuntimeError, match="does not currently support double backward|use the plain cell"):
         g.sum().backward()
 
 
@@ -94,7 +94,7 @@ def test_whole_solves_stay_whole():
     deq = DEQ(tdeq.cells.Affine(8), compile=TRACED)
     with tdeq.backend("triton"):
         deq(torch.randn(2, 8))
-    assert "one Triton launch" in deq.last.path
+    assert deq.last.route is tdeq.Route.KERNEL
 
 
 def test_bad_option():

@@ -58,8 +58,10 @@ def llama() -> Net:
 NETS = [vit, gpt2, llama]
 
 
-def converted(make, tight=False) -> tuple[Net, nn.Module]:
+def converted(make, tight=False, attention=None) -> tuple[Net, nn.Module]:
     net = make()
+    if attention:
+        net.model.set_attn_implementation(attention)
     options = (TIGHT if net.exact else {"tol": FLOAT32}) if tight else {}
     layer = to_equilibrium(getattr(net.owner, net.name), **net.options, **options)
     setattr(net.owner, net.name, layer)
@@ -94,6 +96,59 @@ def test_generates_with_its_cache(make):
     torch.testing.assert_close(cached.logits, whole.logits, **net.close)
     with pytest.raises(ValueError, match="DynamicCache.*StaticLayer"):
         model.generate(ids, cache_implementation="static", **options)
+
+
+@pytest.mark.parametrize("make", [gpt2, llama], ids=lambda make: make.__name__)
+def test_attention_that_the_model_is_switched_to(make):
+    """The cell follows, as every block does: masks are made for one kind of attention."""
+    net, _ = converted(make, tight=True, attention="eager")
+    model = net.model.double().eval()
+    want = net.call(model, net.inputs)
+    for kind in ("sdpa", "eager"):
+        model.set_attn_implementation(kind)
+        torch.testing.assert_close(net.call(model, net.inputs), want, **net.close)
+
+
+@pytest.mark.parametrize("make", [gpt2, llama], ids=lambda make: make.__name__)
+def test_hidden_states_and_attentions_are_those_of_the_layers(make):
+    """One of each layer, also in training, of the unrolled net, and of each step of a generation."""
+    net, layer = converted(make)
+    model, ids, inputs = net.model.eval(), net.inputs, []
+    model.set_attn_implementation("eager")
+    plain, ask = net.call(model, ids), {"output_hidden_states": True, "output_attentions": True}
+    for block in layer:
+        block.register_forward_hook(lambda module, args, out: inputs.append(args[0]))
+    for steps in (None, 3, None):
+        layer.unrolled(steps)
+        inputs.clear()
+        out = model(ids, use_cache=False, **ask)
+        assert (len(out.hidden_states), len(out.attentions)) == (len(layer) + 1, len(layer)) == (4, 3)
+        torch.testing.assert_close(list(out.hidden_states[:-1]), inputs)
+        for attention in out.attentions:
+            torch.testing.assert_close(attention.sum(-1), torch.ones(2, 4 if make is llama else 2, 7))
+    torch.testing.assert_close(out.logits, plain)
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    steps = model.generate(ids, **options, **ask)
+    assert [len(states) for states in steps.hidden_states] == [4, 4, 4]
+    assert [[a.shape[-2:] for a in a] for a in steps.attentions] == [[(7, 7)] * 3, [(1, 8)] * 3, [(1, 9)] * 3]
+    assert torch.equal(steps.sequences, model.generate(ids, **options).sequences)
+
+
+@pytest.mark.parametrize("make", [gpt2, llama], ids=lambda make: make.__name__)
+def test_hidden_states_and_attentions_have_gradients(make):
+    net, layer = converted(make, tight=True)
+    model, runs = net.model.double(), []
+    model.set_attn_implementation("eager")
+    for module in model.modules():
+        if hasattr(module, "p"):
+            module.p = 0.0
+    for steps in (None, 60):
+        layer.unrolled(steps)
+        out = model.train()(net.inputs, use_cache=False, output_hidden_states=True, output_attentions=True)
+        loss = out.hidden_states[2].sin().sum() + out.attentions[1].square().sum()
+        runs.append(torch.autograd.grad(loss, list(layer[:2].parameters()), materialize_grads=True))
+    assert all(grad.isfinite().all() for grad in runs[0]) and runs[0][-1].norm() > 0
+    torch.testing.assert_close(*runs, **net.close)
 
 
 def test_all_that_a_vision_transformer_asks_of_its_blocks():

@@ -6,12 +6,13 @@ That tests what is copied where, when a captured point is stale, and what is ref
 import copy
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from unittest.mock import Mock, call
 
 import pytest
 import torch
-from replays import Recorder
+from replays import HERE, THERE, Cuda, Recorder
 from torch import nn
 
 import tritondeq as tdeq
@@ -98,8 +99,11 @@ def test_values_steps_and_gradients(solver, adjoint):
         return out
 
     both(layers, work)
-    how = HOW[Recorder.repeats] if isinstance(solver, Picard) else HOW[Recorder.repeats].replace("3", "4")
-    assert how in layers[0].last.path and "graph" not in layers[1].last.path
+    chunks = lambda solver: HOW[0] if isinstance(solver, Picard) else HOW[0].replace("3", "4")  # noqa: E731
+    assert (HOW[1] if Recorder.repeats else chunks(solver)) in layers[0].last.why
+    assert layers[1].last.route is not tdeq.Route.GRAPH
+    if isinstance(adjoint, Implicit):
+        assert layers[0].last.adjoint.why == chunks(adjoint.solver or solver), "autograd is called between the steps"
     made = Recorder.made
     layers[0](*inputs(0.5)).sum().backward()
     assert captures(layers[0]) == 1 and Recorder.made == made
@@ -194,6 +198,21 @@ def test_retained_graphs_and_backwards_out_of_order():
     both(pair(), work)
 
 
+@BOTH
+def test_a_backward_pass_in_another_thread():
+    """Which is in no block that chooses the backend, as autograd's own thread on CUDA."""
+
+    def work(layer):
+        x, y = inputs(1.0, 2.0)
+        loss = (layer(x) * layer(y)).sum()
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.autograd.grad, loss, [x, y, *layer.parameters()]).result()
+
+    layers = pair()
+    both(layers, work)
+    assert [layer.last.adjoint.route for layer in layers] == [tdeq.Route.GRAPH, tdeq.Route.FUSED]
+
+
 def test_dropout_masks_are_those_of_the_call():
     layers = pair(Cell(dropout=0.5))
 
@@ -267,7 +286,7 @@ def test_a_cell_that_cannot_be_captured(monkeypatch):
         patch.setattr(Recorder, "__call__", Mock(side_effect=RuntimeError("operation not permitted")))
         with pytest.raises(RuntimeError, match="can't be captured.*graph=False.*not permitted"):
             layer(x)
-    assert not captures(layer) and not layer.cell.dropout.held
+    assert not captures(layer)
     assert layer(x).isfinite().all()
 
 
@@ -320,7 +339,7 @@ def test_elsewhere_it_is_the_loop(monkeypatch):
     monkeypatch.undo()
     layer = DEQ(Cell(), graph=True)
     layer(inputs(1.0)[0]).sum().backward()
-    assert "graphs are for CUDA" in layer.last.path
+    assert "graphs are for CUDA" in layer.last.why
 
 
 @pytest.mark.parametrize(
@@ -339,6 +358,7 @@ def test_what_does_not_go_together(options, words):
 
 @pytest.mark.slow  # the kernel is for more than 256 features, in the interpreter
 @pytest.mark.parametrize("operands, recorded", [("fp32", False), ("bf16", True)], indirect=["recorded"])
+@pytest.mark.filterwarnings("ignore:a backward solve")  # some are cut short, on purpose
 def test_a_cell_whose_steps_evaluate_it_themselves(monkeypatch, operands):
     """Two calls before one backward, then again with other inputs and weights."""
     monkeypatch.setattr(launch, "TILES", {terms: ((16, 128, 64, 2),) * 3 for terms in (1, 2, 3)})
@@ -356,8 +376,9 @@ def test_a_cell_whose_steps_evaluate_it_themselves(monkeypatch, operands):
         return out
 
     both(layers, work)
-    assert layers[0].last.path == f"loop: {HOW[Recorder.repeats]}, one launch a step and its GEMM"
-    assert layers[1].last.path == "loop, one launch a step and its GEMM, interpreted"
+    assert layers[0].last.why == f"{HOW[Recorder.repeats]}, one launch a step and its GEMM"
+    assert layers[1].last.why == "one launch a step and its GEMM, interpreted"
+    assert layers[0].last.adjoint.why == HOW[Recorder.repeats], "a kernel takes the steps of both"
     (solve,) = layers[0]._graphs.solves.values()
     assert type(solve.forward.steps) is type(solve.adjoint.steps) is AffineSteps
 
@@ -371,6 +392,7 @@ def test_a_loop_is_a_while_node_that_is_closed_where_the_body_fails(monkeypatch,
     graph.body.side_effect = RuntimeError("not permitted") if case == "body fails" else None
     monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(torch.cuda, "Stream", Mock())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: case != "warm-up")
     record = tdeq.cuda_graphs.Recorder(torch.device("cuda"))
     assert record.repeats
@@ -382,3 +404,37 @@ def test_a_loop_is_a_while_node_that_is_closed_where_the_body_fails(monkeypatch,
     assert graph.mock_calls == asked[case]
     monkeypatch.setattr(torch.cuda, "CUDAGraph", type("CUDAGraph", (), {}))  # older torch: the host repeats
     assert not tdeq.cuda_graphs.Recorder(torch.device("cuda")).repeats
+
+
+def test_work_is_captured_on_a_stream_of_its_own_device(monkeypatch):
+    """All of one recorder's on the same, so that autograd finds the stream of the forward; other threads go on."""
+    monkeypatch.undo()
+    Cuda(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "current_stream", Mock())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    streams, graphs = [], Mock(return_value=nullcontext())
+
+    def stream(device=None):
+        streams.append(Mock(device=device or torch.cuda.current_device()))
+        return streams[-1]
+
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Mock())
+    monkeypatch.setattr(torch.cuda, "graph", graphs)
+    records = [tdeq.cuda_graphs.Recorder(device) for device in (HERE, THERE)]
+    for record in (*records, *records):
+        record(Mock())
+    used = [call.kwargs["stream"] for call in graphs.call_args_list]
+    assert used[0] is used[2] and used[1] is used[3] and len({*map(id, used)}) == 2
+    assert [one.device for one in used] == [HERE, THERE] * 2
+    assert {call.kwargs["capture_error_mode"] for call in graphs.call_args_list} == {"thread_local"}
+    assert {call.kwargs["pool"] for call in graphs.call_args_list} == {"pool"}
+
+
+def test_whether_a_graph_is_being_captured_is_asked_of_the_tensors_device(monkeypatch):
+    monkeypatch.undo()
+    for capturing, there in ((HERE, True), (THERE, False)):
+        Cuda(monkeypatch, capturing)
+        assert tdeq.cuda_graphs.can_record(THERE) is there
+    assert not tdeq.cuda_graphs.can_record(torch.device("cpu"))

@@ -122,6 +122,7 @@ def test_a_compiled_layer_is_the_layer(x):
     assert layer.cell.linear.weight.grad is not None
 
 
+@pytest.mark.filterwarnings("ignore:a backward solve")  # of weights that grow beyond a radius of 1
 def test_training_makes_the_loss_fall(x):
     target = torch.randn(6, 8)
     for adjoint in (Implicit(), OneStep(), tdeq.Phantom(4, 0.8), tdeq.Neumann(3), Unrolled(6)):

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/guide.md", "docs/training.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/guide.md", "docs/guarantees.md", "docs/training.md"])
 def test_every_block_runs(name, capsys):
     """Blocks of one page build on one another. Those that need timm run in tests/test_convert_real.py."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S)
@@ -17,11 +17,20 @@ def test_every_block_runs(name, capsys):
     for block in blocks:
         if "import timm" not in block:
             exec(compile(block, name, "exec"), names)
+    printed = capsys.readouterr().out
+    if name == "docs/guarantees.md":
+        assert printed.startswith("the cell is not a function of its state: ") and " cell.calls: " in printed
+    if name == "docs/guide.md":
+        assert "\nTORCH because " in printed
+        assert len(names["draws"].unique(dim=0)) == 5 and names["solution"].aux["balance"].requires_grad
     if name == "docs/training.md":
-        report, printed = names["report"], capsys.readouterr().out
+        report = names["report"]
         assert 1 < report["steps"] <= report["steps_max"] <= 50 and 0 < report["radius"]
         assert printed.startswith("DEQ of Block: Picard(), Implicit(), tol 0.001, max_steps 50\n")
         assert all(p.grad.isfinite().all() for p in names["core"].parameters())
+        assert "\na backward solve, u = J'u + g of the implicit gradient, did not converge, " in printed
+        advice = "\nadjoint=Implicit(solver=Anderson(), max_steps=200): the backward solve makes it, "
+        assert advice in printed and printed.endswith("\ntensor(2.0000)\n")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

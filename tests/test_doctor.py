@@ -5,6 +5,7 @@ import types
 import pytest
 import torch
 
+import tritondeq as tdeq
 from tritondeq import doctor, set_backend
 from tritondeq.kernels import devices, dispatch, tables
 
@@ -28,9 +29,12 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    devices.gpu.cache_clear()
+    caches = devices.gpu, devices._chip
+    for cache in caches:
+        cache.cache_clear()
     yield properties
-    devices.gpu.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 def solves() -> dict[str, list[str]]:
@@ -61,6 +65,8 @@ def test_solves_with_the_real_kernels(gpu):
     assert table["MLP, bf16 operands, Picard"][:2] == ["whole", "whole"] and table["MLP, Picard"][3] == "steps"
     assert table["any cell, Broyden"] == ["steps"] * 4
     assert torch.equal(state, torch.random.get_rng_state())
+    with torch.device("meta"):
+        assert solves() == table, "a default device counts for nothing"
 
 
 def test_a_gpu_without_triton_or_with_a_broken_one(monkeypatch, gpu):
@@ -78,6 +84,25 @@ def test_a_gpu_without_triton_or_with_a_broken_one(monkeypatch, gpu):
     assert lines("cuda:0")[0] == f"{text}, 227 KiB shared memory per block"
     del gpu.shared_memory_per_block_optin  # as in torch 2.6
     assert lines("cuda:0")[0] == text
+
+
+@pytest.mark.parametrize("case", ["capability", "ROCm"])
+def test_a_gpu_that_the_kernels_do_not_fit(monkeypatch, gpu, case):
+    if case == "ROCm":
+        monkeypatch.setattr(torch.version, "hip", "6.2")
+        why = "this torch is built for ROCm, and the kernels are for CUDA"
+    else:
+        gpu.major, gpu.minor = 7, 5
+        why = "the GPU is of capability 7.5, and the kernels need 8.0 or later"
+    assert f"kernels    not on cuda:0: {why}" in lines("kernels")
+    assert set(sum(solves().values(), [])) == {"torch"}
+    if dispatch.has_triton() and not dispatch.too_old():
+        with tdeq.backend("triton"):
+            assert f"an error: backend 'triton' can't run: {why}" in doctor.report()
+
+
+def test_a_gpu_that_the_kernels_fit(gpu):
+    assert not any("not on" in line for line in lines("kernels"))
 
 
 def test_the_backend_in_force(monkeypatch, gpu):

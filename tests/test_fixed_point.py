@@ -83,7 +83,8 @@ def test_the_best_iterate_is_returned_not_the_last():
         path.append(z.clone())
         return z + defects[min(k, 5)]
 
-    solution = fixed_point(f, torch.full((1, 1), 10.0, dtype=torch.float64), tol=1e-6, max_steps=6)
+    with torch.no_grad():
+        solution = fixed_point(f, torch.full((1, 1), 10.0, dtype=torch.float64), tol=1e-6, max_steps=6)
     assert torch.equal(solution.value, path[2])
     assert solution.residual.item() == pytest.approx(0.01 / (path[2].item() + 0.01))
     assert solution.status.item() == Status.MAX_STEPS

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from replays import HERE, THERE, Cuda
 
 import tritondeq as tdeq
 from tritondeq import Anderson, Picard, loop
@@ -11,12 +12,12 @@ from tritondeq.kernels.steps import anderson
 class Stream:
     """Stands in for torch.cuda: copies arrive when they are waited for, and what was waited for is counted."""
 
-    def __init__(self):
+    def __init__(self, monkeypatch, capturing=False):
         self.waits = 0
         self.pending = []
-
-    def install(self, monkeypatch, capturing=False):
+        self.recorded = set()
         stream = self
+        Cuda(monkeypatch, THERE if capturing else HERE)
 
         class Flag(torch.Tensor):
             def copy_(self, source, non_blocking=False):
@@ -25,7 +26,8 @@ class Stream:
                 return self
 
         class Event:
-            def record(self):
+            def record(self, where=None):
+                stream.recorded.add(where or torch.cuda.current_stream())
                 self.mine = list(stream.pending)
 
             def synchronize(self):
@@ -39,14 +41,12 @@ class Stream:
 
         monkeypatch.setattr(loop.torch, "ones", ones)
         monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
 
 
 def test_on_a_gpu_the_host_waits_for_what_is_long_done(monkeypatch):
-    """It asks every READ_EVERY steps, for the number of READ_EVERY steps ago."""
-    stream = Stream()
-    stream.install(monkeypatch)
-    look, asked, ended = loop.Look(torch.device("cuda"), None), [], None
+    """It asks every READ_EVERY steps, for the number of READ_EVERY steps ago, on the stream where that is computed."""
+    stream = Stream(monkeypatch)
+    look, asked, ended = loop.Look(THERE, None), [], None
     for k in range(1, 40):
 
         def active(k=k):
@@ -60,11 +60,12 @@ def test_on_a_gpu_the_host_waits_for_what_is_long_done(monkeypatch):
     assert asked == list(range(every, ended + 1, every))
     first = -(-10 // every) * every  # the first number that is 0
     assert ended == first + every and stream.waits == len(asked) - 1
+    assert stream.recorded == {"stream of cuda:1"}
 
 
 def test_under_capture_it_does_not_ask(monkeypatch):
-    Stream().install(monkeypatch, capturing=True)
-    look = loop.Look(torch.device("cuda"), None)
+    Stream(monkeypatch, capturing=True)
+    look = loop.Look(THERE, None)
     assert [look(lambda: pytest.fail("a number was asked for")) for _ in range(20)] == [None] * 20
 
 
@@ -77,7 +78,7 @@ def test_the_error_for_no_room_names_what_to_do(name, monkeypatch):
     with monkeypatch.context() as patch, tdeq.backend(name):
         patch.setattr(Anderson, "init", full)
         patch.setattr(anderson.AndersonSteps, "__init__", full)
-        with pytest.raises(torch.OutOfMemoryError, match=r"Anderson\(memory=5.*of 2 MiB.*lower its memory.*20.00 GiB"):
+        with pytest.raises(torch.OutOfMemoryError, match=r"Anderson\(memory=4.*of 2 MiB.*lower its memory.*20.00 GiB"):
             tdeq.fixed_point(lambda z: 0.5 * z + 1, z0, solver=Anderson())
     assert tdeq.fixed_point(lambda z: 0.5 * z + 1, z0, solver=Picard()).converged.all()
     assert tdeq.fixed_point(lambda z: 0.5 * z + 1, z0, solver=Anderson()).converged.all()

@@ -125,7 +125,7 @@ def test_compiled_once_and_right():
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("solver", [Picard(), Anderson(memory=2)], ids=repr)
+@pytest.mark.parametrize("solver", [Picard(), pytest.param(Anderson(memory=2), marks=pytest.mark.slow)], ids=repr)
 def test_a_captured_solve_sees_weights_change(monkeypatch, solver, grad):
     """As in test_cuda_graphs.py: the work itself in place of a replay, on the same memory."""
     monkeypatch.setattr(cuda_graphs, "Recorder", Recorder)
@@ -143,7 +143,7 @@ def test_a_captured_solve_sees_weights_change(monkeypatch, solver, grad):
             torch.testing.assert_close(z, plain(x), rtol=1e-4, atol=1e-5)
             if grad:
                 torch.testing.assert_close(gradients(layer, x), gradients(plain, x), rtol=1e-4, atol=1e-5)
-    assert len(layer._graphs.solves) == 1 and "graphs" in layer.last.path
+    assert len(layer._graphs.solves) == 1 and layer.last.route is tdeq.Route.GRAPH
 
 
 def test_cached_by_the_caller():
@@ -152,3 +152,31 @@ def test_cached_by_the_caller():
     with parametrize.cached():
         (layer(x) + layer(2 * x)).sum().backward()
     assert len(calls) == 1 and cell.linear.parametrizations.weight.original0.grad.abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("norm", [torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm])
+@pytest.mark.parametrize("make", [tdeq.cells.Affine, tdeq.cells.MLP], ids=lambda make: make.__name__)
+def test_the_old_norms_compute_the_weight_of_every_solve(make, norm):
+    """They compute a weight when its module is called, and a cell reads its weights before: that of the last solve."""
+    cell, x = make(WIDTH).double(), torch.randn(3, WIDTH, dtype=torch.float64)
+    part, name = (cell, "weight") if make is tdeq.cells.Affine else (cell.up, "weight")
+    norm(part, name)
+    layer = DEQ(cell.eval(), solver=Anderson(), tol=1e-11, max_steps=300)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.03)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = layer(x).square().sum()
+        loss.backward()
+        original = getattr(part, f"{name}_v" if norm is torch.nn.utils.weight_norm else f"{name}_orig")
+        before, direction = original.detach().clone(), torch.randn_like(original)
+        sides = []
+        for step in (1e-5, -1e-5):
+            with torch.no_grad():
+                original.copy_(before + step * direction)
+                sides.append(layer(x).square().sum())
+        with torch.no_grad():
+            original.copy_(before)
+        slope = (original.grad * direction).sum()
+        torch.testing.assert_close(slope, (sides[0] - sides[1]) / 2e-5, rtol=1e-5, atol=1e-7)
+        optimizer.step()

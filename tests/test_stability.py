@@ -8,13 +8,14 @@ from tritondeq.bench import stability
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:a backward solve")  # some are cut short, on purpose
 def test_the_penalty_stabilises_training():
-    plain = [stability.train(seed, steps=150) for seed in (0, 1)]
-    stable = [stability.train(seed, steps=150, weight=lambda step: 3.0) for seed in (0, 1)]
-    assert max(o.radius for o in stable) < 1 < max(o.radius for o in plain)
+    plain = [stability.train(seed, steps=150) for seed in range(4)]
+    stable = [stability.train(seed, steps=150, weight=lambda step: 3.0) for seed in range(4)]
+    assert max(o.radius for o in stable) < 0.9 and 1 < max(o.radius for o in plain)
     assert 5 * mean(o.failed for o in stable) < mean(o.failed for o in plain)
-    assert mean(o.accuracy for o in stable) > mean(o.accuracy for o in plain) + 0.1
-    assert mean(o.steps for o in stable) < mean(o.steps for o in plain)
+    assert 2 * mean(o.steps for o in stable) < mean(o.steps for o in plain)
+    assert min(o.accuracy for o in stable) > mean(o.accuracy for o in plain)
 
 
 def test_the_table(capsys):

@@ -233,3 +233,10 @@ def test_the_command_line(monkeypatch, capsys):
     assert not taken[1][1] and set(tune.CELLS) == {name.split()[0] for name in taken[1][0]} == set(__main__.TUNED)
     assert capsys.readouterr().err.count("interrupted; finished: rows.mlp of mlp\n") == 2
     assert set(tune.DTYPES) == set(__main__.DTYPES)
+
+
+def test_a_gpu_that_the_kernels_do_not_fit(monkeypatch):
+    """It is refused at once, not layer by layer."""
+    monkeypatch.setattr(devices, "lacks", lambda device: "the GPU is of capability 7.5")
+    with pytest.raises(OSError, match="of capability 7.5"):
+        tune.run(rows(), [], device=CPU, gpu=GPU)

@@ -113,6 +113,7 @@ def test_it_warns_once_until_it_is_well_again():
     assert step(hard)["MAX_STEPS"] > 0.3
 
 
+@pytest.mark.filterwarnings("ignore:a backward solve")  # the pass itself, once
 def test_it_warns_of_the_backward_pass():
     model = net(adjoint=Implicit(max_steps=1))
     watch = Watch(model, every=1)
@@ -212,21 +213,55 @@ def test_lightning(tmp_path):
     assert_logged(trainer.logged_metrics)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # the trainer's
-def test_transformers(tmp_path):
+def logged_by_transformers(folder, every=None, extra=(), **options):
+    """(log of a run of 8 steps with a Watch each `every` steps, the Watch)."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    options = {"use_cpu": True, "max_steps": 4, "per_device_train_batch_size": 4, "report_to": [], "disable_tqdm": True}
-    arguments = transformers.TrainingArguments(str(tmp_path), **options)
-    trainer = transformers.Trainer(Regression(), arguments, train_dataset=DATA)
-    watch = Watch(trainer.model, every=2, radius=True).attach(trainer)
+    torch.manual_seed(0)
+    options |= {"use_cpu": True, "max_steps": 8, "per_device_train_batch_size": 4, "report_to": []}
+    arguments = transformers.TrainingArguments(str(folder), disable_tqdm=True, save_strategy="no", **options)
+    data = {"train_dataset": DATA, "eval_dataset": DATA[:4]}
+    trainer = transformers.Trainer(Regression(), arguments, callbacks=list(extra), **data)
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    watch = every and Watch(trainer.model, every=every, radius=True).attach(trainer)
     trainer.train()
-    assert watch.steps == 4
-    logged = [entry for entry in trainer.state.log_history if "model.core/steps" in entry]
-    assert [entry["step"] for entry in logged] == [2, 4]
-    for entry in logged:
+    return trainer.state.log_history, watch
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the trainer's
+@pytest.mark.parametrize(("every", "steps"), [(1, 1), (2, 2), (4, 2), (2, 4), (3, 4)])
+def test_transformers(tmp_path, every, steps):
+    """Reports come at their steps, and what the trainer logs at its steps is what it logs without a Watch."""
+    options = {"logging_steps": steps, "logging_first_step": True, "eval_strategy": "steps", "eval_steps": 4}
+    log, watch = logged_by_transformers(tmp_path, every, **options)
+    assert watch.steps == 8
+    reports = [entry for entry in log if "model.core/steps" in entry]
+    assert [entry["step"] for entry in reports] == list(range(every, 9, every))
+    for entry in reports:
         assert_logged(entry)
+    alone, _ = logged_by_transformers(tmp_path, **options)
+    for key in ("loss", "grad_norm", "eval_loss"):
+        got, want = ([(e["step"], e[key]) for e in entries if key in e] for entries in (log, alone))
+        assert got == want and len(got) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the trainer's
+@pytest.mark.parametrize("new", [False, True])
+def test_transformers_callbacks_that_stop_at_a_report(tmp_path, new):
+    """What others do to the trainer's control, as they see a report, counts."""
+    transformers = pytest.importorskip("transformers")
+
+    class Stop(transformers.TrainerCallback):
+        def on_log(self, arguments, state, control, logs, **_):
+            if "model.core/steps" in logs and state.global_step == 4:
+                control = copy.copy(control) if new else control
+                control.should_training_stop = True
+                return control
+
+    log, watch = logged_by_transformers(tmp_path, 2, [Stop()], logging_steps=4)
+    assert watch.steps == 4 and [entry["step"] for entry in log if "loss" in entry] == [4]
 
 
 def assert_logged(entry):

@@ -17,6 +17,7 @@ from .inspect.jacobian import spectral_radius as spectral_radius
 from .inspect.watch import Watch as Watch
 from .kernels.dispatch import backend as backend
 from .kernels.dispatch import set_backend as set_backend
+from .solution import Route as Route
 from .solution import Solution as Solution
 from .solution import Status as Status
 from .solvers import Anderson as Anderson
@@ -38,6 +39,7 @@ __all__ = [
     "PeacemanRachford",
     "Phantom",
     "Picard",
+    "Route",
     "Solution",
     "Status",
     "Unrolled",

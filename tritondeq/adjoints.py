@@ -3,26 +3,31 @@
     dL/dtheta = (df/dtheta)' u,    u = (I - J')^-1 dL/dz*,    J = df/dz at z*
 
 Each adjoint is a way to compute u. All but Unrolled take it from one evaluation of f at z*, saved in the forward pass,
-so training needs the storage of one cell whatever the number of steps.
+so training needs the storage of one cell whatever the number of steps. gradient.py attaches it.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .capture import Linearised
 from .checks import boolean, integer, number
 from .solvers import Solver
+
+
+class Jacobian(Protocol):
+    """Products with J = df/dz at the solution."""
+
+    def vjp(self, u: Tensor) -> Tensor: ...  # noqa: D102
 
 
 class BackwardSolves(Protocol):
     """The two linear fixed-point solves that an exact adjoint needs: u = J' u + g, and v = J v + w."""
 
-    def adjoint(self, at: Linearised, g: Tensor) -> Tensor: ...  # noqa: D102
+    def adjoint(self, at: Jacobian, g: Tensor) -> Tensor: ...  # noqa: D102
 
-    def tangent(self, at: Linearised, w: Tensor) -> Tensor: ...  # noqa: D102
+    def tangent(self, at: Jacobian, w: Tensor) -> Tensor: ...  # noqa: D102
 
 
 class Adjoint:
@@ -30,11 +35,13 @@ class Adjoint:
 
     Attributes:
         exact: Whether u is the exact one, so that its derivative may be taken.
+        products: Whether u takes products with J.
     """
 
     exact = False
+    products = True
 
-    def cotangent(self, at: Linearised, g: Tensor, solves: BackwardSolves) -> Tensor:
+    def cotangent(self, at: Jacobian, g: Tensor, solves: BackwardSolves) -> Tensor:
         """Returns u [B, N] for the cotangent g [B, N] of z*."""
         raise NotImplementedError(f"{type(self).__name__} has no cotangent of a fixed point")
 
@@ -43,12 +50,13 @@ class Adjoint:
 class Implicit(Adjoint):
     """The exact gradient: u solves u = J' u + g by fixed-point iteration (Bai et al. 2019, theorem 1).
 
-    Twice differentiable, where all that f uses passes through torch functions. Its tolerance is relative to u, sample
-    by sample, so grad(c * loss) = c * grad(loss) for every c.
+    Twice differentiable, where all that f uses passes through torch functions. Its tolerance is relative to dL/dz*,
+    sample by sample, so grad(c * loss) = c * grad(loss) for every c. A backward solve that fails warns, or with
+    `throw` raises; a sample whose products are not finite gets NaN.
 
     Args:
         solver: Backward solver; None takes the forward one.
-        tol: Relative residual of u; None takes the forward one's.
+        tol: Residual ||J' u + g - u|| / ||g||; None takes the forward one's.
         max_steps: Vector-Jacobian products at most; None takes the forward one's.
         reuse: Begin with the inverse Jacobian that the forward solve estimated, which only `Broyden` does, and solve by
             `Broyden` too (SHINE; Ramzi et al. 2022). Stores 2 * memory states between the forward pass and the
@@ -75,7 +83,7 @@ class Implicit(Adjoint):
         if self.reuse and self.solver is not None:
             raise ValueError(f"reuse=True takes the forward solver, so solver must be None, got {self.solver!r}")
 
-    def cotangent(self, at: Linearised, g: Tensor, solves: BackwardSolves) -> Tensor:
+    def cotangent(self, at: Jacobian, g: Tensor, solves: BackwardSolves) -> Tensor:
         return solves.adjoint(at, g)
 
 
@@ -94,7 +102,7 @@ class Neumann(Adjoint):
     def __post_init__(self) -> None:
         integer("terms", self.terms)
 
-    def cotangent(self, at: Linearised, g: Tensor, solves: BackwardSolves) -> Tensor:
+    def cotangent(self, at: Jacobian, g: Tensor, solves: BackwardSolves) -> Tensor:
         u = g
         for _ in range(self.terms - 1):
             u = at.vjp(u) + g
@@ -122,7 +130,7 @@ class Phantom(Adjoint):
         if self.damping > 1:
             raise ValueError(f"damping must be in (0, 1], got {self.damping!r}")
 
-    def cotangent(self, at: Linearised, g: Tensor, solves: BackwardSolves) -> Tensor:
+    def cotangent(self, at: Jacobian, g: Tensor, solves: BackwardSolves) -> Tensor:
         term = self.damping * g
         u = term
         for _ in range(self.steps - 1):
@@ -138,7 +146,9 @@ class OneStep(Adjoint):
     The cheapest. Use it below a spectral radius of about 0.6 only: its angle to the gradient grows with it.
     """
 
-    def cotangent(self, at: Linearised, g: Tensor, solves: BackwardSolves) -> Tensor:
+    products = False
+
+    def cotangent(self, at: Jacobian, g: Tensor, solves: BackwardSolves) -> Tensor:
         return g
 
 
@@ -161,97 +171,3 @@ class Unrolled(Adjoint):
     def __post_init__(self) -> None:
         integer("steps", self.steps)
         boolean("checkpoint", self.checkpoint)
-
-
-def attach(adjoint: Adjoint, at: Linearised, z: Tensor, solves: BackwardSolves) -> Tensor:
-    """Returns z [B, N] with a gradient to all that f captured."""
-    return _Attached.apply(adjoint, at, solves, z, *at.inputs)
-
-
-class _Attached(torch.autograd.Function):
-    """The value; its backward is the adjoint's u, then (df/d input)' u, each a Function of explicit inputs."""
-
-    @staticmethod
-    def forward(ctx: Any, adjoint: Adjoint, at: Linearised, solves: BackwardSolves, z: Tensor, *inputs: Tensor) -> Any:
-        ctx.adjoint, ctx.at, ctx.solves = adjoint, at, solves
-        value = z.clone()
-        ctx.save_for_backward(value, *inputs)
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        adjoint, at, solves = ctx.adjoint, ctx.at, ctx.solves
-        if torch.is_grad_enabled() and adjoint.exact:
-            z, *inputs = ctx.saved_tensors
-            u = _Adjoint.apply(at, solves, g, z, *inputs)
-            grads = _InputVjp.apply(at, u, z, *inputs)
-        else:
-            with torch.no_grad():
-                grads = at.input_vjp(adjoint.cotangent(at, g, solves))
-            if torch.is_grad_enabled():
-                why = (
-                    f"the gradient of {type(adjoint).__name__} is an approximation whose derivative would be wrong: "
-                    "for second derivatives use Implicit(), or Unrolled(steps)"
-                )
-                grads = _Refused.apply(why, ctx.saved_tensors[0], *grads)
-        return None, None, None, None, *grads
-
-
-class _Adjoint(torch.autograd.Function):
-    """u = J' u + g as a function of g, z and the inputs: g gets v = J v + du, z and the inputs d(u' J v)."""
-
-    @staticmethod
-    def forward(ctx: Any, at: Linearised, solves: BackwardSolves, g: Tensor, z: Tensor, *inputs: Tensor) -> Any:
-        ctx.at, ctx.solves = at, solves
-        u = solves.adjoint(at, g)
-        ctx.save_for_backward(u, z)
-        return u
-
-    @staticmethod
-    def backward(ctx: Any, du: Tensor) -> Any:
-        ctx.at.require_seen_through()
-        u, z = ctx.saved_tensors
-        with torch.no_grad():
-            v = ctx.solves.tangent(ctx.at, du)
-            grads = (v, *ctx.at.bilinear(u, v))
-        return None, None, *_no_third(z, grads)
-
-
-class _InputVjp(torch.autograd.Function):
-    """(df/d input)' u as a function of u, z and the inputs."""
-
-    @staticmethod
-    def forward(ctx: Any, at: Linearised, u: Tensor, z: Tensor, *inputs: Tensor) -> Any:
-        ctx.at = at
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(u, z)
-        return at.input_vjp(u)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        ctx.at.require_seen_through()
-        u, z = ctx.saved_tensors
-        if all(c is None for c in cotangents):
-            return None, *(None for _ in range(2 + len(cotangents)))
-        with torch.no_grad():
-            grads = ctx.at.input_bilinear(u, cotangents)
-        return None, *_no_third(z, grads)
-
-
-def _no_third(z: Tensor, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Returns `grads`, and if a graph is being made, such that differentiating them raises."""
-    why = "Implicit() is twice differentiable, and this is a third derivative: use Unrolled(steps)"
-    return _Refused.apply(why, z, *grads) if torch.is_grad_enabled() else grads
-
-
-class _Refused(torch.autograd.Function):
-    """Identity of `grads`; `anchor` requires grad, and so do they then, whatever they were made of."""
-
-    @staticmethod
-    def forward(ctx: Any, why: str, anchor: Tensor, *grads: Tensor) -> Any:
-        ctx.why = why
-        return tuple(x.view_as(x) for x in grads)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Any:
-        raise RuntimeError(ctx.why)

@@ -1,11 +1,11 @@
-"""f at one point, with its derivatives: a closure as a function of every tensor it uses.
+"""f at one point as a function of every tensor that it depends on, for second derivatives.
 
-A `TorchFunctionMode` around one evaluation of f sees each tensor that f uses and did not make, and replaces it by a
-detached stand-in. The autograd graph that results ends at the state and the stand-ins, so it can be differentiated
-again and again without touching, or being freed by, the graph around it.
+A `TorchFunctionMode` around one evaluation of f replaces each of those tensors by a detached stand-in. The autograd
+graph that results ends at the state and the stand-ins, so it can be differentiated again and again without touching,
+or being freed by, the graph around it.
 """
 
-import contextlib
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,121 +13,134 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .layout import Layout, pytree
+from .layout import pytree
+from .problem import Problem
+
+_thread = threading.local()  # `swap`: of the evaluation with stand-ins that is going on in this thread
 
 
 class _StandIns(TorchFunctionMode):
-    """Replaces each tensor that requires grad and comes from outside: a leaf, or made before the state."""
+    """Replaces these tensors wherever an operation takes them."""
 
-    def __init__(self, state: list[Tensor]):
+    def __init__(self, tensors: tuple[Tensor, ...]):
         super().__init__()
-        self.pairs: dict[int, tuple[Tensor, Tensor]] = {}
-        self._made: set[int] = set()
-        self._oldest = min(tensor.grad_fn._sequence_nr() for tensor in state if tensor.grad_fn is not None)
+        self.points = tuple(tensor.detach().requires_grad_() for tensor in tensors)
+        self._points = {id(tensor): point for tensor, point in zip(tensors, self.points, strict=True)}
 
     def swap(self, tensor: Tensor) -> Tensor:
-        inside = tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= self._oldest
-        if inside or not tensor.requires_grad or id(tensor) in self._made:
-            return tensor
-        if id(tensor) not in self.pairs:
-            stand_in = tensor.detach().requires_grad_()
-            self._made.add(id(stand_in))
-            self.pairs[id(tensor)] = (tensor, stand_in)
-        return self.pairs[id(tensor)][1]
+        return self._points.get(id(tensor), tensor)
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         args, kwargs = pytree.tree_map_only(Tensor, self.swap, (args, kwargs or {}))
         return func(*args, **kwargs)
 
+    def __enter__(self) -> "_StandIns":
+        self._before, _thread.swap = getattr(_thread, "swap", None), self.swap
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _thread.swap = self._before
+        super().__exit__(*error)
+
+
+def stand_in(tensor: Tensor) -> Tensor:
+    """Returns the stand-in of a tensor where this thread evaluates an outer map with stand-ins, else the tensor."""
+    swap = getattr(_thread, "swap", None)
+    return tensor if swap is None else swap(tensor)
+
 
 class Linearised:
-    """f at z, with J = df/dz and its derivatives by all that f depends on, from one evaluation.
+    """f at z, with J = df/dz and its derivatives by `inputs`, from one evaluation with stand-ins.
 
     Attributes:
-        inputs: The tensors that f captured and that require grad; explicit inputs where f is differentiated.
-        differentiable: Whether anything outside f can have a gradient.
-        seen_through: Whether all of them could be replaced by stand-ins. Where not (a compiled cell, a custom
-            autograd.Function), the leaves behind f are the inputs, and only first derivatives can be taken.
+        hidden: The leaves that f depends on beside z and the inputs, where some pass through no torch function (in a
+            custom autograd.Function, or compiled) or are no inputs.
     """
 
-    def __init__(self, f: Callable[..., Any], layout: Layout, z: Tensor, args: tuple):
+    def __init__(self, problem: Problem, z: Tensor, inputs: tuple[Tensor, ...]):
+        mode = _StandIns(inputs)
         with torch.enable_grad():
-            self.z = z.detach().requires_grad_()
-            state = layout.unpack(self.z)
-            mode = _StandIns(pytree.tree_leaves(state))
-            args = pytree.tree_map_only(Tensor, mode.swap, args)
-            # a compiler drops the mode or fails at it, and what it compiled is not seen through anyway
-            with contextlib.nullcontext() if getattr(f, "opaque", False) else mode:
-                out = layout.pack(f(state, *args))
-                self.out = out.view(out.shape)  # seen by the mode even where f returns a tensor that it captured
+            self.z = state(z)
+            args = pytree.tree_map_only(Tensor, mode.swap, problem.args)
+            with mode:
+                image = problem.evaluate(self.z, args)[0]
+                # a torch function, so that the mode sees it even where f returns one of the inputs
+                self.out = problem.layout.pack(pytree.tree_map_only(Tensor, lambda x: x.view(x.shape), image))
         if torch.is_autocast_enabled(z.device.type):
             torch.clear_autocast_cache()  # it holds casts of the stand-ins
-        pairs = list(mode.pairs.values())
-        known = {id(self.z), *(id(stand_in) for _, stand_in in pairs)}
-        hidden = [leaf for leaf in _leaves(self.out) if id(leaf) not in known]
-        self.seen_through = not hidden
-        self.inputs = (*(tensor for tensor, _ in pairs), *hidden)
-        self._points = (*(stand_in for _, stand_in in pairs), *hidden)
-        self.differentiable = self.out.requires_grad and bool(self.inputs)
+        self._points = mode.points
+        known = {*map(id, mode.points)}
+        self.hidden = [leaf for leaf in leaves_of(self.out) if id(leaf) not in known]
         self._tangent: tuple[Tensor, Tensor] | None = None
 
     def vjp(self, u: Tensor) -> Tensor:
         """Returns J' u."""
-        return _grad(self.out, (self.z,), u)[0]
+        return vjp(self.out, (self.z,), u)[0]
 
     def jvp(self, w: Tensor) -> Tensor:
         """Returns J w, by differentiating J' v by v."""
         if self._tangent is None:
             v = torch.zeros_like(self.out, requires_grad=True)
             with torch.enable_grad():
-                self._tangent = v, _grad(self.out, (self.z,), v, create_graph=True)[0]
+                self._tangent = v, vjp(self.out, (self.z,), v, create_graph=True)[0]
         v, product = self._tangent
-        return _grad(product, (v,), w)[0]
+        return vjp(product, (v,), w)[0]
 
     def input_vjp(self, u: Tensor) -> tuple[Tensor, ...]:
         """Returns (df/d input)' u for each input."""
-        return _grad(self.out, self._points, u)
+        return vjp(self.out, self._points, u)
 
     def bilinear(self, u: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         """Returns the derivatives of u' J w by z and by each input."""
         with torch.enable_grad():
-            product = _grad(self.out, (self.z,), u, create_graph=True)[0]
-        return _grad(product, (self.z, *self._points), w)
+            product = vjp(self.out, (self.z,), u, create_graph=True)[0]
+        return vjp(product, (self.z, *self._points), w)
 
     def input_bilinear(self, u: Tensor, cotangents: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
         """Returns the derivatives of sum_i <input_vjp(u)_i, cotangent_i> by u, by z and by each input."""
         with torch.enable_grad():
             v = u.detach().requires_grad_()
-            products = _grad(self.out, self._points, v, create_graph=True)
+            products = vjp(self.out, self._points, v, create_graph=True)
             total: Any = sum((p * c).sum() for p, c in zip(products, cotangents, strict=True) if c is not None)
-        return _grad(total, (v, self.z, *self._points), torch.ones_like(total))
-
-    def require_seen_through(self) -> None:
-        """Raises RuntimeError where second derivatives can't be taken."""
-        if not self.seen_through:
-            raise RuntimeError(
-                "second derivatives need every tensor f uses to pass through a torch function, and here some did not "
-                "(a compiled cell, or a custom autograd.Function): use the uncompiled cell, or Unrolled(steps)"
-            )
+        return vjp(total, (v, self.z, *self._points), torch.ones_like(total))
 
 
-def _grad(out: Tensor, inputs: tuple[Tensor, ...], cotangent: Tensor, create_graph: bool = False) -> tuple[Tensor, ...]:
+def vjp(out: Tensor, inputs: tuple[Tensor, ...], cotangent: Tensor, create_graph: bool = False) -> tuple[Tensor, ...]:
+    """Returns the vector-Jacobian product for each input, zeros where `out` does not depend on it; keeps the graph."""
     if not out.requires_grad:
         return tuple(torch.zeros_like(x) for x in inputs)
     options = {"retain_graph": True, "create_graph": create_graph, "allow_unused": True, "materialize_grads": True}
     return torch.autograd.grad(out, inputs, cotangent, **options)
 
 
-def _leaves(out: Tensor) -> list[Tensor]:
-    """Returns the leaf tensors at which the autograd graph of `out` ends."""
+def nodes_of(out: Tensor, inputs: tuple[Tensor, ...] = ()) -> set[Any]:
+    """Returns the nodes of the autograd graph of `out`, down to those that made the inputs."""
     stack: list[Any] = [out.grad_fn]
-    leaves, seen = [], set()
+    seen, made = set(), {tensor.grad_fn for tensor in inputs}
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name() == "torch::autograd::AccumulateGrad":
-            leaves.append(node.variable)
-        stack.extend(parent for parent, _ in node.next_functions)
-    return leaves
+        if node is not None and node not in seen and node not in made:
+            seen.add(node)
+            stack.extend(parent for parent, _ in node.next_functions)
+    return seen
+
+
+def leaves_of(out: Tensor) -> list[Tensor]:
+    """Returns the leaf tensors at which the autograd graph of `out` ends, but for the states of solves."""
+    if out.grad_fn is None:
+        return [out] if out.requires_grad else []
+    leaves = [node.variable for node in nodes_of(out) if node.name() == "torch::autograd::AccumulateGrad"]
+    return [leaf for leaf in leaves if not hasattr(leaf, "is_state")]
+
+
+def state(z: Tensor) -> Tensor:
+    """Returns z as a leaf at which an evaluation of f begins."""
+    leaf: Any = z.detach().requires_grad_()
+    leaf.is_state = True
+    leaf.register_post_accumulate_grad_hook(_drop)
+    return leaf
+
+
+def _drop(leaf: Tensor) -> None:
+    """Drops J' u, which autograd leaves there at the end of a backward pass."""
+    leaf.grad = None

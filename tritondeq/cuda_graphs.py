@@ -3,9 +3,9 @@
 For each shape of everything that goes in, a solve is captured once, on static tensors: `begin` (from the start, a chunk
 of evaluations), `more` (another chunk) and `end` (best iterate, outcome); for gradients the cell at z* under autograd,
 the same three of the adjoint solve on it, and the product with (df/d input)'. From torch 2.14 on, the three are one
-graph with a WHILE node around `more`. A call copies its start, injection and dropout masks there and replays;
-parameters are read where they lie. Captures share a pool, so a forward replay may overwrite what the cell at z* has
-saved: the cell is replayed before it is differentiated, unless nothing came between (`Captured.holder`).
+graph with a WHILE node around `more`, where no step calls autograd. A call copies its start, injection and dropout
+masks there and replays; parameters are read where they lie. Captures share a pool, so a forward replay may overwrite
+what the cell at z* has saved: the cell is replayed before its gradient, unless nothing came between: see `holder`.
 """
 
 from collections import OrderedDict
@@ -16,12 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .capture import Linearised
+from .capture import leaves_of, vjp
+from .gradient import Point
+from .kernels import devices
 from .kernels.dispatch import CellOp
 from .kernels.tails import PLAIN
-from .layout import Layout, pytree
-from .loop import Look, Settings, flat_tail, plan_steps, start, without_autocast
-from .solution import Solution
+from .layout import pytree
+from .loop import Ended, Look, Settings, plan_steps, start, without_autocast
+from .problem import HeldCell, Problem, leaves_that_require_grad
+from .solution import Outcome, Route
 
 CHUNK = 3  # evaluations at least; a chunk has whole periods of kernels/steps, so that it begins with the same buffers
 CACHE = 8  # solves a layer stores
@@ -35,6 +38,7 @@ class Recorder:
 
     def __init__(self, device: torch.device):
         self.device, self.pool = device, torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)  # torch's default one is of the device that captured first
         self.repeats = hasattr(torch.cuda.CUDAGraph, "begin_capture_to_while_node")
 
     def repeat(self, going: Tensor, body: Work) -> None:
@@ -59,7 +63,8 @@ class Recorder:
                     work()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
+            # "global" would let another thread end the capture, such as that of a DataLoader that pins memory
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 work()
             graph.replay()  # what it writes has been garbage so far
         return graph.replay
@@ -67,37 +72,39 @@ class Recorder:
 
 def can_record(device: torch.device) -> bool:
     """Returns whether work on this device can be captured now."""
-    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and not devices.capturing(device)
 
 
 @dataclass
 class Call:
-    """What one call provides; `op` and `backward_op` hold the cell, and options(tol) are their arguments."""
+    """What one call provides; `op` and `backward_op` hold the cell, one step at a time."""
 
-    f: Any
-    layout: Layout
+    problem: Problem
+    cell: HeldCell
     start: Tensor
-    args: tuple
     settings: Settings
     backward: Settings
-    options: Callable[[float], dict[str, Any]] = lambda tol: {}
     op: CellOp | None = None
     backward_op: CellOp | None = None
 
+    def options(self, tol: float) -> dict[str, Any]:
+        """Returns the arguments of the ops."""
+        return self.problem.whole.options(tol) if self.problem.whole else {}
+
     def key(self) -> tuple:
         """Returns all that a captured solve depends on beside the numbers in its tensors."""
-        leaves, spec = pytree.tree_flatten(self.args)
-        kind, cell, layout = self.start.device.type, self.f.cell, self.layout
+        leaves, spec = pytree.tree_flatten(self.problem.args)
+        kind, cell, layout = self.start.device.type, self.cell.cell, self.problem.layout
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
         tensors = [isinstance(x, Tensor) and (x.shape, x.dtype, x.device, x.requires_grad) for x in leaves]
         values = [None if isinstance(x, Tensor) else x for x in leaves]
         weights = [(t.data_ptr(), t.requires_grad) for t in (*cell.parameters(), *cell.buffers())]
-        plans = [(s.solver, s.tol, s.max_steps) for s in (self.settings, self.backward)]
+        plans = [(s.solver, s.tol, s.max_steps, s.relative, s.scale) for s in (self.settings, self.backward)]
         training = [module.training for module in cell.modules()]
         lists: tuple = (tensors, values, weights, plans, training, layout.shapes, layout.dtypes, layout.channels_last)
         return (
             *(spec, layout.spec, layout.batch, self.start.device, autocast, torch.is_grad_enabled()),
-            *(self.settings.mask is not None, id(self.f.evaluate), self.op, self.backward_op, *map(tuple, lists)),
+            *(self.settings.mask is not None, id(self.cell.evaluate), self.op, self.backward_op, *map(tuple, lists)),
         )
 
 
@@ -109,7 +116,7 @@ class Graphs:
 
     def find(self, call: Call) -> "tuple[Captured | None, str]":
         """Returns (the solve captured for such calls, how it is done), or (None, why there is none)."""
-        op, device, layout = call.op, call.start.device, call.layout
+        op, device, layout = call.op, call.start.device, call.problem.layout
         if not can_record(device):
             return None, f"graphs are for CUDA, outside of other graphs, and tensors are on {device.type}"
         how = op.label if op else ""
@@ -117,9 +124,9 @@ class Graphs:
             op, how = plan_steps(call.settings.solver, device, layout.width, layout.dtype)
         if op is None or not layout.batch:
             return None, f"no graph: {how}"
-        if not call.f.masks.drawn:
+        if not call.cell.held.drawn:
             with torch.no_grad():
-                call.f(layout.unpack(call.start), *call.args)
+                call.problem(call.start)
         key = call.key()
         try:
             new = key not in self.solves
@@ -148,64 +155,62 @@ class Refused(RuntimeError):
 class Captured:
     """One captured solve, forward and, where gradients are wanted, backward."""
 
-    at: Linearised
+    at: Point
     grads: tuple[Tensor, ...]
+    inputs: tuple[Tensor, ...] = ()
     sources: tuple[Any, ...] = ()  # of the gradients: a place in args, or a weight
-    differentiable = False
 
     def __init__(self, call: Call):
         record = Recorder(call.start.device)
-        self.layout, self.holder = call.layout, None
+        self.holder = None
         self.start = call.start.detach().clone(memory_format=torch.contiguous_format)
         static = lambda leaf: leaf.detach().clone().requires_grad_(leaf.requires_grad)  # noqa: E731
-        self.args = pytree.tree_map_only(Tensor, static, call.args)
-        self.map = call.f.copy(self.args[0])
-        parts, tail = flat_tail(self.map, self.layout, self.args)
+        self.args = pytree.tree_map_only(Tensor, static, call.problem.args)
+        self.map = call.cell.copy(self.args[0])
+        problem = replace(self.map.problem(call.problem.layout), args=self.args)
         with without_autocast(self.start.device.type, caches=False) as autocast:
-            cell, settings = autocast(self.map), replace(call.settings, tail=(autocast(parts), tail))
-
-            def apply(flat: Tensor) -> Tensor:
-                return self.layout.pack(cell(self.layout.unpack(flat), *self.args))
-
+            tail = problem.tail and (autocast(problem.tail[0]), problem.tail[1])
+            self.problem = replace(problem, f=autocast(self.map), tail=tail, inputs=())
             with torch.no_grad():
                 if call.op is None:
-                    self.forward = _fused(record, apply, self.start, settings)
+                    self.forward = _fused(record, self.problem, self.start, call.settings, self.problem.parts())
                 else:
-                    self.forward = self._by_cell(record, call.op.solve, call, settings)
+                    self.forward = self._by_cell(record, call.op.solve, call, call.settings)
             if torch.is_grad_enabled():
-                cell.opaque = self.map.opaque  # type: ignore[attr-defined]
-                self._backward(record, cell, call)
+                self._backward(record, call)
 
-    def _backward(self, record: Recorder, f: Callable, call: Call) -> None:
+    def _backward(self, record: Recorder, call: Call) -> None:
         self.z, self.u, self.g = (torch.zeros_like(self.start) for _ in range(3))
-        self.point = record(lambda: setattr(self, "at", Linearised(f, self.layout, self.z, self.args)))
-        self.differentiable = self.at.differentiable
-        if not self.differentiable:
-            return
+        self.point = record(lambda: setattr(self, "at", Point(self.problem, self.z)))
+        used = {id(leaf): leaf for leaf in leaves_of(self.at.out)}
         places = {id(leaf): i for i, leaf in enumerate(pytree.tree_leaves(self.args))}
-        weights = {id(t) for t in (*call.f.cell.parameters(), *call.f.cell.buffers())}
-        self.sources = tuple(places.get(id(tensor), tensor) for tensor in self.at.inputs)
-        for tensor in (s for s in self.sources if isinstance(s, Tensor) and id(s) not in weights):
+        weights = {id(t) for t in (*call.cell.cell.parameters(), *call.cell.cell.buffers())}
+        for leaf in (leaf for key, leaf in used.items() if key not in weights and key not in places):
             raise Refused(
-                f"graph=True, and the cell uses a tensor of shape {tuple(tensor.shape)} that is no parameter or "
+                f"graph=True, and the cell uses a tensor of shape {tuple(leaf.shape)} that is no parameter or "
                 "input, which a replay would not see change. Pass it in x, or take graph=False"
             )
+        self.inputs = tuple(t for t in leaves_that_require_grad(self.args, [*used.values()]) if id(t) in used)
+        self.sources = tuple(places.get(id(tensor), tensor) for tensor in self.inputs)
+        if not self.inputs:
+            return
         with torch.no_grad():
             if call.backward_op is None:
-                settings = replace(call.backward, tail=(lambda u: (self.at.vjp(u), self.g), PLAIN))
-                self.adjoint = _fused(record, lambda u: self.at.vjp(u) + self.g, self.g, settings)
+                tail = (lambda u: (self.at.vjp(u), self.g), PLAIN)
+                self.adjoint = _fused(record, lambda u: self.at.vjp(u) + self.g, self.g, call.backward, tail, True)
             else:
                 self.adjoint = self._by_cell(record, call.backward_op.adjoint, call, call.backward, self.g)
-            self.input_vjp = record(lambda: setattr(self, "grads", self.at.input_vjp(self.u)))
+            self.input_vjp = record(lambda: setattr(self, "grads", vjp(self.at.out, self.inputs, self.u)))
 
     def _by_cell(self, record: Recorder, make: Callable, call: Call, settings: Settings, g: Any = None) -> "_Solve":
         """Captures a solve by steps that evaluate the cell themselves; an adjoint one where g is given."""
 
         def operands() -> tuple[Tensor, ...]:
-            whole = self.map.whole_solve
+            whole: Any = self.map.problem(call.problem.layout).whole
             return whole.operands if g is None else whole.at(self.z)
 
         held, options = operands(), call.options(settings.tol) | (settings.solver.fused() or {})
+        options |= {"relative": settings.relative, "scale": settings.scale}
         steps = make(*held, self.start if g is None else g, tol=settings.tol, max_steps=settings.max_steps, **options)
 
         def renew() -> None:
@@ -221,31 +226,39 @@ class Captured:
             for static, given in zip(pytree.tree_leaves(self.args), pytree.tree_leaves(args), strict=True):
                 if isinstance(static, Tensor):
                     static.detach().copy_(given)
-            for module, mask in self.map.masks.masks.items():
-                mask.copy_(masks[module])
+            for module, (mask,) in self.map.held.masks.items():
+                mask.copy_(masks[module][0])
         self.holder = owner
 
-    def solve(self, call: Call) -> tuple[Tensor, Solution]:
-        self.hold(None, call.args, call.f.masks.masks)
+    def solve(self, call: Call) -> Outcome:
+        self.hold(None, call.problem.args, call.cell.held.masks)
         self.start.copy_(call.start)
         return self.forward(call.settings.mask)
 
 
-def _fused(record: Recorder, f: Callable[[Tensor], Tensor], z: Tensor, settings: Settings) -> "_Solve":
+def _fused(
+    record: Recorder, f: Callable[[Tensor], Tensor], z: Tensor, settings: Settings, tail: Ended, autograd: bool = False
+) -> "_Solve":
     """Captures a solve by fused steps."""
     op, why = plan_steps(settings.solver, z.device, z.shape[1], z.dtype)
     if op is None:
         raise Refused(f"graph=True needs a solver whose steps are fused: {why}")
-    parts, steps = start(op, f, z, settings)
-    return _Solve(record, steps, z, settings, parts, renew=lambda: None)
+    parts, steps = start(op, f, z, settings, tail)
+    return _Solve(record, steps, z, settings, parts, lambda: None, autograd)
 
 
 class _Solve:
-    """A captured solve by these steps, from the static `z0` on, after `renew`; as `drive` takes them."""
+    """A captured solve by these steps, from the static `z0` on, after `renew`; as `drive` takes them.
+
+    Where `parts` calls autograd, there is no WHILE node: autograd runs each operation on the stream of its forward, and
+    the body of the node is captured on another.
+    """
 
     outcome: Any
 
-    def __init__(self, record: Recorder, steps: Any, z0: Any, settings: Settings, parts: Any, renew: Work):
+    def __init__(
+        self, record: Recorder, steps: Any, z0: Any, settings: Settings, parts: Any, renew: Work, autograd: bool = False
+    ):
         chunk = -(-CHUNK // steps.period) * steps.period
         self.steps, self.chunks = steps, -(-settings.max_steps // chunk)
         going = torch.empty((), dtype=torch.bool, device=steps.count.device)
@@ -272,7 +285,7 @@ class _Solve:
             record.repeat(going, lambda: look(evaluate))
             end()
 
-        if record.repeats:
+        if record.repeats and not autograd:
             self.replay, self.how = record(whole), "one graph"
         else:
             self.begin, self.more, self.end = record(begin), record(evaluate), record(end)
@@ -280,30 +293,32 @@ class _Solve:
 
     def _by_chunks(self) -> None:
         self.begin()
-        look = Look(self.steps.rel.device, None, every=1)
+        look = Look(self.steps.device, None, every=1)
         for _ in range(self.chunks - 1):
             if look(self.steps.left) == 0:
                 break
             self.more()
         self.end()
 
-    def __call__(self, mask: Tensor | None) -> tuple[Tensor, Solution]:
+    def __call__(self, mask: Tensor | None) -> Outcome:
         if mask is not None:
             self.steps.mask.copy_(mask)
         self.replay()
-        value, *outcome = (x.clone() for x in self.outcome)
-        return value, Solution(None, *outcome)
+        value, status, steps, residual = (x.clone() for x in self.outcome)
+        return Outcome(value, status, steps, residual, None, Route.GRAPH, self.how)
 
 
-class CapturedPoint(Linearised):
-    """`Linearised` at the solution of one call, by its captured graphs; first derivatives only."""
+class CapturedPoint:
+    """As `gradient.Point` at the solution of one call, by its captured graphs; first derivatives only."""
+
+    out = None
 
     def __init__(self, captured: Captured, call: Call, z: Tensor):
         self.captured, self.z, self.mask, self.token = captured, z, call.settings.mask, object()
-        self.masks, leaves = dict(call.f.masks.masks), pytree.tree_leaves(call.args)
-        self.args = pytree.tree_map_only(Tensor, Tensor.detach, call.args)
+        self.masks, leaves = dict(call.cell.held.masks), pytree.tree_leaves(call.problem.args)
+        self.args = pytree.tree_map_only(Tensor, Tensor.detach, call.problem.args)
         self.inputs = tuple(leaves[s] if isinstance(s, int) else s for s in captured.sources)
-        self.differentiable = captured.differentiable
+        self.differentiable = bool(self.inputs)
 
     def _hold(self) -> Captured:
         captured = self.captured
@@ -314,18 +329,21 @@ class CapturedPoint(Linearised):
         return captured
 
     def vjp(self, u: Tensor) -> Tensor:
+        """Returns J' u."""
         return self._hold().at.vjp(u)
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, Solution]:
+    def adjoint(self, g: Tensor) -> Outcome:
+        """Returns the solution of u = J' u + g."""
         captured = self._hold()
         captured.g.copy_(g)
         return captured.adjoint(self.mask)
 
     def input_vjp(self, u: Tensor) -> tuple[Tensor, ...]:
+        """Returns (df/d input)' u for each input."""
         captured = self._hold()
         captured.u.copy_(u)
         captured.input_vjp()
         return tuple(grad.clone() for grad in captured.grads)
 
-    def require_seen_through(self) -> None:
-        raise RuntimeError("second derivatives need graph=False")
+    def with_stand_ins(self) -> None:
+        """Returns None: there are no second derivatives."""

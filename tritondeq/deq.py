@@ -1,9 +1,6 @@
 """The layer."""
 
-import contextlib
-from collections.abc import Callable, Iterator
-from copy import copy
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,10 +10,11 @@ from .adjoints import Adjoint, Implicit, Unrolled
 from .cells import Cell
 from .checks import boolean
 from .cuda_graphs import Graphs
-from .fixed_point import check, fixed_point
+from .fixed_point import solve_problem
 from .generation import Cache, past_of
-from .held import Masks, Parametrized
-from .layout import describe
+from .layout import Layout, describe
+from .options import Options
+from .problem import HeldCell, Problem, leaves_that_require_grad
 from .solution import Solution
 from .solvers import Picard, Solver
 
@@ -34,9 +32,13 @@ class DEQ(nn.Module):
             or `ForwardBackward`. None is the cell's default, Picard() for most.
         adjoint: How gradients are taken: `Implicit`, `Neumann`, `Phantom`, `OneStep` or `Unrolled`.
         tol: Relative residual at which a sample is done. None is 1e-3, or 1e-2 where operands are bfloat16 or float16.
+        atol: ||f(z) - z|| at which a sample is done, too.
         max_steps: Evaluations of the cell at most.
         trace: Store the residual of every evaluation in `last.trace`.
-        group: A torch.distributed group whose ranks stop together, for a cell that communicates.
+        group: A torch.distributed group whose ranks stop together, for a cell that communicates. None is the group over
+            which the cell's parameters are sharded, where they are (FSDP2).
+        throw: Raise where a sample or a backward solve fails; syncs.
+        has_aux: Whether the cell returns (state, aux); `solve(x).aux` is that of one more evaluation, at the solution.
         compile: Whether the loop calls the cell through torch.compile; a dict gives its options, such as
             {"dynamic": True}. Second derivatives then raise. Whole-solve kernels are taken all the same.
         graph: Whether solves on CUDA are captured as CUDA graphs and replayed, once for each shape of what goes in (the
@@ -57,9 +59,12 @@ class DEQ(nn.Module):
         solver: Solver | None = None,
         adjoint: Adjoint = Implicit(),  # noqa: B008  frozen
         tol: float | None = None,
+        atol: float = 0.0,
         max_steps: int = 50,
         trace: bool = False,
         group: Any = None,
+        throw: bool = False,
+        has_aux: bool = False,
         compile: bool | dict[str, Any] = False,
         graph: bool = False,
     ):
@@ -69,7 +74,8 @@ class DEQ(nn.Module):
         if solver is None:
             solver = cell.default_solver() if isinstance(cell, Cell) else Picard()
             solver = _picard(solver) if isinstance(adjoint, Unrolled) else solver
-        check(solver, adjoint, tol, max_steps)
+        Options(solver, adjoint, tol, atol, max_steps, throw=throw).check()
+        boolean("has_aux", has_aux)
         if not isinstance(compile, bool | dict):
             raise TypeError(f"compile must be a bool or a dict of torch.compile's options, got {compile!r}")
         boolean("graph", graph)
@@ -78,11 +84,13 @@ class DEQ(nn.Module):
             "Implicit(reuse=True)": isinstance(adjoint, Implicit) and adjoint.reuse,
             "trace=True, which asks for every residual": trace,
             "group, whose ranks would have to agree on every replay": group is not None,
+            "has_aux=True, which asks for one more evaluation": has_aux,
         }
         for what in (what for what, given in conflicts.items() if graph and given):
             raise ValueError(f"graph=True can't be combined with {what}")
         self.cell, self.solver, self.adjoint = cell, solver, adjoint
-        self.tol, self.max_steps, self.trace, self.group = tol, max_steps, trace, group
+        self.tol, self.atol, self.max_steps, self.trace, self.group = tol, atol, max_steps, trace, group
+        self.throw, self.has_aux = throw, has_aux
         self.compile_cell, self.graph = compile, graph
         self._graphs = Graphs() if graph else None
         self._compiled: Any = None  # as a tuple, or its parameters would be registered twice
@@ -113,12 +121,15 @@ class DEQ(nn.Module):
         Args:
             x: The cell's input.
             z0: Where to start: a state. None is the cell's `initial`, or zeros like x.
-            mask: bool, True where an element of the state counts in norms.
+            mask: bool, True where an element of the state counts in norms. For cells of tokens, [batch, tokens]: True
+                for real tokens, False for padding, the same as x = (x, mask).
 
         Raises:
             TypeError, ValueError: x, z0, mask or what the cell returned does not fit; the message names it.
             RuntimeError: The cell draws other dropout masks than those of `FixedDropout`.
         """
+        if mask is not None and isinstance(self.cell, Cell):
+            x, mask = self.cell.padded(x, mask)
         evaluate: Callable = self.cell
         if self.compile_cell is not False:
             if self._compiled is None:
@@ -126,7 +137,7 @@ class DEQ(nn.Module):
                 self._compiled = (torch.compile(self.cell, **options),)
             (evaluate,) = self._compiled
         inject = self.cell.inject if isinstance(self.cell, Cell) else lambda x: x
-        return self._solve(_Map(evaluate, self.cell, lambda: inject(x), self._graphs), x, z0, mask)
+        return self._solve(HeldCell(evaluate, self.cell, lambda: inject(x)), x, z0, mask, self._graphs)
 
     @torch.no_grad()
     def step(self, x: Any, cache: Cache | None = None, z0: Any = None) -> tuple[Any, Cache]:
@@ -151,12 +162,12 @@ class DEQ(nn.Module):
         """
         cell = self.cell
         past, like = past_of(cell, x, cache, self._token)
-        f = _Map(cell, cell, lambda: cell.extend(x, past), None)  # type: ignore[operator]
+        f = HeldCell(cell, cell, lambda: cell.extend(x, past))  # type: ignore[operator]
         z = self._solve(f, x, z0, None).value
-        with f.held(f.weights.values):
+        with f.held.on(f.held.weights):
             return z, Cache(self._token, like, cell.remember(z, f.injection))  # type: ignore[operator]
 
-    def _solve(self, f: "_Map", x: Any, z0: Any, mask: Any) -> Solution:
+    def _solve(self, f: HeldCell, x: Any, z0: Any, mask: Any, graphs: Graphs | None = None) -> Solution:
         cell, tol, solver, adjoint = self.cell, self.tol, self.solver, self.adjoint
         if self._unrolled is not None:
             default = cell.default_solver() if isinstance(cell, Cell) else None
@@ -166,13 +177,22 @@ class DEQ(nn.Module):
             mask = cell.counts(f.injection) if mask is None else mask
             tol = cell.default_tol() if tol is None else tol
         elif z0 is None:
-            if not isinstance(x, Tensor):
-                raise TypeError(f"z0 must be given where x is no tensor and the cell has no `initial`: {describe(x)}")
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                raise TypeError(
+                    "z0 must be given where x is no floating-point tensor and the cell has no `initial`, got x: "
+                    + describe(x)
+                )
             z0 = torch.zeros_like(x)
-        options = {"max_steps": self.max_steps, "trace": self.trace, "group": self.group, "tol": tol, "mask": mask}
-        options |= {"solver": solver, "adjoint": adjoint, "batch_dims": getattr(cell, "batch_dims", 1)}
-        solution = fixed_point(f, z0, (f.injection, f.weights.values), **options)
-        self.last = replace(solution, value=None)
+        limits = (tol, self.atol, self.max_steps)
+        options = Options(solver, adjoint, *limits, mask, self.trace, self.group, self.throw)
+        inputs = leaves_that_require_grad(f.args, [*f.parameters.values()]) if torch.is_grad_enabled() else ()
+
+        def make(layout: Layout) -> Problem:
+            return f.problem(layout, inputs=inputs, has_aux=self.has_aux, modules=(cell,))
+
+        solution = solve_problem(make, z0, getattr(cell, "batch_dims", 1), options, graphs)
+        outcome = solution.status, solution.steps, solution.residual, solution.trace, solution.route, solution.why
+        vars(self)["last"] = Solution(None, *outcome, None, solution._backward)  # without nn.Module's look at its kind
         return solution
 
     def extra_repr(self) -> str:
@@ -183,60 +203,6 @@ class DEQ(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         graphs = Graphs() if self.graph else None
         return self.__dict__ | {"last": None, "_compiled": None, "_graphs": graphs, "_token": object()}
-
-
-class _Map:
-    """cell(z, injection), with the same dropout masks at every call, and parametrized tensors of given values."""
-
-    def __init__(self, evaluate: Callable, cell: nn.Module, inject: Callable[[], Any], graphs: Graphs | None):
-        self.evaluate, self.cell, self.graphs = evaluate, cell, graphs
-        self.weights = Parametrized(cell)
-        with self.weights.held(self.weights.values):
-            self.injection = inject()
-        self.opaque = evaluate is not cell
-        self.masks = Masks(cell)
-
-    def copy(self, injection: Any) -> "_Map":
-        other = copy(self)
-        other.injection, other.graphs, other.masks = injection, None, copy(self.masks)
-        other.masks.masks = {k: None if mask is None else mask.clone() for k, mask in self.masks.masks.items()}
-        return other
-
-    @contextlib.contextmanager
-    def held(self, weights: tuple[Tensor, ...]) -> Iterator[None]:
-        with self.weights.held(weights), self.masks.held():
-            yield
-
-    def __call__(self, z: Any, injection: Any, weights: tuple[Tensor, ...]) -> Any:
-        if not self.masks.masks and not weights:
-            return self.evaluate(z, injection)
-        drawn = self.masks.drawn
-        with self.held(weights):  # a compiled cell finds the masks and has no branch that draws them
-            return (self.evaluate if drawn else self.cell)(z, injection)
-
-    def _declared(self, name: str) -> Any:
-        """What the cell declares of its forward; None where a subclass has replaced the forward it is about."""
-        cell = self.cell
-        if not isinstance(cell, Cell) or "forward" in vars(cell):
-            return None
-        depth = [next(i for i, c in enumerate(type(cell).__mro__) if n in vars(c)) for n in (name, "forward")]
-        return getattr(cell, name)(self.injection) if depth[0] <= depth[1] else None
-
-    whole_solve = property(lambda self: self._declared("whole_solve"))
-    splitting = property(lambda self: self._declared("splitting"))
-
-    @property
-    def tail(self) -> Any:
-        declared = None if self.opaque else self._declared("tail")
-        if declared is None:
-            return None
-        parts, tail = declared
-
-        def held(z: Any, injection: Any, weights: tuple[Tensor, ...]) -> tuple[Any, ...]:
-            with self.held(weights):
-                return parts(z, injection)
-
-        return held, tail
 
 
 def _picard(*solvers: Solver | None) -> Picard:

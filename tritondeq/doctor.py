@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .cells import MLP, Affine, Gated
-from .kernels import dispatch, tables
+from .kernels import devices, dispatch, tables
 from .loop import plan_steps
 from .solvers import Anderson, Broyden, Picard
 from .toolbox import table
@@ -24,7 +24,7 @@ BACKENDS = {
     "torch": "torch for everything",
 }
 LEGEND = """whole: one Triton launch for the solve; gemm: one launch a step, with its product; steps: the loop with
-fused kernels for its steps; torch: the loop in torch. `Solution.path` of a solve has the reason."""
+fused kernels for its steps; torch: the loop in torch. `Solution.why` has the reason."""
 
 
 def report() -> str:
@@ -41,6 +41,8 @@ def report() -> str:
         f"numpy      {_version('numpy')}",
     ]
     lines += [f"cuda:{i}     {_gpu(gpu)}" for i, gpu in enumerate(gpus)]
+    unfit = [(i, devices.lacks(torch.device("cuda", i))) for i in range(len(gpus))]
+    lines += [f"kernels    not on cuda:{i}: {why}" for i, why in unfit if why]
     lines += [] if gpus else ["GPU        no CUDA device: solves run in torch on the CPU"]
     lines.append(f"backend    {dispatch.chosen()}: {BACKENDS[dispatch.chosen()]}")
     if dispatch.interpreting():
@@ -87,7 +89,7 @@ def _solves(device: torch.device) -> str:
 def _whole(cell: Any, width: int, options: dict[str, str]) -> dispatch.WholeSolve:
     with torch.device("meta"):  # only shapes count, and drawing weights takes seconds
         made = cell(width, **options)
-    return made.to_empty(device="cpu").whole_solve(made.inject(torch.zeros(1, width)))
+    return made.to_empty(device="cpu").whole_solve(made.inject(torch.zeros(1, width, device="cpu")))
 
 
 def _solve(whole: dispatch.WholeSolve, solver: Picard | Anderson, device: torch.device) -> str:

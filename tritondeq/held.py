@@ -1,9 +1,11 @@
-"""What stays the same during a solve: the masks of dropout, and the weights that torch.nn.utils.parametrize makes."""
+"""What stays the same during a solve: the masks of dropout, and the weights that torch.nn.utils.parametrize makes.
+
+Both belong to the solve, and lie in thread-local storage while it evaluates its cell: threads may share a layer.
+"""
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
-from weakref import WeakKeyDictionary
+import threading
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +14,16 @@ from torch.nn.utils import parametrize
 
 from .checks import integer, number
 
+_thread = threading.local()  # `held`: (masks, values) of the solve that evaluates a cell in this thread
+
 
 class FixedDropout(nn.Module):
     """`nn.Dropout` whose mask is drawn once a solve (variational dropout; Gal and Ghahramani 2016, Bai et al. 2019).
 
     A mask that changes from step to step leaves no fixed point. In a cell of a `DEQ` that trains, every step of a
     solve, its gradient, and what checkpointing recomputes use one mask; the next solve draws another. Outside of a
-    solve each call draws a new mask, and in eval() there is none.
+    solve each call draws a new mask, and in eval() there is none. For Monte Carlo dropout, call train() of this module
+    alone.
 
     Args:
         p: Share of elements that become zero, in [0, 1); the others are scaled by 1 / (1 - p).
@@ -35,105 +40,153 @@ class FixedDropout(nn.Module):
         if dims is not None:
             integer("dims", dims, least=0)
         self.p, self.dims = p, dims
-        self.held = False  # whether a solve is on
-        self.mask: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
         shape = x.shape if self.dims is None else x.shape[: self.dims] + (1,) * (x.ndim - self.dims)
-        if not self.held:
+        held = getattr(_thread, "held", None)
+        drawn = None if held is None else held[0].get(self)
+        if drawn is None:
             return F.dropout(x, self.p) if self.dims is None else x * F.dropout(x.new_ones(shape), self.p)
-        if self.mask is None:
-            self.mask = F.dropout(torch.ones_like(x) if self.dims is None else x.new_ones(shape), self.p)
-        if self.mask.shape != shape:
+        if not drawn:
+            drawn.append(F.dropout(torch.ones_like(x) if self.dims is None else x.new_ones(shape), self.p))
+        mask = drawn[0]
+        if mask.shape != shape:
             raise ValueError(
-                f"FixedDropout drew its mask for the shape {tuple(self.mask.shape)} in this solve, and now needs "
+                f"FixedDropout drew its mask for the shape {tuple(mask.shape)} in this solve, and now needs "
                 f"{tuple(shape)}: use another FixedDropout at each place in the cell"
             )
-        return x * self.mask
+        return x * mask
 
     def extra_repr(self) -> str:
         return f"p={self.p}" if self.dims is None else f"p={self.p}, dims={self.dims}"
 
 
-class Masks:
-    """The dropout masks of one solve; RuntimeError where the cell would draw a new one at every step."""
+class Held:
+    """The dropout masks and the parametrized tensors of one solve that evaluates these modules.
 
-    def __init__(self, cell: nn.Module):
-        self.masks: dict[FixedDropout, Tensor | None] = {}  # None until the first evaluation
-        for name, module in cell.named_modules() if cell.training else ():
-            if isinstance(module, FixedDropout):
-                if module.training and module.p > 0:
-                    self.masks[module] = None
-            elif _draws(module):
-                raise RuntimeError(
-                    f"the cell holds {type(module).__name__} {name!r}, which draws another mask at every step, so that "
-                    "there is no fixed point: use tritondeq.FixedDropout, set its dropout to 0, or call eval()"
-                )
+    What the solve around it holds, where there is one, stays as it is.
+
+    Attributes:
+        masks: The mask of each `FixedDropout` that drops, in a list that is empty until the first evaluation.
+        weights: The parametrized tensors, such as those of spectral_norm or weight_norm, computed once, in the grad
+            mode of the construction. A caller passes them to f, to be differentiated as any other argument.
+
+    Raises:
+        RuntimeError: A module draws another mask, or takes other statistics of the batch, at every step.
+    """
+
+    def __init__(self, *modules: nn.Module):
+        masks, values = getattr(_thread, "held", None) or ({}, {})
+        self.masks: dict[FixedDropout, list[Tensor]] = dict(masks)
+        self._values: dict[nn.Module, Tensor] = dict(values)
+        self._lists: list[nn.Module] = []
+        weights = []
+        for part in parts_of(modules):
+            if isinstance(part, FixedDropout):
+                if part.training and part.p > 0:
+                    self.masks.setdefault(part, [])
+            elif part.training or isinstance(part, nn.modules.batchnorm._NormBase):
+                _refuse(part, modules)
+            if "parametrizations" in part._modules and parametrize.is_parametrized(part):
+                for name, made_of in part.parametrizations.items():  # type: ignore[union-attr, operator]
+                    if type(made_of) is parametrize.ParametrizationList:
+                        made_of.__class__ = _HeldList
+                    if made_of not in self._values:
+                        self._lists.append(made_of)
+                        weights.append(getattr(part, name))
+        self.weights: tuple[Tensor, ...] = tuple(weights)
+
+    @property
+    def empty(self) -> bool:
+        return not self.masks and not self._values and not self.weights
 
     @property
     def drawn(self) -> bool:
-        return all(mask is not None for mask in self.masks.values())
+        return all(self.masks.values())
+
+    def copy(self) -> "Held":
+        """Returns what holds copies of the masks, for other weights."""
+        other = object.__new__(Held)
+        other._values, other._lists, other.weights = self._values, self._lists, self.weights
+        other.masks = {part: [mask.clone() for mask in drawn] for part, drawn in self.masks.items()}
+        return other
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        for module, mask in self.masks.items():
-            module.held, module.mask = True, mask
+    def on(self, weights: tuple[Tensor, ...]) -> Iterator[None]:
+        """Lets the modules use the masks and these weights, in this thread."""
+        before = getattr(_thread, "held", None)
+        _thread.held = self.masks, self._values | dict(zip(self._lists, weights, strict=True))
         try:
             yield
         finally:
-            for module in self.masks:
-                self.masks[module] = module.mask
-                module.held, module.mask = False, None
+            _thread.held = before
+
+
+class _HeldList(parametrize.ParametrizationList):
+    """A ParametrizationList that returns the value that this thread's solve holds, if any."""
+
+    def forward(self) -> Tensor:
+        held = getattr(_thread, "held", None)
+        value = None if held is None else held[1].get(self)
+        return super().forward() if value is None else value
+
+
+def parts_of(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Returns the modules and all in them, each once; as `nn.Module.modules`, at a fifth of its price."""
+    parts: dict[nn.Module, None] = {}
+    stack = list(modules)
+    while stack:
+        part = stack.pop()
+        if part is not None and part not in parts:
+            parts[part] = None
+            stack.extend(reversed(part._modules.values()))  # type: ignore[arg-type]  # some are None
+    return list(parts)
+
+
+def computed(part: nn.Module) -> list[Callable]:
+    """Returns the pre-hooks of torch.nn.utils.weight_norm and spectral_norm, which compute a weight of the module."""
+    return [hook for hook in part._forward_pre_hooks.values() if hasattr(hook, "compute_weight")]
+
+
+def hooked(part: nn.Module) -> bool:
+    """Returns whether a hook may change what goes into the module or comes out of it; those of FSDP do not."""
+    if not (part._forward_hooks or part._forward_pre_hooks) or any(
+        c.__name__ == "FSDPModule" for c in type(part).__mro__
+    ):
+        return False
+    return bool(part._forward_hooks) or len(part._forward_pre_hooks) > len(computed(part))
+
+
+def _refuse(part: nn.Module, modules: tuple[nn.Module, ...]) -> None:
+    """Raises RuntimeError where a module makes a cell something else than a function of each sample's state."""
+    if why := _no_function(part):
+        path = next(path for module in modules for path, other in module.named_modules() if other is part)
+        raise RuntimeError(f"the cell holds {type(part).__name__}{f' {path!r}' if path else ''}, which {why}")
+
+
+def _no_function(part: nn.Module) -> str | None:
+    if isinstance(part, nn.modules.batchnorm._BatchNorm):
+        if part.training or part.running_mean is None:
+            return (
+                "mixes the samples of a batch by their statistics, and moves its running ones at every step: call its "
+                "eval(), or use a GroupNorm or LayerNorm"
+            )
+    elif part.training and _draws(part):
+        return (
+            "draws another mask at every step, so that there is no fixed point: use tritondeq.FixedDropout, set its "
+            "dropout to 0, or call eval()"
+        )
+    return None
 
 
 def _draws(module: nn.Module) -> bool:
-    """Whether the module, none of ours, draws a mask at each call."""
-    if not module.training:
-        return False
+    """Returns whether the module, none of ours, draws a mask at each call in train()."""
     if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ == "StochasticDepth":
         return bool(module.p)
-    share = getattr(module, "drop_prob", None)  # the name in every DropPath
+    # the name in every DropPath; not by getattr, which is slow where a module lacks it
+    share = vars(module).get("drop_prob", getattr(type(module), "drop_prob", None))
     if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
         share = module.dropout
     return isinstance(share, int | float) and share > 0
-
-
-class Parametrized:
-    """The parametrized tensors of a module, such as those of spectral_norm or weight_norm.
-
-    `values` are computed at construction, in its grad mode; while `held`, the module uses them. A caller passes them to
-    f as an argument, to be differentiated as any other. (parametrize.cached() would store what no_grad computed.)
-    """
-
-    def __init__(self, module: nn.Module):
-        modules: list[Any] = [m for m in module.modules() if parametrize.is_parametrized(m)]
-        self.lists = [m.parametrizations[name] for m in modules for name in m.parametrizations]
-        self.values: tuple[Tensor, ...] = tuple(getattr(m, name) for m in modules for name in m.parametrizations)
-
-    @contextlib.contextmanager
-    def held(self, values: tuple[Tensor, ...]) -> Iterator[None]:
-        constants = [_CONSTANTS.setdefault(made_of, _Constant()) for made_of in self.lists]
-        before: list[Any] = [c.value for c in constants]  # a DEQ within a DEQ sees what the outer one holds
-        for made_of, constant, value in zip(self.lists, constants, values, strict=True):
-            made_of.forward, constant.value = constant, value
-        try:
-            yield
-        finally:
-            for made_of, constant, value in zip(self.lists, constants, before, strict=True):
-                constant.value = value
-                if value is None:
-                    del made_of.forward
-
-
-class _Constant:
-    """What a ParametrizationList calls while its value is held."""
-
-    value: Tensor | None = None
-
-    def __call__(self) -> Tensor | None:
-        return self.value
-
-
-_CONSTANTS: WeakKeyDictionary[nn.Module, _Constant] = WeakKeyDictionary()  # reused: compilers guard on identity

@@ -31,7 +31,8 @@ class Layout:
     """
 
     def __init__(self, state: Any, batch_dims: int = 1, name: str = "z0"):
-        leaves, self.spec = pytree.tree_flatten(state)
+        self.single = isinstance(state, Tensor)
+        leaves, self.spec = ([state], _LEAF) if self.single else pytree.tree_flatten(state)
         if not leaves:
             raise ValueError(f"{name} must hold at least one tensor, got {describe(state)}")
         for leaf in leaves:
@@ -42,7 +43,7 @@ class Layout:
         if not 0 <= dims <= min(leaf.ndim for leaf in leaves):
             raise ValueError(f"batch_dims={batch_dims} does not fit {name}: {', '.join(map(describe, leaves))}")
         self.batch_shape, self.device = first.shape[:dims], first.device
-        for leaf in leaves:
+        for leaf in leaves[1:]:
             if leaf.shape[:dims] != self.batch_shape or leaf.device != self.device:
                 raise ValueError(
                     f"{name} must share device and first {dims} dims: got {describe(first)} and {describe(leaf)}"
@@ -54,7 +55,6 @@ class Layout:
         self.sizes = [leaf.shape[dims:].numel() for leaf in leaves]
         self.width = sum(self.sizes)
         self.channels_last = [dims == 1 and _channels_last(leaf) for leaf in leaves]
-        self.single = self.spec == pytree.tree_structure(0)
         self.flat = self.single and first.shape == (self.batch, self.width) and first.dtype == self.dtype
 
     def pack(self, state: Any, name: str = "f(z)", cast: bool = True) -> Tensor:
@@ -66,6 +66,9 @@ class Layout:
             TypeError, ValueError: Its structure, shapes, device or kind differ from the example's.
         """
         if self.single:
+            if self.flat and type(state) is Tensor and state.shape == self.shapes[0]:
+                if state.dtype is self.dtype and state.device == self.device:
+                    return state
             self._check(state, 0, name)
             rows = state if self.flat else self._rows(state, 0)
             return rows.to(self.dtype) if cast else rows
@@ -92,6 +95,8 @@ class Layout:
 
     def per_sample(self, vector: Tensor) -> Tensor:
         """Returns `vector` [..., B] as [..., *batch shape]."""
+        if len(self.batch_shape) == 1:
+            return vector
         return vector.reshape(vector.shape[:-1] + self.batch_shape)
 
     def mask(self, mask: Any) -> Tensor | None:
@@ -136,7 +141,11 @@ class Layout:
             )
 
 
+_LEAF = pytree.tree_structure(0)
+_FORMS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
 def _channels_last(leaf: Tensor) -> bool:
     """Returns whether each sample is channels last and not in the plain format too; samples may lie apart."""
-    form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(leaf.ndim)
+    form = _FORMS.get(leaf.ndim)
     return form is not None and leaf[:1].is_contiguous(memory_format=form) and not leaf[:1].is_contiguous()

@@ -9,16 +9,18 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from .kernels import dispatch
+from .kernels import devices, dispatch
 from .kernels.rules import Rules
-from .kernels.tails import PARTS, PLAIN, Tail
-from .layout import Layout
-from .solution import Solution
+from .kernels.tails import PLAIN, Tail
+from .problem import Parts
+from .solution import Outcome, Route
 from .solvers import Solver
 
+WATCHED = 2  # evaluations that a `guards.Watched` sees
 READ_EVERY = 4  # steps between two looks, one look late, at whether any sample is still active on a GPU
 
-Parts = Callable[[Tensor], tuple[Tensor, ...]]
+
+Ended = tuple[Parts, Tail]  # (g, Tail) where a map is that Tail of the parts that g returns
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Settings:
     """What one solve needs beside the map and its start: arguments of `fixed_point`, with the mask as [B, N] bool.
 
     Attributes:
-        tail: (g, Tail) where the map is that Tail of the parts that g returns.
+        relative, scale: What the residual is relative to: see kernels/rules.py.
+        sizes: The scale of each sample, [B], in place of one for all.
         estimate: Of the inverse Jacobian, by an earlier solve; this one begins with it.
         leaves: Filled by this solve.
     """
@@ -37,7 +40,9 @@ class Settings:
     mask: Tensor | None = None
     group: Any = None
     trace: bool = False
-    tail: tuple[Parts, Tail] | None = None
+    relative: float = 1.0
+    scale: float = 0.0
+    sizes: Tensor | None = None
     estimate: "Estimate | None" = None
     leaves: "Estimate | None" = None
 
@@ -48,70 +53,79 @@ class Estimate:
     rings: Any = None
 
 
-def iterate(f: Callable[[Tensor], Tensor], z: Tensor, settings: Settings) -> tuple[Tensor, Solution]:
-    """Runs the loop. Returns the iterate [B, N] with the lowest residual, and a Solution without it."""
+def iterate(
+    f: Callable[[Tensor], Tensor], z: Tensor, settings: Settings, tail: Ended | None = None, watch: Any = None
+) -> Outcome:
+    """Runs the loop for z = f(z), which `tail` describes too. A `guards.Watched` sees the evaluations."""
+    if torch.is_autocast_enabled(z.device.type):
+        with without_autocast(z.device.type) as autocast:
+            return _iterate(f, z, settings, tail, watch, autocast)
+    return _iterate(f, z, settings, tail, watch)
+
+
+def _iterate(
+    f: Callable, z: Tensor, settings: Settings, tail: Ended | None, watch: Any, autocast: Callable | None = None
+) -> Outcome:
     op, how = plan_steps(settings.solver, z.device, z.shape[1], z.dtype) if z.shape[0] else (None, "")
-    with without_autocast(z.device.type) as autocast:
-        with explain_no_room(settings.solver, z):
-            parts, steps = start(op, f, z, settings)
-        parts = autocast(parts)
-        if settings.estimate is not None:
-            steps.resume(settings.estimate.rings)
-        best, solution = drive(steps, settings, parts, z)
-        if settings.leaves is not None:
-            settings.leaves.rings = tuple(_oldest_first(ring, solution.steps) for ring in steps.estimate())
-    solution.path = f"loop, {how}" if op else "loop"
-    return best, solution
+    with explain_no_room(settings.solver, z):
+        parts, steps = start(op, f, z, settings, tail)
+    parts = parts if autocast is None else autocast(parts)
+    if settings.sizes is not None:
+        steps.base.copy_(settings.sizes)
+    if settings.estimate is not None:
+        steps.resume(settings.estimate.rings)
+    outcome = drive(steps, settings, parts, z, Route.FUSED if op else Route.TORCH, how, watch)
+    if settings.leaves is not None:
+        settings.leaves.rings = tuple(_oldest_first(ring, outcome.steps) for ring in steps.estimate())
+    return outcome
 
 
 def drive(
-    steps: Any, settings: Settings, parts: Callable = lambda z: (), z: Tensor | None = None
-) -> tuple[Tensor, Solution]:
+    steps: Any,
+    settings: Settings,
+    parts: Callable = lambda z: (),
+    z: Tensor | None = None,
+    route: Route = Route.FUSED,
+    why: str = "",
+    watch: Any = None,
+) -> Outcome:
     """Runs the loop by these steps, from z on; steps that evaluate the cell themselves need neither its parts nor z."""
-    residuals = []
-    look = Look(steps.rules.best.device, settings.group)
-    for k in range(1, settings.max_steps + 1):
-        steps.take(*parts(z))
-        if settings.trace:
+    residuals, last, trace = [], settings.max_steps, settings.trace
+    look = Look(steps.device, settings.group)
+    for k in range(1, last + 1):
+        made = parts(z) if watch is None or k > WATCHED else watch.early(k, parts, z)
+        steps.take(*made)
+        if trace:
             residuals.append(steps.rel.clone())
         left = look(steps.left)
-        if k == settings.max_steps or left == 0:
+        if k == last or left == 0:
             break
         z = steps.onward(left)
     best, status, evaluations, residual = steps.finish()
-    return best, Solution(None, status, evaluations, residual, torch.stack(residuals) if settings.trace else None)
+    return Outcome(
+        best,
+        status,
+        evaluations,
+        residual,
+        torch.stack(residuals) if trace else None,
+        route,
+        why,
+        steps.last,
+        steps.base,
+    )
 
 
-def declared(f: Callable, name: str, kind: type) -> Any:
-    """Returns the attribute `name` of f, or None where it is of another kind, such as a cell's method of that name."""
-    value = getattr(f, name, None)
-    return value if isinstance(value, kind) else None
-
-
-def flat_tail(f: Callable, layout: Layout, args: tuple) -> tuple[Parts, Tail]:
-    """Returns `f.tail` as a map of [B, N]; a plain one where there is none, or where the state has no such rows."""
-    before, tail = declared(f, "tail", tuple) or (None, PLAIN)
-    if before is None or not layout.has_rows(tail.features):
-        before, tail = (lambda *a: (f(*a),)), PLAIN
-
-    def parts(flat: Tensor) -> tuple[Tensor, ...]:
-        given = before(layout.unpack(flat), *args)
-        if not isinstance(given, tuple) or not len(tail.gains) < len(given) <= PARTS:
-            got = len(given) if isinstance(given, tuple) else type(given).__name__
-            raise ValueError(f"a tail takes a tuple of {len(tail.gains) + 1} to {PARTS} parts, got {got}")
-        return tuple(layout.pack(part, cast=False) for part in given)
-
-    return parts, tail
-
-
-def start(op: Any, f: Callable[[Tensor], Tensor], z: Tensor, settings: Settings) -> tuple[Parts, Any]:
+def start(
+    op: Any, f: Callable[[Tensor], Tensor], z: Tensor, settings: Settings, ended: Ended | None = None
+) -> tuple[Parts, Any]:
     """Returns what is evaluated of f, and the steps that take it: those of `op`, or in torch where it is None."""
     if op is None:
         return lambda z: (f(z),), _Steps(z, settings)
-    parts, tail = settings.tail or (None, PLAIN)
+    parts, tail = ended or (None, PLAIN)
     if parts is None or not tail.fits(settings.solver.fused_steps, z):
         parts, tail = (lambda z: (f(z),)), PLAIN
     options = asdict(settings.solver)  # type: ignore[call-overload]  # every solver is a dataclass
+    options |= {"relative": settings.relative, "scale": settings.scale}
     return parts, op.start(z, settings.mask, settings.tol, settings.max_steps, tail, **options)
 
 
@@ -123,16 +137,22 @@ def plan_steps(solver: Solver, device: torch.device, width: int, dtype: torch.dt
     return dispatch.pick(solver.fused_steps, device, width=width, dtype=dtype, memory=memory)
 
 
-@contextlib.contextmanager
-def explain_no_room(solver: Solver, z: Tensor) -> Iterator[None]:
+class explain_no_room:  # noqa: N801  a context, without a generator's price
     """Adds what to change to the error where there is no room for the states of a solve of `z`."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise torch.OutOfMemoryError(
-            f"{solver} keeps several states of {z.numel() * z.element_size() / 2**20:.0f} MiB, and there is no room: "
-            f"lower its memory, take Picard(), or split the batch. {error}"
-        ) from error
+
+    def __init__(self, solver: Solver, z: Tensor):
+        self.solver, self.z = solver, z
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, torch.OutOfMemoryError):
+            size = self.z.numel() * self.z.element_size() / 2**20
+            raise torch.OutOfMemoryError(
+                f"{self.solver} keeps several states of {size:.0f} MiB, and there is no room: lower its memory, take "
+                f"Picard(), or split the batch. {error}"
+            ) from error
 
 
 def _oldest_first(ring: Tensor, steps: Tensor) -> Tensor:
@@ -142,27 +162,36 @@ def _oldest_first(ring: Tensor, steps: Tensor) -> Tensor:
     return ring.gather(1, order.unsqueeze(2).expand_as(ring))
 
 
+_norms = torch.linalg.vector_norm
+
+
 class _Steps:
     """The steps of any solver in torch operations; kernels/steps/base.py documents the protocol."""
 
     def __init__(self, z: Tensor, settings: Settings):
-        self.z, self.best, self.mask, self.solver = z, z, settings.mask, settings.solver
-        self.rules = Rules(z.shape[0], z.dtype, z.device, settings.tol)
+        self.z, self.best, self.mask, self.solver, self.device = z, z, settings.mask, settings.solver, z.device
+        rules = settings.tol, settings.relative, settings.scale
+        self.rules = Rules(z.shape[0], z.dtype, z.device, *rules, plain=type(z) is Tensor)
         self.history = self.solver.init(z, self.mask)
         self.k = 0
 
-    def take(self, y: Tensor) -> None:
-        z, mask, rules = self.z, self.mask, self.rules
-        self.k += 1
-        self.y, self.g = y, y - z
-        self.seen = self.g if mask is None else torch.where(mask, self.g, 0.0)
-        r = torch.linalg.vector_norm(self.seen, dim=1)
-        s = torch.linalg.vector_norm(y if mask is None else torch.where(mask, y, 0.0), dim=1)
-        self.rel, improved = rules.update(self.k, r, s)
-        self.best = z if rules.all_improved else torch.where(improved.unsqueeze(1), z, self.best)
+    base = property(lambda self: self.rules.base)
+    rel = property(lambda self: self.rules.rel)
+    last = property(lambda self: self.rules.last)
 
-    def left(self) -> Tensor:
-        return self.rules.active.count_nonzero()
+    def take(self, y: Tensor) -> None:
+        z, mask = self.z, self.mask
+        self.k += 1
+        self.y = y
+        self.seen = self.g = y - z
+        if mask is not None:
+            self.seen, y = torch.where(mask, self.g, 0.0), torch.where(mask, y, 0.0)
+        improved = self.rules.update(self.k, _norms(self.seen, 2, 1), _norms(y, 2, 1))
+        self.best = z if improved is None else torch.where(improved.unsqueeze(1), z, self.best)
+
+    def left(self) -> Tensor | int:
+        left = self.rules.left
+        return self.rules.active.count_nonzero() if left is None else left
 
     def onward(self, left: int | None) -> Tensor:
         y, z = self.y, self.z
@@ -190,18 +219,19 @@ class Look:
     """
 
     def __init__(self, device: torch.device, group: Any, every: int = READ_EVERY):
-        self.group, self.cuda, self.every, self.steps = group, device.type == "cuda", every, 0
-        self.blind = self.cuda and torch.cuda.is_current_stream_capturing()
+        self.device, self.group, self.every, self.steps = device, group, every, 0
+        self.cuda, self.blind = device.type == "cuda", devices.capturing(device)
         if self.cuda and not self.blind:
-            self.flag = torch.ones((), dtype=torch.int64, pin_memory=True)
+            self.flag = torch.ones((), dtype=torch.int64, device="cpu", pin_memory=True)
             self.copied: torch.cuda.Event | None = None
 
-    def __call__(self, active: Callable[[], Tensor]) -> int | None:
+    def __call__(self, active: Callable[[], Any]) -> int | None:
         self.steps += 1
         if self.blind or (self.cuda and self.steps % self.every):
             return None
         left = active()
         if self.group is not None:
+            left = torch.as_tensor(left)
             torch.distributed.all_reduce(left, torch.distributed.ReduceOp.MAX, group=self.group)
         if not self.cuda:
             return int(left) if self.group is None or left == 0 else None
@@ -212,7 +242,7 @@ class Look:
             if not self.flag.item():
                 return 0
         self.flag.copy_(left, non_blocking=True)
-        self.copied.record()
+        self.copied.record(torch.cuda.current_stream(self.device))
         return None
 
 

@@ -1,8 +1,8 @@
 """What a solve returns: a value, and the outcome of each sample."""
 
 from dataclasses import dataclass, field
-from enum import IntEnum
-from typing import Any
+from enum import Enum, IntEnum
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +27,8 @@ class Status(IntEnum):
 
 _SENTENCES = {
     Status.CONVERGED: "The residual reached the tolerance.",
-    Status.PLATEAU: "The residual stopped improving above the tolerance: this is the floor of the precision; "
-    "raise tol, or compute the cell in a wider dtype.",
+    Status.PLATEAU: "The residual stopped improving above the tolerance, for as many evaluations as came before: "
+    "raise tol, compute the cell in a wider dtype, or take another solver.",
     Status.MAX_STEPS: "max_steps evaluations were not enough: raise it or tol, damp the solver, or use Anderson.",
     Status.GROWING: "The norm of the state runs away, so a small relative residual means nothing: the cell has no "
     "fixed point here; give it an outer norm, a decay or a smaller weight.",
@@ -36,7 +36,31 @@ _SENTENCES = {
 }
 
 
-@dataclass
+class Route(Enum):
+    """What solves a problem."""
+
+    KERNEL = "one Triton launch does the whole solve"
+    FUSED = "Triton kernels take the steps, and the host runs the loop"
+    TORCH = "torch operations take the steps, and the host runs the loop"
+    GRAPH = "CUDA graphs are replayed"
+    UNROLLED = "an explicit net of a fixed number of steps under autograd"
+
+
+class Outcome(NamedTuple):
+    """What a route returns, in the flat layout of the solve: vectors of B samples."""
+
+    value: Tensor  # [B, N]: the state with the lowest residual
+    status: Tensor
+    steps: Tensor
+    residual: Tensor
+    trace: Tensor | None = None
+    route: Route = Route.TORCH
+    why: str = ""
+    last: Tensor | None = None  # residual of the last evaluation, of samples that had stopped before, too
+    base: Tensor | None = None  # the least size that residuals are relative to
+
+
+@dataclass(frozen=True)
 class Solution:
     """Result of one solve. Per-sample tensors have the batch shape and stay on the device: reading them syncs.
 
@@ -44,10 +68,12 @@ class Solution:
         value: The state with the lowest residual, in the structure, shapes and dtypes of z0.
         status: int32, a `Status` each.
         steps: int32, evaluations of f for that sample.
-        residual: ||f(z) - z|| / ||f(z)|| of `value` before it is cast to z0's dtype; float32 (float64 in float64).
+        residual: ||f(z) - z|| of `value`, before it is cast to z0's dtype, relative to ||f(z)|| (see `fixed_point`);
+            float32 (float64 in float64).
         trace: Residual of each evaluation, [steps, *batch], or None unless asked for.
-        path: What solved it: "one Triton launch", "loop, " and the kernels of its steps, or "loop: " and why.
-        adjoint: The last backward solve's Solution (without value), once a backward through `value` has solved one.
+        route: What solved it, a `Route`.
+        why: Why that route was taken, or with which kernels, in one sentence.
+        aux: What f returned beside the state, where `has_aux`; evaluated at `value`, with gradients.
     """
 
     value: Any
@@ -55,8 +81,10 @@ class Solution:
     steps: Tensor
     residual: Tensor
     trace: Tensor | None = None
-    path: str = "loop"
-    _adjoints: list["Solution"] = field(default_factory=list, repr=False)
+    route: Route = Route.TORCH
+    why: str = ""
+    aux: Any = None
+    _backward: list["Solution"] = field(default_factory=list, repr=False)
 
     @property
     def converged(self) -> Tensor:
@@ -65,13 +93,20 @@ class Solution:
 
     @property
     def adjoint(self) -> "Solution | None":
-        """The last backward solve's Solution, or None before there is one."""
-        return self._adjoints[-1] if self._adjoints else None
+        """The last backward solve's Solution (without value), once a backward through `value` has solved one."""
+        return self._backward[-1] if self._backward else None
 
-    def raise_if_failed(self) -> None:
+    def raise_if_failed(self, what: str = "the fixed point") -> None:
         """Raises RuntimeError, with numbers and advice, where a sample is MAX_STEPS, GROWING or NONFINITE. Syncs."""
-        counts = torch.bincount(self.status.flatten(), minlength=len(Status)).tolist()
-        failed = [s for s in (Status.NONFINITE, Status.GROWING, Status.MAX_STEPS) if counts[s]]
-        if failed:
-            reasons = " ".join(f"{counts[s]} of {sum(counts)} samples {s.name}: {s.sentence}" for s in failed)
-            raise RuntimeError(f"the fixed point was not reached. {reasons}")
+        if reasons := failures(self.status):
+            raise RuntimeError(f"{what} was not reached. {reasons}")
+
+
+def failures(status: Tensor, advice: bool = True) -> str:
+    """Returns how many samples failed and what helps, or "" where none is MAX_STEPS, GROWING or NONFINITE. Syncs."""
+    counts = torch.bincount(status.flatten(), minlength=len(Status)).tolist()
+    failed = [s for s in (Status.NONFINITE, Status.GROWING, Status.MAX_STEPS) if counts[s]]
+    texts = [f"{counts[s]} of {sum(counts)} samples {s.name}" for s in failed]
+    return (
+        " ".join(f"{text}: {s.sentence}" for s, text in zip(failed, texts, strict=True)) if advice else ", ".join(texts)
+    )

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from . import cells
 from .deq import DEQ
-from .kernels import dispatch, launch, tables
+from .kernels import devices, dispatch, launch, tables
 from .solvers import Anderson, Broyden, Picard, Solver
 from .toolbox import writable
 
@@ -88,8 +88,7 @@ class Workload:
             x, cotangent = torch.randn(2, *shape).to(device, dtype)
         exact = copy.deepcopy(layer).double()
         exact.tol, exact.max_steps = 1e-10, 1000
-        # Without threads, because the backward pass of another thread would not see the backend.
-        with dispatch.backend("torch"), torch.autograd.set_multithreading_enabled(False):
+        with dispatch.backend("torch"):
             reference = _solved(exact, x.double(), cotangent.double())
         return partial(_solved, layer, x, cotangent), reference
 
@@ -156,7 +155,7 @@ def run(
         return 1
     device = device or torch.device("cuda", torch.cuda.current_device())
     gpu = gpu or torch.cuda.get_device_name(device)
-    path = _table(gpu)
+    path = _table(gpu, device)
     known, fault = tables.read(gpu)
     if fault:
         print(f"{fault}: it is begun anew", flush=True)
@@ -241,9 +240,10 @@ def _left_out(what: Job | Workload, error: Exception) -> None:
     print(f"left out: {what}: {type(error).__name__}: {error}".splitlines()[0][:300], flush=True)
 
 
-def _table(gpu: str) -> Path:
-    """Returns the table's path; raises OSError where it can't be written, or where there is no Triton to measure."""
+def _table(gpu: str, device: torch.device) -> Path:
+    """Returns the table's path; raises OSError where it can't be written, or where no kernel runs to be measured."""
     why = dispatch.too_old() if dispatch.has_triton() else "triton is not installed: on Linux, pip install triton"
+    why = why or devices.lacks(device)
     if why:
         raise OSError(why)
     path = tables.path(gpu)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import devices, launch
 from ..dispatch import RowOp, interpreting, register
-from ..tl_common import act, add2, bf16_pair
+from ..tl_common import act, add2, bf16_pair, product
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -76,9 +76,9 @@ def _moments(x, mask, n, INTERP: tl.constexpr):
     first = tl.sum(tl.sum(x, 1), 0) / n
     d = tl.where(mask, x - first, 0.0)
     if INTERP:
-        off, squares = tl.sum(tl.sum(d, 1), 0), tl.sum(tl.sum(d * d, 1), 0)
+        off, squares = tl.sum(tl.sum(d, 1), 0), tl.sum(tl.sum(product(d, d), 1), 0)
     else:
-        off, squares = tl.reduce(tl.reduce((d, d * d), 1, add2), 0, add2)
+        off, squares = tl.reduce(tl.reduce((d, product(d, d)), 1, add2), 0, add2)
     return first, off / n, squares - off * off / n
 
 
@@ -152,7 +152,7 @@ def _normalise_kernel(
         first = tl.sum(tl.where(parts == 0, firsts, 0.0), 0)
         away = tl.where(mask_s, firsts - first, 0.0) + tl.load(at + 1, mask=mask_s, other=0.0)
         sizes = tl.where(mask_s, tl.minimum(BLOCK_P, P - parts * BLOCK_P) * D, 0).to(tl.float32)
-        off = tl.sum(sizes * away, 0) / n
+        off = tl.sum(product(sizes, away), 0) / n
         squares = tl.sum(tl.load(at + 2, mask=mask_s, other=0.0) + sizes * (away - off) * (away - off), 0)
     known = tl.arange(0, BLOCK_D) < D
     channels = group * D + tl.arange(0, BLOCK_D)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import devices, launch
 from ..dispatch import RowOp, interpreting, register
-from ..tl_common import bf16_pair
+from ..tl_common import bf16_pair, product
 
 MOST = 8192  # features whose row fits in the registers of a program
 DTYPES = (torch.float32, torch.bfloat16)
@@ -58,7 +58,7 @@ def _rms_kernel(
     if HAS_GAMMA:
         b *= tl.load(gamma_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
     s = tl.load(a_ptr + offs, mask=mask, other=0.0).to(tl.float32) + b
-    n = s * (1.0 / tl.sqrt(tl.sum(s * s, 1) / D + eps))[:, None]
+    n = s * (1.0 / tl.sqrt(tl.sum(product(s, s), 1) / D + eps))[:, None]
     if HAS_WEIGHT:
         n *= tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
     if INTERP and n_ptr.dtype.element_ty == tl.bfloat16:

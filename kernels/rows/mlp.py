@@ -20,7 +20,7 @@ import triton.language as tl
 from ..dispatch import Op, register
 from ..formulas import RMS_EPS, mlp, rms_pull
 from ..reference import iterate
-from ..tl_common import act, constant
+from ..tl_common import act, constant, product
 from . import skeleton
 from .tl_rows import dot, feed
 
@@ -28,13 +28,13 @@ EPS = constant(RMS_EPS)
 ACTS = ("relu", "gelu", "silu", "fast_gelu", "fast_silu")
 
 
-def mlp_solve_ref(weights, biases, scale, u, z0=None, *, form, activation, terms=2, **options):
+def mlp_solve_ref(weights, biases, scale, u, z0=None, /, *, form, activation, terms=2, **options):
     """Does what `mlp_solve` does in torch, in the dtype of `u`; `terms` means nothing here."""
     z = torch.zeros_like(u) if z0 is None else z0
     return iterate(lambda z: mlp(form, activation, weights, biases, scale, u, z), z, **options)
 
 
-def mlp_adjoint_ref(weights, scale, saved, g, *, form, activation, terms=2, **options):
+def mlp_adjoint_ref(weights, scale, saved, g, /, *, form, activation, terms=2, **options):
     """Does what `mlp_adjoint` does in torch, in the dtype of `g`; `terms` means nothing here."""
     up, down, *gate = weights
     at, *slopes = saved
@@ -53,13 +53,13 @@ def mlp_adjoint_ref(weights, scale, saved, g, *, form, activation, terms=2, **op
 
 @triton.jit
 def _rms(x, D: tl.constexpr):
-    return tl.rsqrt(tl.sum(x * x, 1) / D + EPS)[:, None]
+    return tl.rsqrt(tl.sum(product(x, x), 1) / D + EPS)[:, None]
 
 
 @triton.jit
 def _rms_pull(t, unit, scale, D: tl.constexpr):
     """Returns p' t where rms(x) is `unit` = x * `scale`."""
-    return scale * (t - unit * (tl.sum(t * unit, 1) / D)[:, None])
+    return scale * (t - unit * (tl.sum(product(t, unit), 1) / D)[:, None])
 
 
 @triton.jit
@@ -143,7 +143,7 @@ BACK = {"post": _post_adjoint_step, "pre": _pre_adjoint_step}
 ADJOINT = {form: skeleton.Rows("rows.mlp", _adjoint_start, step, transpose=False) for form, step in BACK.items()}
 
 
-def mlp_solve(weights, biases, scale, u, z0=None, *, form, activation, **options):
+def mlp_solve(weights, biases, scale, u, z0=None, /, *, form, activation, **options):
     """Solves for z* given rows u; returns what `Rows.solve` does.
 
     Args:
@@ -165,7 +165,7 @@ def mlp_solve(weights, biases, scale, u, z0=None, *, form, activation, **options
     return SOLVE[form].solve(activation, weights, vectors, inputs, z0, **options)
 
 
-def mlp_adjoint(weights, scale, saved, g, *, form, activation, **options):
+def mlp_adjoint(weights, scale, saved, g, /, *, form, activation, **options):
     """Solves u* = J' u* + g for rows g [B, D], with the arguments and results of `mlp_solve`.
 
     `saved` is what rms is taken of, y or z* [B, D], then `formulas.hidden_slopes` at the solution, each [B, H].

@@ -20,8 +20,8 @@ two leave a relative error of 2^-17, 2^-16 at worst.
 
 STREAM, where the terms of a cell's only matrix don't fit together: W0 stays, and carry[0] = u + W0 z + W1 zs with zs
 behind z. `lag` is z - zs, and `drift` bounds its norm by the sum of the steps in it. A row pushes its lag through W1,
-read from L2, when drift passes LAG / 2 * max(defect, tol * norm). An evaluation can only become the best, and so stop
-its row, where drift <= LAG * max(defect, tol * norm): its residual is then off by LAG * ||W1|| of max(residual, tol) at
+read from L2, when drift passes LAG / 2 * max(defect, tol * size). An evaluation can only become the best, and so stop
+its row, where drift <= LAG * max(defect, tol * size): its residual is then off by LAG * ||W1|| of max(residual, tol) at
 most, where ||W1|| is about 2^-9 ||W||, that is 3% at ||W|| = 1.
 
 The best iterate is the last one, unless a row failed: then that row is solved a second time, up to its best. That is
@@ -37,10 +37,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import devices, launch
-from ..dispatch import interpreting, triton_version
+from ..dispatch import interpreting
 from ..reference import RIDGE
+from ..rules import EPS
 from ..tl_anderson import anderson_step
-from ..tl_common import FLOOR, WINDOW, bf16_pair, constant, row_sums, rules_start, rules_status, rules_update
+from ..tl_common import WINDOW, bf16_pair, constant, row_sums, rules_size, rules_start, rules_status, rules_update
 from .tl_rows import choose, copies, load_inputs, load_terms, load_vector, push
 
 MEMORY = 4  # most differences that Anderson can store in registers
@@ -61,6 +62,8 @@ def rows_kernel(
     B,
     tol,
     max_steps,
+    relative,
+    scale,
     damping,
     ridge,
     START: tl.constexpr,
@@ -109,7 +112,7 @@ def rows_kernel(
     k = zero
     best = zero  # evaluation of the best z
     limit = zero  # evaluation at which a row stops at the latest
-    state = rules_start(tol, BLOCK_B)
+    state = rules_start(tol, scale, BLOCK_B)
     r = tl.zeros((BLOCK_B,), tl.float32)
     s = r
     if STREAM:
@@ -132,7 +135,7 @@ def rows_kernel(
         fresh = load_inputs(x_ptrs, rows, begin, INPUTS)
         inputs = choose(begin, fresh, inputs)
         carry = choose(begin, START(fresh, vectors, D, ACT, INTERP), carry)
-        state = choose(begin, rules_start(tol, BLOCK_B), state)
+        state = choose(begin, rules_start(tol, scale, BLOCK_B), state)
         z, d = choose(begin, (tl.zeros_like(z), none), (z, d))
         k, best = choose(begin, (zero, zero), (k, best))
         mask = begin[:, None] & (offs_d < D)
@@ -175,9 +178,9 @@ def rows_kernel(
             r, s = choose(go, (tl.sqrt(sums[0]), tl.sqrt(sums[1])), (r, s))
             exact = go
             if STREAM:
-                scale = tl.maximum(r, tol * s)
-                exact = go & (drift <= LAG * scale)
-            rel, improved, state = rules_update(state, k, r, s, go, exact, FLOOR)
+                reach = tl.maximum(r, tol * rules_size(state, s, relative))
+                exact = go & (drift <= LAG * reach)
+            rel, improved, state = rules_update(state, k, r, s, relative, go, exact)
             best = tl.where(improved, k, best)
             go = go & (state[0] > state[1]) & (k < limit)
             if MEMORY > 0:
@@ -192,7 +195,7 @@ def rows_kernel(
             if STREAM:
                 lag += near
                 drift += tl.where(go, tl.sqrt(tl.sum(step * step, 1)) if MEMORY > 0 else damping * r, 0.0)
-                due = go & ~(drift <= 0.5 * LAG * scale)
+                due = go & ~(drift <= 0.5 * LAG * reach)
                 if tl.max(due.to(tl.int32), 0) > 0:
                     e, near = bf16_pair(tl.where(due[:, None], lag, 0.0), INTERP)
                     lag -= near
@@ -208,7 +211,7 @@ def rows_kernel(
         tl.store(z_ptr + offs, carry[0] if FROM_CARRY else z, mask=done[:, None] & (offs_d < D))
         tl.store(steps_ptr + rows, k, mask=first)
         tl.store(residual_ptr + rows, state[0], mask=first)
-        tl.store(status_ptr + rows, rules_status(state, r, s, tol), mask=first)
+        tl.store(status_ptr + rows, rules_status(state, r, s, relative, tol), mask=first)
         again = first & (best < k)
 
 
@@ -241,7 +244,7 @@ class Rows:
 
     def solve(
         self, act, matrices, vectors, inputs, z0=None, *,
-        tol, max_steps, damping=1.0, memory=0, ridge=1e-8, terms=2,
+        tol, max_steps, relative=1.0, scale=0.0, damping=1.0, memory=0, ridge=1e-8, terms=2,
     ):  # fmt: skip
         """Solves all rows in one launch; D is the width of z, the inputs of the first matrix. Tensors are fp32.
 
@@ -251,8 +254,10 @@ class Rows:
             vectors: Each [.].
             inputs: Each [B, .].
             z0: Start, [B, D]; zero if None.
-            tol: Relative residual at which a row has converged.
+            tol: Residual at which a row has converged.
             max_steps: Most evaluations, at least 1.
+            relative: 1 where the residual is relative to ||f(z)||, 0 where it is not; see rules.py.
+            scale: Least of what it is relative to.
             damping: Factor of the step, in (0, 1].
             memory: 0 for Picard, 1 to 4 for Anderson with as many stored differences.
             ridge: Of Anderson's Gram matrix scaled to a unit diagonal; at least 4e-7 in fp32.
@@ -283,7 +288,7 @@ class Rows:
         with devices.on(z.device):
             rows_kernel[(programs,)](
                 *(weights, flat, inputs, start, scratch, z, steps, residual, status),
-                *(len(z), tol, max_steps, damping, max(ridge, RIDGE)),
+                *(len(z), tol, max_steps, float(relative), max(scale, EPS), damping, max(ridge, RIDGE)),
                 START=self.start,
                 STEP=self.step,
                 D=z.shape[1],
@@ -312,9 +317,8 @@ def refuses(op, shapes, dtype, terms, solver_memory, device) -> str | None:
         return "float64 state, and the kernel's is float32"
     if solver_memory > MEMORY:
         return f"Anderson memory {solver_memory}, and the registers hold {MEMORY}"
-    if triton_version() < (3, 5) and not interpreting():
-        shared = devices.shared_memory(device)
-        config = launch.SHAPES[op](batch=1, shapes=shapes, terms=terms, memory=solver_memory, shared=shared)
-        if config and config["STREAM"]:
+    if len(shapes) == 1 and not launch.can_stream():
+        one, all_terms = (launch.row_bytes(shapes, 16, resident, terms) for resident in (1, terms))
+        if one <= devices.shared_memory(device) < all_terms:
             return f"{terms} terms of W, of which Triton 3.4 compiles no kernel that reads them from memory"
     return launch.too_large(op, shapes, terms, solver_memory, device)

@@ -7,7 +7,9 @@ a tensor of rows (width, block, stride from row to row).
 import triton
 import triton.language as tl
 
-from ..tl_common import bf16_pair
+from ..tl_common import bf16_pair, constant
+
+APART = constant(1 << 20)  # is for fp8, and no fp8 is here; where it is not 0, Triton lets no dot begin with a sum
 
 
 @triton.jit
@@ -82,10 +84,15 @@ def copies(x, N: tl.constexpr):
 
 @triton.jit
 def dot(acc, d, w):
-    """Returns acc + d W, for all terms of W in shared memory."""
-    for t in tl.static_range(len(w)):
-        acc = tl.dot(d, w[t], acc)
-    return acc
+    """Returns acc + d W, for all terms of W in shared memory, of which the first is the largest.
+
+    Tensor cores cut their sum to float32, toward zero, after every 16 columns. What is cut of `acc` would add up over a
+    whole solve; of a product alone it is as small as the increment.
+    """
+    new = tl.dot(d, w[len(w) - 1], max_num_imprecise_acc=APART)
+    for t in tl.static_range(1, len(w)):
+        new = tl.dot(d, w[len(w) - 1 - t], new)
+    return acc + new
 
 
 @triton.jit
@@ -112,7 +119,7 @@ def push(
     INTERP: tl.constexpr,
 ):
     """Returns `carry` with d W on its first tile, for all terms of the lone W but the first, read from memory."""
-    acc = carry[0]
+    new = tl.zeros_like(carry[0])
     D: tl.constexpr = SIZES[0][0]
     BLOCK_D: tl.constexpr = SIZES[0][2]
     offs_b = tl.arange(0, BLOCK_B)[:, None] * BLOCK_D
@@ -124,6 +131,6 @@ def push(
     for t in tl.static_range(1, TERMS):
         for k in range(0, BLOCK_D, BLOCK_K):
             part = tl.load(d_ptr + offs_b + k + offs_k[None, :])
-            w = load_matrix(w_ptr + t * D * D, k + offs_k, offs_d, D, D, TRANSPOSE, INTERP)
-            acc = tl.dot(part, w, acc)
-    return (acc,) + carry[1:]
+            w = load_matrix(w_ptr + (TERMS - t) * D * D, k + offs_k, offs_d, D, D, TRANSPOSE, INTERP)
+            new = tl.dot(part, w, new)
+    return (carry[0] + new,) + carry[1:]

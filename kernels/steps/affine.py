@@ -32,6 +32,7 @@ from ..formulas import ACTIVATIONS
 from ..rows.skeleton import bf16_terms
 from ..tl_common import act, act_slope, bf16_pair, row_sums
 from .base import Samples
+from .tl_ends import begin_rows_kernel, finish_rows_kernel
 from .tl_steps import ACTIVE, ARRIVED, BEFORE, DONE, IMPROVED, PHASE, STEPS, judge_rows
 
 MOST = 4096  # features; wider cells are left to cuBLAS
@@ -59,6 +60,26 @@ def _columns(x, SUB: tl.constexpr):
     return tiles
 
 
+@triton.jit
+def _product(acc, d, w_ptr, WIDTH: tl.constexpr, TERMS: tl.constexpr, INTERP: tl.constexpr):
+    """Returns acc + d W for BLOCK_K columns of d, with all terms of W at these pointers.
+
+    Tensor cores cut the sum with their accumulator to float32, toward zero, after every 16 columns. Three terms are for
+    tolerances that this would miss at a thousand columns: there each block has a sum of its own, the least term first.
+    """
+    if TERMS == 3:
+        new = tl.zeros_like(acc)
+        for t in tl.static_range(TERMS):
+            term = tl.load(w_ptr + (TERMS - 1 - t) * WIDTH * WIDTH)
+            new = tl.dot(d, term.to(tl.float32) if INTERP else term, new)
+        acc += new
+    else:
+        for t in tl.static_range(TERMS):
+            term = tl.load(w_ptr + t * WIDTH * WIDTH)
+            acc = tl.dot(d, term.to(tl.float32) if INTERP else term, acc)
+    return acc
+
+
 @triton.jit(do_not_specialize=["B", "limit"])
 def _step_kernel(
     d_ptr,  # [2, B, WIDTH] bf16
@@ -68,12 +89,13 @@ def _step_kernel(
     pre_ptr,  # [B, D], adjoint only
     best_ptr,  # [B, D]: of value
     moved_ptr,  # []: whether the start is not zero, if START
-    stats_ptr,  # [8, B]
+    stats_ptr,  # [10, B]
     flags_ptr,  # [5, B]
     part_ptr,  # [2, SPLITS, B]
     count_ptr,  # []
     B,
     limit,
+    relative,
     depth,  # D, or up to the end of its last BLOCK_K
     damping,
     D: tl.constexpr,
@@ -130,18 +152,14 @@ def _step_kernel(
                 for _ in tl.static_range(3):  # bf16 parts hold all bits of a float32
                     part, near = bf16_pair(rest, INTERP)
                     rest -= near
-                    for t in tl.static_range(TERMS):
-                        term = tl.load(w + t * WIDTH * WIDTH)
-                        dot = tl.dot(part, term.to(tl.float32) if INTERP else term, dot)
+                    dot = _product(dot, part, w, WIDTH, TERMS, INTERP)
                 w += BLOCK_K
     else:
         d = d_ptr + now * B * WIDTH + inside * WIDTH + offs_k[None, :]
         # a depth that the compiler knew would be unrolled, and spill registers
         for _ in range(0, DEPTH if INTERP else depth, BLOCK_K):
             part = tl.load(d)
-            for t in tl.static_range(TERMS):
-                term = tl.load(w + t * WIDTH * WIDTH)
-                dot = tl.dot(part.to(tl.float32) if INTERP else part, term.to(tl.float32) if INTERP else term, dot)
+            dot = _product(dot, part.to(tl.float32) if INTERP else part, w, WIDTH, TERMS, INTERP)
             d += BLOCK_K
             w += BLOCK_K * WIDTH if ADJ else BLOCK_K
 
@@ -193,27 +211,7 @@ def _step_kernel(
     arrived = flags_ptr + ARRIVED * B + tile
     if tl.atomic_add(arrived, 1, sem="acq_rel") == SPLITS - 1:
         tl.store(arrived, 0)
-        judge_rows(stats_ptr, flags_ptr, part_ptr, count_ptr, rows, active, k, B, limit, SPLITS, BLOCK_S)
-
-
-@triton.jit(do_not_specialize=["B"])
-def _finish_kernel(
-    value_ptr,  # [2, B, D]
-    best_ptr,  # [B, D]
-    flags_ptr,  # [5, B]
-    B,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Leaves in `best` the best iterate of a row: that of its last evaluation or of the one before, if not saved."""
-    row = tl.program_id(0).to(tl.int64)
-    improved = tl.load(flags_ptr + IMPROVED * B + row) != 0
-    if improved | (tl.load(flags_ptr + BEFORE * B + row) != 0):
-        steps = tl.load(flags_ptr + STEPS * B + row)
-        where = tl.where(improved, steps, steps + 1) % 2
-        cols = tl.arange(0, BLOCK_D)
-        value = tl.load(value_ptr + (where.to(tl.int64) * B + row) * D + cols, mask=cols < D, other=0.0)
-        tl.store(best_ptr + row * D + cols, value, mask=cols < D)
+        judge_rows(stats_ptr, flags_ptr, part_ptr, count_ptr, rows, active, k, B, limit, relative, SPLITS, BLOCK_S)
 
 
 class AffineSteps(Samples):
@@ -222,15 +220,16 @@ class AffineSteps(Samples):
     `reset` reads u and W again, so that a captured solve sees them change.
     """
 
-    def __init__(self, w, u, start, pre, activation, tol, limit, damping, terms):
+    def __init__(self, w, u, start, pre, activation, tol, limit, damping, terms, relative=1.0, scale=0.0):
         batch, features = u.shape
-        super().__init__(batch, u.dtype, u.device, tol)
+        super().__init__(batch, u.dtype, u.device, scale)
         shape = {"batch": batch, "features": features, "terms": terms, "shared": devices.shared_memory(u.device)}
         configs = [launch.parameters("steps.affine", u.device, start=start, **shape) for start in (False, True)]
         wide = max(config[block] for config in configs for block in ("BLOCK_N", "BLOCK_K"))
         width = triton.cdiv(features, wide) * wide
         self.known = {"B": batch, "limit": limit, "damping": damping, "D": features, "WIDTH": width, "TERMS": terms}
         self.known |= {"ACT": activation, "ADJ": pre is not None, "INTERP": interpreting()}
+        self.known |= {"relative": float(relative), "tol": float(tol), "scale": float(self.scale)}
         self.launches = []  # of a later step, of the first
         for config in configs:
             splits = triton.cdiv(features, config["BLOCK_N"])
@@ -251,21 +250,18 @@ class AffineSteps(Samples):
         """Begins a solve at `z`, in the same memory; the adjoint begins at zero, and asks for None."""
         features = self.u.shape[1]
         self.w[:, :features, :features] = bf16_terms(self.weight, len(self.w))
-        self.d[1].zero_()
-        self.value[0] = self.u if z is None else z
-        self.best.copy_(self.value[0])
-        if z is None:
-            self.other.zero_()
-        else:
-            self.other.copy_(self.u)
-            torch.any(self.value[0], out=self.moved)
+        u = self.u.contiguous()
+        start = u if z is None else z.contiguous()
+        given = {"u_ptr": u, "start_ptr": start, "BLOCK_D": triton.next_power_of_2(self.d.shape[2]), "num_warps": 4}
+        self.launch_kernel(begin_rows_kernel, (len(u),), **self.known, **given)
+        if z is not None:
+            torch.any(start, out=self.moved)
         self.start = True
-        self.forget()
 
     def take(self, y: None = None) -> None:
         """Launches an evaluation, and the step before it."""
         grid, config = self.launches[self.start]
-        self.launch_kernel(_step_kernel, grid, **self.known, **config, START=self.start)
+        self.launch_again(self.start, _step_kernel, grid, {}, **self.known, **config, START=self.start)
         self.start = False
 
     def onward(self, left: int | None = None) -> None:
@@ -274,24 +270,28 @@ class AffineSteps(Samples):
     def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns (z or u* [B, D], status, steps, residual, each [B]) after the last `take`."""
         block = triton.next_power_of_2(self.u.shape[1])
-        self.launch_kernel(_finish_kernel, (len(self.u),), **self.known, BLOCK_D=block, num_warps=4)
+        self.launch_kernel(finish_rows_kernel, (len(self.u),), **self.known, BLOCK_D=block, num_warps=4)
         return self.best, *self.outcome()
 
 
-def affine_steps_solve(w, u, z0, *, activation, tol, max_steps, damping=1.0, memory=0, terms=2) -> AffineSteps:
+def affine_steps_solve(
+    w, u, z0, *, activation, tol, max_steps, relative=1.0, scale=0.0, damping=1.0, memory=0, terms=2
+) -> AffineSteps:
     """Returns the steps of z* = act(W z* + u) from z0; they end with what rows/affine.py's `affine_solve` returns.
 
     They take its arguments too, but z0 is given, and only read; `damping` may be up to 2, and `memory` is 0.
     """
-    return AffineSteps(w, u, z0, None, activation, tol, max_steps, damping, terms)
+    return AffineSteps(w, u, z0, None, activation, tol, max_steps, damping, terms, relative, scale)
 
 
-def affine_steps_adjoint(w, pre, g, *, activation, tol, max_steps, damping=1.0, memory=0, terms=2) -> AffineSteps:
+def affine_steps_adjoint(
+    w, pre, g, *, activation, tol, max_steps, relative=1.0, scale=0.0, damping=1.0, memory=0, terms=2
+) -> AffineSteps:
     """Returns the steps of u* = W' (act'(pre) u*) + g for g [B, D], with the options of `affine_steps_solve`.
 
     Residuals are those of v = act'(pre) u, which starts at zero; pre = W z* + u is [B, D].
     """
-    return AffineSteps(w, g, None, pre, activation, tol, max_steps, damping, terms)
+    return AffineSteps(w, g, None, pre, activation, tol, max_steps, damping, terms, relative, scale)
 
 
 def refuses(*, rows, features, dtype, terms, cell, activation="tanh", solver_memory=0) -> str | None:

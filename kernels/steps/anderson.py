@@ -45,7 +45,7 @@ def _step_kernel(
     gram_ptr,  # [B, M, M]: <dG_i, dG_j>
     gamma_ptr,  # [B, M]: mixing weights, unless one launch does both
     numbers_ptr,  # [2]: damping, ridge
-    stats_ptr,  # [8, B]
+    stats_ptr,  # [10, B]
     flags_ptr,  # [5, B]
     part_ptr,  # [B, 2 + 2 M, SPLITS]
     count_ptr,  # []
@@ -55,6 +55,7 @@ def _step_kernel(
     eps,
     mix,
     limit,
+    relative,
     M: tl.constexpr,
     HALF: tl.constexpr,
     MEASURE: tl.constexpr,
@@ -63,15 +64,15 @@ def _step_kernel(
     SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    FLOOR: tl.constexpr,
     TAIL: tl.constexpr,
     INTERP: tl.constexpr,
 ):
     WIDTH: tl.constexpr = 2 + 2 * M
+    stride = tl_steps.wide(N)
     b, split, cols, mask, d = tl_steps.part_of_sample(N, D, SPLITS, BLOCK_N, TAIL)
     flags = flags_ptr + b
     phase = tl.load(flags + tl_steps.PHASE * B)
-    row = b.to(tl.int64) * N
+    row = b * N
     offs = row + cols
     dhs = dh_ptr + row * M + cols
     damping = tl.load(numbers_ptr)
@@ -87,7 +88,7 @@ def _step_kernel(
                 gamma = ()
                 for i in tl.static_range(M):
                     gamma = gamma + (tl.load(gamma_ptr + b * M + i),)
-                onward = _mixed(onward, gamma, dhs, mask, N, M)
+                onward = _mixed(onward, gamma, dhs, mask, stride, M)
             tl.store(next_ptr + offs, onward, mask=mask)
     elif phase == tl_steps.STOPPED:
         tl_steps.leave(flags, B, SPLITS)
@@ -99,24 +100,24 @@ def _step_kernel(
         dg = tl.zeros_like(g)
         onward = tl.where(damping == 1.0, y, z + damping * (y - z))
         if k > 1:
-            dg = g - tl.load(g_ptr + offs if HALF else dgs + slot * N, mask=mask, other=0.0)
+            dg = g - tl.load(g_ptr + offs if HALF else dgs + slot * stride, mask=mask, other=0.0)
             dh = z - tl.load(next_ptr + offs, mask=mask, other=0.0) + damping * dg
-            tl.store(dhs + slot * N, dh, mask=mask)
+            tl.store(dhs + slot * stride, dh, mask=mask)
             if HALF:
                 dg_half, near = bf16_pair(dg.to(tl.float32), INTERP)
-                tl.store(dgs + slot * N, dg_half, mask=mask)
+                tl.store(dgs + slot * stride, dg_half, mask=mask)
                 dg = near.to(g.dtype)
             elif M > 1:
-                tl.store(dgs + slot * N, dg, mask=mask)
+                tl.store(dgs + slot * stride, dg, mask=mask)
         if HALF:
             tl.store(g_ptr + offs, g, mask=mask)
-        part = part_ptr + b.to(tl.int64) * WIDTH * SPLITS + split
+        part = part_ptr + b * WIDTH * SPLITS + split
         sums = tl_steps.dot2(g, g, seen, seen, INTERP)
         if not MIX:
             tl.store(part, sums[0])
             tl.store(part + SPLITS, sums[1])
         for i in tl.static_range(M):
-            old = tl.load(dgs + i * N, mask=mask & (cols < tl.where(i == slot, 0, N)), other=0.0)
+            old = tl.load(dgs + i * stride, mask=mask & (cols < tl.where(i == slot, 0, N)), other=0.0)
             old = tl.where(i == slot, dg, old.to(g.dtype))
             more = tl_steps.dot2(old, g, old, dg, INTERP)
             if MIX:
@@ -125,17 +126,17 @@ def _step_kernel(
                 tl.store(part + (2 + 2 * i) * SPLITS, more[0])
                 tl.store(part + (3 + 2 * i) * SPLITS, more[1])
         if not HALF:  # where the oldest difference has been read for the last time
-            tl.store(dgs + (k - 1) % M * N, g, mask=mask)
+            tl.store(dgs + (k - 1) % M * stride, g, mask=mask)
         if tl_steps.last_to_arrive(flags, B, SPLITS):
             total = sums if MIX else tl_steps.part_sums(part_ptr, b, SPLITS, WIDTH, BLOCK_S)
             go, rel, best, improved, before = judge(
-                stats_ptr, flags_ptr, count_ptr, b, B, limit, total[0], total[1], FLOOR
+                stats_ptr, flags_ptr, count_ptr, b, B, limit, relative, total[0], total[1]
             )
             gamma = _weigh(total, gram_ptr, numbers_ptr, b, slot, rel, best, M)
             if MIX:
                 tl_steps.make_way(z_ptr, next_ptr, best_ptr, go, improved, before, offs, mask)
                 if go:  # a barrier lies between the store of dH and its loads, which other threads may do
-                    onward = _mixed(onward, gamma, dhs, mask, N, M)
+                    onward = _mixed(onward, gamma, dhs, mask, stride, M)
                 else:
                     onward = tl.load(z_ptr + offs, mask=mask, other=0.0)
                 tl.store(next_ptr + offs, onward, mask=mask)
@@ -148,7 +149,8 @@ def _step_kernel(
 def _weigh(sums, gram_ptr, numbers_ptr, b, slot, rel, best, M: tl.constexpr):
     """Stores the new row of a sample's Gram matrix; returns its mixing weights."""
     one = tl.arange(0, 1)  # the helpers want vectors
-    gram_ptr += b.to(tl.int64) * M * M + one
+    at = slot + one
+    gram_ptr += b * M * M + one
     dots = ()
     new = ()
     for i in tl.static_range(M):
@@ -157,7 +159,8 @@ def _weigh(sums, gram_ptr, numbers_ptr, b, slot, rel, best, M: tl.constexpr):
     gram = ()
     for i in tl.static_range(M):
         for j in tl.static_range(i + 1):
-            old = tl.load(gram_ptr + i * M + j)
+            # what one thread is about to overwrite is not read
+            old = tl.load(gram_ptr + i * M + j, mask=(at != i) & (at != j), other=0.0)
             gram = gram + (tl.where(slot == i, new[j], tl.where(slot == j, new[i], old)),)
     for i in tl.static_range(M):  # of the lower triangle, the one that is read
         tl.store(gram_ptr + tl.where(slot > i, slot * M + i, i * M + slot), new[i])
@@ -170,10 +173,10 @@ def _weigh(sums, gram_ptr, numbers_ptr, b, slot, rel, best, M: tl.constexpr):
 
 
 @triton.jit
-def _mixed(z, gamma, dhs, mask, N, M: tl.constexpr):
+def _mixed(z, gamma, dhs, mask, stride, M: tl.constexpr):
     """Returns z_(k+1), from where the plain step leads."""
     for i in tl.static_range(M):
-        z -= gamma[i] * tl.load(dhs + i * N, mask=mask, other=0.0)
+        z -= gamma[i] * tl.load(dhs + i * stride, mask=mask, other=0.0)
     return z
 
 
@@ -184,8 +187,9 @@ class AndersonSteps(base.Steps):
     kernel, apart = _step_kernel, True
 
     def __init__(
-        self, z: Tensor, mask: Tensor | None, tol: float, limit: int, tail: Tail, *, memory, damping, ridge, half
-    ):
+        self, z: Tensor, mask: Tensor | None, tol: float, limit: int, tail: Tail, *,
+        memory, damping, ridge, half, **rules,
+    ):  # fmt: skip
         numbers = damping, max(ridge, 4 * torch.finfo(z.dtype).eps)
         batch, width = z.shape
         self.dh = z.new_empty(batch, memory, width)
@@ -194,7 +198,7 @@ class AndersonSteps(base.Steps):
         self.g = z.new_empty(z.shape) if half else self.dg
         self.gram, self.gamma = z.new_empty(batch, memory, memory), z.new_empty(batch, memory)
         super().__init__(
-            "steps.anderson", z, mask, tol, limit, tail, numbers, parts=2 + 2 * memory, memory=memory, HALF=half
+            "steps.anderson", z, mask, tol, limit, tail, numbers, 2 + 2 * memory, memory, HALF=half, **rules
         )
 
     def reset(self, z: Tensor) -> None:

@@ -1,6 +1,5 @@
 """What the fused steps of every solver hold on the device: iterates, statistics and flags of each sample."""
 
-import math
 from typing import Any
 
 import torch
@@ -9,9 +8,12 @@ from torch import Tensor
 
 from .. import devices, launch
 from ..dispatch import interpreting
-from ..rules import FLOOR, FLOOR_FP64, Rules
+from ..rules import EPS
 from ..tails import Tail
-from .tl_steps import ACTIVE, BAR, BEST, MARK, PHASE, REL, STEPS, finish_kernel
+from .tl_ends import begin_kernel, finish_kernel
+from .tl_steps import BASE, BEST, REL, STEPS
+
+ALIGNED = 16  # bytes of which Triton wants to know whether an address is a multiple
 
 
 class Samples:
@@ -19,47 +21,61 @@ class Samples:
 
     Attributes:
         period: Evaluations after which all buffers are in the same places again.
-        stats, flags: As tl_steps.py numbers their rows, [8, B] and [5, B] int32.
+        stats, flags: As tl_steps.py numbers their rows, [10, B] and [5, B] int32.
         count: How many samples go on, int32 scalar.
-        rules: The rules' fields, which are rows of `stats`.
-        rel: Residual of the last evaluation, [B].
+        status: Outcomes, [B] int32, once the solve is finished.
+        rel, last: Residual of the last evaluation, [B], a row of `stats`, as is `base`, the least size.
     """
 
     period = 1
 
-    def __init__(self, batch: int, dtype: torch.dtype, device: torch.device, tol: float):
-        self.tol = tol
-        self.stats = torch.empty(8, batch, dtype=dtype, device=device)
+    def __init__(self, batch: int, dtype: torch.dtype, device: torch.device, scale: float = 0.0):
+        self.scale, self.device = max(scale, EPS), device
+        self.stats = torch.empty(10, batch, dtype=dtype, device=device)
         self.flags = torch.empty(5, batch, dtype=torch.int32, device=device)
         self.count = torch.empty((), dtype=torch.int32, device=device)
-        self.rules = rules = Rules(batch, dtype, device, tol)
-        rules.best, rules.bar, rules.first, rules.peak, rules.mark, rules.r, rules.s, rules.rel = self.stats
-        self.rel = self.stats[int(REL)]
-
-    def forget(self) -> None:
-        """Makes all samples active, as before the first evaluation."""
-        self.stats.zero_()
-        self.stats[int(BEST)].fill_(math.inf)
-        self.stats[int(MARK)].fill_(math.inf)
-        self.stats[int(BAR)].fill_(self.tol)
-        self.flags.zero_()
-        self.flags[int(PHASE)].fill_(int(ACTIVE))
-        self.count.fill_(self.flags.shape[1])
+        self.status = torch.empty(batch, dtype=torch.int32, device=device)
+        self.rel, self.base = self.stats[int(REL)], self.stats[int(BASE)]
+        self.last = self.rel
+        self._compiled: dict[Any, tuple[Any, list[Any], list[tuple[int, str]]]] = {}
 
     def left(self) -> Tensor:
         """Returns how many samples go on, a scalar tensor that no launch changes."""
         return self.count.clone()
 
     def outcome(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns (status, steps, residual), each [B]."""
-        return self.rules.status(), self.flags[int(STEPS)], self.stats[int(BEST)]
+        """Returns (status, steps, residual), each [B], of a solve that is finished."""
+        return self.status, self.flags[int(STEPS)], self.stats[int(BEST)]
 
-    def launch_kernel(self, kernel, grid: tuple[int, ...], **known: Any) -> None:
-        """Launches a kernel whose arguments are constants among `known`, or attributes: `z_ptr` is `self.z`."""
+    def launch_kernel(self, kernel, grid: tuple[int, ...], **known: Any) -> tuple[Any, list[Any]]:
+        """Launches a kernel whose arguments are constants among `known`, or attributes: `z_ptr` is `self.z`.
+
+        Returns:
+            The compiled kernel, or None in the interpreter; and the arguments, in the kernel's order.
+        """
         given = {name: known[name] if name in known else getattr(self, name[:-4]) for name in kernel.arg_names}
         options = {name: known[name] for name in ("num_warps", "num_stages") if name in known}
-        with devices.on(self.count.device):
-            kernel[grid](**given, **options, enable_fp_fusion=True)
+        with devices.on(self.device):
+            compiled = kernel[grid](**given, **options, enable_fp_fusion=True)
+        return compiled, list(given.values())
+
+    def launch_again(self, kind: Any, kernel, grid: tuple[int, ...], turning: dict[str, Any], **known: Any) -> None:
+        """Launches a kernel as `launch_kernel` does, of which only the arguments in `turning` change during a solve.
+
+        What was compiled for the same `kind` of arguments is launched as it is: Triton's look at every argument would
+        cost several times what a launch does.
+        """
+        if kind not in self._compiled:
+            compiled, given = self.launch_kernel(kernel, grid, **known, **turning)
+            if compiled is not None:
+                places = [(kernel.arg_names.index(name), name) for name in turning]
+                self._compiled[kind] = compiled[(*grid, 1, 1)], given, places
+            return
+        launch_compiled, given, places = self._compiled[kind]
+        for at, name in places:
+            given[at] = turning[name]
+        with devices.on(self.device):
+            launch_compiled(*given)
 
     def estimate(self) -> tuple[Tensor, Tensor] | None:
         """Returns the estimate of the inverse Jacobian as the solver has it, or None."""
@@ -87,6 +103,7 @@ class Steps(Samples):
         numbers: The solver's options that kernels read.
         parts: Sums that the programs of a sample hand over.
         memory: Differences or updates that the solver stores, M of its kernels; 0 if none.
+        relative, scale: What the residual is relative to: see rules.py.
         flags: More constants of the kernel.
     """
 
@@ -95,16 +112,17 @@ class Steps(Samples):
 
     def __init__(
         self, op: str, z: Tensor, mask: Tensor | None, tol: float, limit: int, tail: Tail,
-        numbers: tuple[float, ...], parts: int, memory: int = 0, **flags,
+        numbers: tuple[float, ...], parts: int, memory: int = 0, relative: float = 1.0, scale: float = 0.0, **flags,
     ):  # fmt: skip
         batch, width = z.shape
-        super().__init__(batch, z.dtype, z.device, tol)
+        super().__init__(batch, z.dtype, z.device, scale)
         self.z, self.next, self.best = (z.new_empty(z.shape) for _ in range(3))
         self.prev = z.new_empty(z.shape) if self.period == 3 else self.best
         self.mask = self.z if mask is None else mask.to(torch.uint8)
-        self.numbers = z.new_empty(len(numbers))
-        for i, number in enumerate(numbers):
-            self.numbers[i].fill_(number)
+        given = (*map(float, numbers), float(tol), float(self.scale))
+        self.numbers, exact = z.new_empty(len(given)), z.dtype == torch.float64
+        for i in range(len(given) if exact else 0):  # a launch takes float32
+            self.numbers[i].fill_(given[i])
         shape = {"width": width, "itemsize": z.element_size(), "features": tail.features}
         config = launch.parameters(op, z.device, **shape)
         self.grid = (batch * config["SPLITS"],)
@@ -119,20 +137,21 @@ class Steps(Samples):
         # z stands for a vector that no kernel reads
         self.known["v_ptrs"] = tuple(z if v is None else v.detach() for v in (*tail.gains, tail.weight))
         self.known["BLOCK_S"] = triton.next_power_of_2(config["SPLITS"])
-        self.known["FLOOR"] = FLOOR_FP64 if z.dtype == torch.float64 else FLOOR
+        self.known |= {"relative": float(relative), "numbers": given, "EXACT": exact, "TOL": len(numbers)}
+        self._turning = [name for name in ("z_ptr", "next_ptr", "prev_ptr") if name in self.kernel.arg_names]
         self.reset(z)
 
     def reset(self, z: Tensor) -> None:
         """Begins a solve at `z`, in the same memory."""
-        self.z.copy_(z)
-        self.best.copy_(z)
-        self.forget()
+        self.launch_kernel(begin_kernel, self.grid, **self.known, start_ptr=z.contiguous())
 
     def take(self, *parts: Tensor) -> None:
         """Launches the step after y = f(z), which the tail makes of these, each [B, N]."""
         y = tuple(part.contiguous() for part in parts)
-        for stage in self.stages:
-            self.launch_kernel(self.kernel, self.grid, **self.known, **stage, y_ptrs=y)
+        turning = {name: getattr(self, name[:-4]) for name in self._turning} | {"y_ptrs": y}
+        kind = tuple((part.dtype, part.data_ptr() % ALIGNED == 0) for part in y)
+        for i, stage in enumerate(self.stages):
+            self.launch_again((i, kind), self.kernel, self.grid, turning, **self.known, **stage)
 
     def onward(self, left: int | None = None) -> Tensor:
         """Returns the next iterate, [B, N]."""

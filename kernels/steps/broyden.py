@@ -25,7 +25,7 @@ from torch import Tensor
 from ..dispatch import StepsOp, register
 from ..rules import SAFEGUARD
 from ..tails import Tail
-from ..tl_common import constant
+from ..tl_common import constant, product
 from . import tl_steps
 from .base import Steps, refuses
 from .tl_steps import evaluation, judge
@@ -47,7 +47,7 @@ def _step_kernel(
     v_ptr,  # [B, M, N]
     coef_ptr,  # [B, 2 + 3 M]
     numbers_ptr,  # [1]: the rounding error of an inner product, relative to the norms
-    stats_ptr,  # [8, B]
+    stats_ptr,  # [10, B]
     flags_ptr,  # [5, B]
     part_ptr,  # [B, 6 + 3 M, SPLITS]
     count_ptr,  # []
@@ -57,22 +57,24 @@ def _step_kernel(
     eps,
     mix,
     limit,
+    relative,
     M: tl.constexpr,
+    WIDE: tl.constexpr,  # whether a ring has 2^31 elements or more, for which offsets take more registers
     MEASURE: tl.constexpr,
     MIX: tl.constexpr,
     HAS_MASK: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    FLOOR: tl.constexpr,
     TAIL: tl.constexpr,
     INTERP: tl.constexpr,
 ):
     WIDTH: tl.constexpr = PARTS + 3 * M
+    stride = tl_steps.wide(N) if WIDE else N
     b, split, cols, mask, d = tl_steps.part_of_sample(N, D, SPLITS, BLOCK_N, TAIL)
     flags = flags_ptr + b
     phase = tl.load(flags + tl_steps.PHASE * B)
-    row = b.to(tl.int64) * N
+    row = b * N
     offs = row + cols
     us = u_ptr + row * M + cols
     vs = v_ptr + row * M + cols
@@ -88,38 +90,38 @@ def _step_kernel(
     if go:
         slot = tl.where(k > 1, (k + M - 2) % M, M)  # none at first
         z, y, g, seen = evaluation(z_ptr, y_ptrs, v_ptrs, mask_ptr, offs, mask, d, D, eps, mix, HAS_MASK, TAIL, INTERP)
-        dz, dg = _changes(z, g, next_ptr, vs + slot * N, mask_ptr, offs, mask, k, HAS_MASK)
+        dz, dg = _changes(z, g, next_ptr, vs + slot * stride, mask_ptr, offs, mask, k, HAS_MASK)
         if MEASURE:
-            part = part_ptr + b.to(tl.int64) * WIDTH * SPLITS + split
+            part = part_ptr + b * WIDTH * SPLITS + split
             sums = tl_steps.dot2(g, g, seen, seen, INTERP) + tl_steps.dot2(dz, g, dz, dz, INTERP)
             sums = sums + tl_steps.dot2(dz, dg, dg, dg, INTERP)
             for i in tl.static_range(PARTS):
                 tl.store(part + i * SPLITS, sums[i])
             for i in range(M):
                 known = mask & (cols < tl.where(i == slot, 0, N))  # the oldest update leaves H first
-                u = tl.load(us + i * N, mask=known, other=0.0)
-                v = tl.load(vs + i * N, mask=known, other=0.0)
+                u = tl.load(us + i * stride, mask=known, other=0.0)
+                v = tl.load(vs + i * stride, mask=known, other=0.0)
                 with_dg, with_g = tl_steps.dot2(v, dg, v, g, INTERP)
-                tl.store(part + (PARTS + i) * SPLITS, tl.sum(u * dz, 0))
+                tl.store(part + (PARTS + i) * SPLITS, tl.sum(product(u, dz), 0))
                 tl.store(part + (PARTS + M + i) * SPLITS, with_dg)
                 tl.store(part + (PARTS + 2 * M + i) * SPLITS, with_g)
             if tl_steps.last_to_arrive(flags, B, SPLITS):
                 rr = tl_steps.part_sum(part_ptr, b, 0, SPLITS, WIDTH, BLOCK_S)
                 ss = tl_steps.part_sum(part_ptr, b, 1, SPLITS, WIDTH, BLOCK_S)
-                go, rel, best, improved, before = judge(stats_ptr, flags_ptr, count_ptr, b, B, limit, rr, ss, FLOOR)
+                go, rel, best, improved, before = judge(stats_ptr, flags_ptr, count_ptr, b, B, limit, relative, rr, ss)
                 if go:
                     _weigh(part_ptr, coef, numbers_ptr, b, rel <= SAFE * best, SPLITS, WIDTH, M, BLOCK_S)
                 if MIX:
                     tl.debug_barrier()  # every warp sees the coefficients that one thread wrote
                     tl_steps.make_way(z_ptr, next_ptr, best_ptr, go, improved, before, offs, mask)
-                    z = _mixed(z, y, g, dz, dg, coef, us, vs, slot, k, go, cols, mask, N, M)
+                    z = _mixed(z, y, g, dz, dg, coef, us, vs, slot, k, go, cols, mask, N, stride, M)
                     tl.store(next_ptr + offs, z, mask=mask)
         else:
             go = phase == tl_steps.ACTIVE
             improved = tl.load(flags + tl_steps.IMPROVED * B) != 0
             before = tl.load(flags + tl_steps.BEFORE * B) != 0
             tl_steps.make_way(z_ptr, next_ptr, best_ptr, go, improved, before, offs, mask)
-            z = _mixed(z, y, g, dz, dg, coef, us, vs, slot, k, go, cols, mask, N, M)
+            z = _mixed(z, y, g, dz, dg, coef, us, vs, slot, k, go, cols, mask, N, stride, M)
             tl.store(next_ptr + offs, z, mask=mask)
 
 
@@ -170,7 +172,7 @@ def _weigh(
 
 
 @triton.jit
-def _mixed(z, y, g, dz, dg, coef, us, vs, slot, k, go, cols, mask, N, M: tl.constexpr):
+def _mixed(z, y, g, dz, dg, coef, us, vs, slot, k, go, cols, mask, N, stride, M: tl.constexpr):
     """Puts the new update in the place of the oldest, and g_k in that of the next.
 
     Returns z_(k+1), or z_k of a sample that stops.
@@ -183,8 +185,8 @@ def _mixed(z, y, g, dz, dg, coef, us, vs, slot, k, go, cols, mask, N, M: tl.cons
         left = -dz
         for i in range(M):
             known = mask & (cols < tl.where(i == slot, 0, N))
-            u = tl.load(us + i * N, mask=known, other=0.0)
-            left += tl.load(coef + COEFS + i) * tl.load(vs + i * N, mask=known, other=0.0)
+            u = tl.load(us + i * stride, mask=known, other=0.0)
+            left += tl.load(coef + COEFS + i) * tl.load(vs + i * stride, mask=known, other=0.0)
             right += tl.load(coef + COEFS + M + i) * u
             z -= tl.load(coef + COEFS + 2 * M + i) * u
         over = tl.load(coef)
@@ -193,10 +195,10 @@ def _mixed(z, y, g, dz, dg, coef, us, vs, slot, k, go, cols, mask, N, M: tl.cons
         z -= tl.load(coef + 1) * new
     # nothing where the sample has just stopped, so that its rings stay what H is made of; a lone update leaves at once
     made = mask & (cols < tl.where((slot < M) & ((M > 1) | (not go)), N, 0))
-    tl.store(us + slot * N, new, mask=made)
-    tl.store(vs + slot * N, left, mask=made)
+    tl.store(us + slot * stride, new, mask=made)
+    tl.store(vs + slot * stride, left, mask=made)
     if go:
-        tl.store(vs + (k - 1) % M * N, g, mask=mask)
+        tl.store(vs + (k - 1) % M * stride, g, mask=mask)
     return z
 
 
@@ -206,12 +208,13 @@ class BroydenSteps(Steps):
     period = 2
     kernel, apart = _step_kernel, True
 
-    def __init__(self, z: Tensor, mask: Tensor | None, tol: float, limit: int, tail: Tail, *, memory: int):
+    def __init__(self, z: Tensor, mask: Tensor | None, tol: float, limit: int, tail: Tail, *, memory: int, **rules):
         batch, width = z.shape
         self.u, self.v = (z.new_empty(batch, memory, width) for _ in range(2))
         self.coef = z.new_empty(batch, int(COEFS) + 3 * memory)
         numbers, parts = (torch.finfo(z.dtype).eps,), int(PARTS) + 3 * memory
-        super().__init__("steps.broyden", z, mask, tol, limit, tail, numbers, parts, memory)
+        wide = memory * width >= 2**31
+        super().__init__("steps.broyden", z, mask, tol, limit, tail, numbers, parts, memory, WIDE=wide, **rules)
 
     def reset(self, z: Tensor) -> None:
         """Begins a solve at `z` without any updates."""

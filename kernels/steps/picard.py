@@ -33,7 +33,7 @@ def _step_kernel(
     best_ptr,  # [B, N]
     mask_ptr,  # [B, N] uint8, if HAS_MASK
     numbers_ptr,  # [1]: damping
-    stats_ptr,  # [8, B]
+    stats_ptr,  # [10, B]
     flags_ptr,  # [5, B]
     part_ptr,  # [B, 2, SPLITS]
     count_ptr,  # []
@@ -43,11 +43,11 @@ def _step_kernel(
     eps,
     mix,
     limit,
+    relative,
     HAS_MASK: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    FLOOR: tl.constexpr,
     TAIL: tl.constexpr,
     INTERP: tl.constexpr,
 ):
@@ -55,7 +55,7 @@ def _step_kernel(
     flags = flags_ptr + b
     phase = tl.load(flags + tl_steps.PHASE * B)
     if phase != tl_steps.DONE:
-        offs = b.to(tl.int64) * N + cols
+        offs = b * N + cols
         if phase == tl_steps.STOPPED:
             tl_steps.settle(z_ptr, prev_ptr, next_ptr, best_ptr, flags, B, offs, mask, SPLITS)
         else:
@@ -67,17 +67,17 @@ def _step_kernel(
             onward = tl.where(damping == 1.0, y, z + damping * (y - z))
             tl_steps.save_best(next_ptr, best_ptr, flags, B, offs, mask)
             if SPLITS == 1:
-                go, rel, best, improved, before = judge(stats_ptr, flags_ptr, count_ptr, b, B, limit, rr, ss, FLOOR)
+                go, rel, best, improved, before = judge(stats_ptr, flags_ptr, count_ptr, b, B, limit, relative, rr, ss)
                 tl.store(next_ptr + offs, tl.where(go, onward, z), mask=mask)
             else:
                 tl.store(next_ptr + offs, onward, mask=mask)
-                part = part_ptr + b.to(tl.int64) * 2 * SPLITS + split
+                part = part_ptr + b * 2 * SPLITS + split
                 tl.store(part, rr)
                 tl.store(part + SPLITS, ss)
                 if tl_steps.last_to_arrive(flags, B, SPLITS):
                     rr = tl_steps.part_sum(part_ptr, b, 0, SPLITS, 2, BLOCK_S)
                     ss = tl_steps.part_sum(part_ptr, b, 1, SPLITS, 2, BLOCK_S)
-                    judge(stats_ptr, flags_ptr, count_ptr, b, B, limit, rr, ss, FLOOR)
+                    judge(stats_ptr, flags_ptr, count_ptr, b, B, limit, relative, rr, ss)
 
 
 class PicardSteps(Steps):
@@ -86,8 +86,8 @@ class PicardSteps(Steps):
     period = 3
     kernel = _step_kernel
 
-    def __init__(self, z: Tensor, mask: Tensor | None, tol: float, limit: int, tail: Tail, *, damping: float):
-        super().__init__("steps.picard", z, mask, tol, limit, tail, numbers=(damping,), parts=2)
+    def __init__(self, z: Tensor, mask: Tensor | None, tol: float, limit: int, tail: Tail, *, damping: float, **rules):
+        super().__init__("steps.picard", z, mask, tol, limit, tail, numbers=(damping,), parts=2, **rules)
 
 
 picard = register("steps.picard", StepsOp(PicardSteps, refuses, "one launch a step"))

@@ -3,11 +3,10 @@
 import triton
 import triton.language as tl
 
-from ..tl_common import FLOOR as FLOOR_FP32
-from ..tl_common import INF, act, add2, constant, rules_update
+from ..tl_common import INF, act, add2, constant, product, rules_update
 
-# Rows of `stats` [8, B], in the dtype of the state: what rules_update changes, then the last norms and residual.
-BEST, BAR, FIRST, PEAK, MARK, R, S, REL = (constant(i) for i in range(8))
+# Rows of `stats` [10, B], in the dtype of the state: what rules_update changes, then the last norms and residual.
+BEST, BAR, BASE, FIRST, PEAK, MARK, LOW, R, S, REL = (constant(i) for i in range(10))
 # Rows of `flags` [5, B], int32. IMPROVED, BEFORE: whether the last evaluation, and the one before, became the best.
 PHASE, STEPS, IMPROVED, BEFORE, ARRIVED = (constant(i) for i in range(5))
 DONE, ACTIVE, STOPPED = (constant(i) for i in range(3))  # PHASE; STOPPED: by the last evaluation
@@ -16,20 +15,27 @@ ACT, SCALED, MIXED, ROW = (constant(i) for i in range(4))
 
 
 @triton.jit
+def wide(n):
+    """Returns a size, which is a plain number where it is 1, in 64 bits: several states may have 2^31 elements."""
+    return tl.cast(n, tl.int64)
+
+
+@triton.jit
 def part_of_sample(N, D, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr):
     """Returns what this program does: (its sample, which part of it, columns, which of them exist, feature of each).
 
-    A part has whole rows where the tail wants them.
+    A part has whole rows where the tail wants them. The sample is a number of 64 bits, for offsets.
     """
     pid = tl.program_id(0)
+    b, split = wide(pid // SPLITS), pid % SPLITS
     i = tl.arange(0, BLOCK_N)
     if TAIL[ROW] == 0:
-        cols = pid % SPLITS * BLOCK_N + i
-        return pid // SPLITS, pid % SPLITS, cols, cols < N, i
+        cols = split * BLOCK_N + i
+        return b, split, cols, cols < N, i
     else:
         d = i % TAIL[ROW]
-        cols = (pid % SPLITS * (BLOCK_N // TAIL[ROW]) + i // TAIL[ROW]) * D + d
-        return pid // SPLITS, pid % SPLITS, cols, (d < D) & (cols < N), d
+        cols = (split * (BLOCK_N // TAIL[ROW]) + i // TAIL[ROW]) * D + d
+        return b, split, cols, (d < D) & (cols < N), d
 
 
 @triton.jit
@@ -56,10 +62,10 @@ def image(y_ptrs, v_ptrs, offs, mask, d, z, D, eps, mix, TAIL: tl.constexpr, INT
 def rms(s, D, eps, ROW: tl.constexpr):
     """Returns each row of D values over the root of its mean square; columns beyond D are 0."""
     if s.shape[0] == ROW:
-        return s * (1.0 / tl.sqrt(tl.sum(s * s, 0) / D + eps))
+        return s * (1.0 / tl.sqrt(tl.sum(product(s, s), 0) / D + eps))
     else:
         rows = tl.reshape(s, (s.shape[0] // ROW, ROW))
-        rows *= (1.0 / tl.sqrt(tl.sum(rows * rows, 1) / D + eps))[:, None]
+        rows *= (1.0 / tl.sqrt(tl.sum(product(rows, rows), 1) / D + eps))[:, None]
         return tl.reshape(rows, (s.shape[0],))
 
 
@@ -92,7 +98,7 @@ def evaluation(
 
 
 @triton.jit
-def _apply_rules(stats, flags, B, k, r, s, mask, FLOOR: tl.constexpr):
+def _apply_rules(stats, flags, B, k, r, s, relative, mask):
     """Applies the rules to evaluation k of the samples under the mask, whose norms are r and s.
 
     Returns (rel, best, bar, whether this evaluation became the best, whether the one before did).
@@ -102,7 +108,7 @@ def _apply_rules(stats, flags, B, k, r, s, mask, FLOOR: tl.constexpr):
     for i in tl.static_range(R):
         state = state + (tl.load(stats + i * B, mask=mask, other=0.0),)
     tl.debug_barrier()  # every warp has read what another is about to overwrite
-    rel, improved, state = rules_update(state, k, r, s, mask, mask, FLOOR)
+    rel, improved, state = rules_update(state, k, r, s, relative, mask, mask)
     after = state + (r, s, rel)
     for i in tl.static_range(REL + 1):
         tl.store(stats + i * B, after[i], mask=mask)
@@ -113,7 +119,7 @@ def _apply_rules(stats, flags, B, k, r, s, mask, FLOOR: tl.constexpr):
 
 
 @triton.jit
-def judge(stats_ptr, flags_ptr, count_ptr, b, B, limit, rr, ss, FLOOR: tl.constexpr):
+def judge(stats_ptr, flags_ptr, count_ptr, b, B, limit, relative, rr, ss):
     """Applies the rules to the squared norms of one sample's evaluation, the last one if it is number `limit`.
 
     Returns (whether it goes on, rel, best, whether this evaluation became it, whether the one before did).
@@ -121,7 +127,7 @@ def judge(stats_ptr, flags_ptr, count_ptr, b, B, limit, rr, ss, FLOOR: tl.conste
     flags = flags_ptr + b
     k = tl.load(flags + STEPS * B) + 1
     r, s = tl.sqrt(rr), tl.sqrt(ss)
-    rel, best, bar, improved, before = _apply_rules(stats_ptr + b, flags, B, k, r, s, k > 0, FLOOR)
+    rel, best, bar, improved, before = _apply_rules(stats_ptr + b, flags, B, k, r, s, relative, k > 0)
     go = (best > bar) & (k < limit)
     if not go:
         tl.store(flags + PHASE * B, STOPPED)
@@ -131,7 +137,18 @@ def judge(stats_ptr, flags_ptr, count_ptr, b, B, limit, rr, ss, FLOOR: tl.conste
 
 @triton.jit
 def judge_rows(
-    stats_ptr, flags_ptr, part_ptr, count_ptr, rows, active, k, B, limit, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr
+    stats_ptr,
+    flags_ptr,
+    part_ptr,
+    count_ptr,
+    rows,
+    active,
+    k,
+    B,
+    limit,
+    relative,
+    SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
     """Judges evaluation k of the active rows, in float32, and marks those that stop as DONE.
 
@@ -143,7 +160,7 @@ def judge_rows(
     r = tl.sqrt(tl.sum(tl.load(parts, mask=mask, other=0.0), 0))
     s = tl.sqrt(tl.sum(tl.load(parts + SPLITS * B, mask=mask, other=0.0), 0))
     flags = flags_ptr + rows
-    rel, best, bar, improved, before = _apply_rules(stats_ptr + rows, flags, B, k, r, s, active, FLOOR_FP32)
+    rel, best, bar, improved, before = _apply_rules(stats_ptr + rows, flags, B, k, r, s, relative, active)
     # by `where`, for Triton 3.9 interprets a scalar that joins a mask as int32, which no store takes
     stopped = active & (best <= tl.where(k >= limit, INF, bar))
     tl.store(flags + PHASE * B, DONE, mask=stopped)
@@ -207,7 +224,7 @@ def settle(z_ptr, prev_ptr, next_ptr, best_ptr, flags, B, offs, mask, SPLITS: tl
 def part_sum(part_ptr, b, i, SPLITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr):
     """Returns sum i of a sample over its programs, always in the same order; parts are [B, WIDTH, SPLITS]."""
     offs = tl.arange(0, BLOCK_S)
-    row = part_ptr + (b.to(tl.int64) * WIDTH + i) * SPLITS
+    row = part_ptr + (b * WIDTH + i) * SPLITS
     return tl.sum(tl.load(row + offs, mask=offs < SPLITS, other=0.0), 0)
 
 
@@ -226,24 +243,4 @@ def dot2(a, b, c, d, INTERP: tl.constexpr):
     if INTERP:
         return tl.sum(a * b, 0), tl.sum(c * d, 0)
     else:
-        return tl.reduce((a * b, c * d), 0, add2)
-
-
-@triton.jit
-def finish_kernel(
-    z_ptr,  # [B, N]: z_k, the last iterate that was evaluated
-    prev_ptr,  # [B, N]: z_(k-1); or `best`, where that has been saved
-    best_ptr,  # [B, N]
-    flags_ptr,  # [5, B]
-    B,
-    N,
-    SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Leaves in `best` every sample's best iterate."""
-    pid = tl.program_id(0)
-    b = pid // SPLITS
-    flags = flags_ptr + b
-    if tl.load(flags + PHASE * B) != DONE:
-        cols = (pid % SPLITS) * BLOCK_N + tl.arange(0, BLOCK_N)
-        save_last_best(z_ptr, prev_ptr, best_ptr, flags, B, b.to(tl.int64) * N + cols, cols < N)
+        return tl.reduce((product(a, b), product(c, d)), 0, add2)

@@ -1,9 +1,12 @@
-"""The affine cell in torch: its equation, its start, its bound."""
+"""The affine cell: its equation, its start, its bound, its precision."""
+
+import copy
 
 import pytest
 import torch
 
-from tritondeq import DEQ, Anderson, Picard
+import tritondeq as tdeq
+from tritondeq import DEQ, Anderson, Picard, Route
 from tritondeq.cells import Affine
 from tritondeq.cells.contraction import norm_bound
 
@@ -84,8 +87,24 @@ def test_bf16_operands_round_the_weight_and_nothing_else():
     assert 1e-3 < layer.last.residual.max() <= 1e-2 and rounded.weight.grad.norm() > 0
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize("autocast", [False, True])
+@torch.no_grad()
+def test_float16_weights_are_not_rounded_to_bfloat16(autocast, device):
+    """A kernel that did so would be twice as far from the truth as torch in float16."""
+    cell = Affine(16).to(device) if autocast else Affine(16).to(device).half()
+    layer, x = DEQ(cell, tol=1e-4), torch.randn(64, 16, device=device).half()
+    exact = copy.deepcopy(layer).double()
+    exact.tol, exact.max_steps = 1e-10, 500
+    z, errors = exact(x.double()), []
+    for backend in ("torch", "triton"):
+        with tdeq.backend(backend), torch.autocast(device.type, torch.float16, enabled=autocast):
+            errors.append(((layer(x).double() - z).norm() / z.norm()).item())
+    assert layer.last.route is Route.KERNEL and errors[1] <= errors[0] + 1e-5, errors
+
+
 @pytest.mark.parametrize("solver", [Picard(), Anderson()], ids=str)
 def test_wide_cells_take_the_loop(solver):
     layer = DEQ(Affine(300), solver=solver)
     layer(torch.randn(2, 300))
-    assert layer.last.path.startswith("loop")
+    assert layer.last.route is not Route.KERNEL

@@ -154,6 +154,8 @@ def test_a_mask_counts_only_its_samples_elements(name):
     layer = DEQ(cell, solver=Picard(), tol=1e-5, max_steps=200)
     z = layer(x)
     mask = pytree.tree_map(lambda t: torch.rand_like(t) > 0.3, z)
+    if isinstance(cell, Transformer):
+        return  # a mask of tokens is padding: see test_transformer_cell.py
     solution = layer.solve(x, mask=mask)
     images = tensors(cell(solution.value, cell.inject(x)))
     off = [(y - z) * m for y, z, m in zip(images, tensors(solution.value), tensors(mask), strict=True)]
@@ -240,7 +242,7 @@ def test_captured(monkeypatch, name):
         x = scale * inputs(name, 2)
         with tdeq.backend("triton"):
             assert_all_close(*(graded(layer, x) for layer in layers), rtol=1e-3, atol=1e-3)
-        assert ["graph" in layer.last.path for layer in layers] == [True, False]
+        assert [layer.last.route is tdeq.Route.GRAPH for layer in layers] == [True, False]
         with torch.no_grad():
             for p in cell.parameters():
                 if p.ndim == 1:

@@ -64,11 +64,11 @@ def test_the_equation_and_its_gradients(cell):
 def test_the_tolerance_decides_how_many_terms_must_fit():
     """32,768 weights: two terms of them fit, three do not."""
     with tdeq.backend("triton"), torch.no_grad():
-        for tol, path in ((1e-3, "one Triton launch"), (1e-6, "loop, one launch a step")):
+        for tol, route in ((1e-3, tdeq.Route.KERNEL), (1e-6, tdeq.Route.FUSED)):
             layer = DEQ(MLP(64, hidden=256), tol=tol, max_steps=2)
             layer(torch.randn(2, 64))
-            assert layer.last.path.startswith(path)
-        assert "196608 bytes of weights in 3 bf16 terms" in layer.last.path
+            assert layer.last.route is route
+        assert "196608 bytes of weights in 3 bf16 terms" in layer.last.why
 
 
 def test_the_gate_has_no_gradient_at_an_equilibrium():

@@ -14,12 +14,21 @@ TILES = {"small": (16, 32, 32, 2), "split": (64, 64, 64, 2)}  # the latter's epi
 nonfinite = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, under the interpreter, about NaN
 
 
+def counted_products(monkeypatch):
+    """Returns a list that gets an element for each product of Triton's interpreter."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    products, dot = [], InterpreterBuilder.create_dot
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda *args: products.append(1) or dot(*args))
+    return products
+
+
 def run(made, max_steps, trace=None):
     """Drives steps to their end; returns what the whole solve does."""
-    value, solution = drive(made, Settings(Picard(), made.tol, max_steps, trace=trace is not None))
+    outcome = drive(made, Settings(Picard(), made.known["tol"], max_steps, trace=trace is not None))
     if trace is not None:
-        trace.append(solution.trace)
-    return value, solution.steps, solution.residual, solution.status
+        trace.append(outcome.trace)
+    return outcome.value, outcome.steps, outcome.residual, outcome.status
 
 
 class Steps:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from uneven import uneven_sums
 
 SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes of shared memory a block can have
 TENSOR_CORES = {80: {"HMMA"}, 90: {"HMMA", "HGMMA"}, 100: {"HMMA", "UTCHMMA"}}
@@ -41,6 +42,7 @@ class Kernel:
             with its norms, or None.
         gemm: The same of the innermost loop with tensor-core instructions, or None.
         order: What touches or orders global memory, in the order of the PTX.
+        uneven: What `uneven.uneven_sums` finds in the PTX.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Kernel:
     hot: dict[str, int] | None
     gemm: dict[str, int] | None
     order: list[str]
+    uneven: list[str]
 
     @property
     def warps(self) -> int:
@@ -63,14 +66,17 @@ def local(counts: dict[str, int]) -> int:
     return counts.get("LDL", 0) + counts.get("STL", 0)
 
 
-def compile_launches(calls: dict[str, tuple[int, str, dict]]) -> dict[str, list[Kernel]]:
+def compile_launches(calls: dict[str, tuple[int, str, dict]], until: str = "cubin") -> dict[str, list[Kernel]]:
     """Compiles everything that each call launches.
 
     Args:
-        calls: By name, (chip, name of a function of this module, its keyword arguments); the chip is 80, 90 or 100.
+        calls: By name, (chip, name of a function of this module, its keyword arguments); the chip is 80, 90 or 100. A
+            `choice` among the arguments is the number of a candidate of `tune`, counted from the first one again where
+            there are fewer.
+        until: "cubin", or "ptx" for half the time: without registers, shared memory and machine code.
 
     Returns:
-        By name, the kernels that the call launched, in order.
+        By name, the kernels that the call launched, in order; none where the op refuses such a problem.
 
     Raises:
         RuntimeError: A kernel does not compile.
@@ -78,16 +84,20 @@ def compile_launches(calls: dict[str, tuple[int, str, dict]]) -> dict[str, list[
     names, processes = list(calls), min(2, os.cpu_count() or 1)
     shares = [names[i::processes] for i in range(processes)]
     with ThreadPoolExecutor(processes) as pool:
-        parts = pool.map(lambda share: _in_process([calls[name] for name in share]), shares)
+        parts = pool.map(lambda share: _in_process([calls[name] for name in share], until), shares)
     compiled = {}
     for share, part in zip(shares, parts, strict=True):
         compiled |= {name: [Kernel(**kernel) for kernel in kernels] for name, kernels in zip(share, part, strict=True)}
     return {name: compiled[name] for name in names}
 
 
-def _in_process(calls: list) -> list[list[dict]]:
+def _in_process(calls: list, until: str) -> list[list[dict]]:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, __file__], input=json.dumps(calls), env=env, capture_output=True, text=True)
+    command = [sys.executable, __file__, until]
+    with tempfile.TemporaryDirectory() as folder:
+        if until == "ptx":  # what Triton would find there is no code of a GPU
+            env["TRITON_CACHE_DIR"] = folder
+        done = subprocess.run(command, input=json.dumps(calls), env=env, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return json.loads(done.stdout)
@@ -100,38 +110,60 @@ def empty(*size: int, dtype: str = "float32") -> torch.Tensor:
     return torch.empty(size, dtype=getattr(torch, dtype), device="meta")
 
 
-def affine_rows(*, features: int, batch: int = 1, adjoint: bool = False, **options) -> None:
-    """Launches a whole solve of the affine cell, or its adjoint."""
+def fits(op: str, shapes, *, terms: int = 2, memory: int = 0, **options) -> bool:
+    """Returns whether a whole solve takes weights of these shapes."""
+    from tritondeq.kernels.rows import skeleton
+
+    return skeleton.refuses(op, tuple(shapes), torch.float32, terms, memory, torch.device("meta")) is None
+
+
+def affine_rows(
+    *, features: int, batch: int = 1, adjoint: bool = False, warm: bool = False, **options
+) -> None:  # fmt: skip
+    """Launches a whole solve of the affine cell, from a given start if `warm`, or its adjoint."""
     from tritondeq.kernels.rows import affine
 
     w, u = empty(features, features), empty(batch, features)
     settings = {"activation": "tanh", "tol": 1e-3, "max_steps": 50} | options
-    affine.affine_adjoint(w, u, u, **settings) if adjoint else affine.affine_solve(w, u, **settings)
+    if not fits("rows.affine", [w.shape], **settings):
+        return
+    if adjoint:
+        affine.affine_adjoint(w, u, u, **settings)
+    else:
+        affine.affine_solve(w, u, u if warm else None, **settings)
 
 
-def mlp_rows(*, features: int, hidden: int, form: str, gate: bool, adjoint: bool = False, **options) -> None:
-    """Launches a whole solve of the MLP cell, or its adjoint."""
+def mlp_rows(
+    *, features: int, hidden: int, form: str, gate: bool, batch: int = 1, adjoint: bool = False, warm: bool = False,
+    **options,
+) -> None:  # fmt: skip
+    """Launches a whole solve of the MLP cell, from a given start if `warm`, or its adjoint."""
     from tritondeq.kernels.rows import mlp
 
     weights = [empty(hidden, features), empty(features, hidden), *([empty(hidden, features)] if gate else [])]
-    biases, scale, u = [empty(len(w)) for w in weights], empty(features), empty(1, features)
+    biases, scale, u = [empty(len(w)) for w in weights], empty(features), empty(batch, features)
     settings = {"form": form, "activation": "silu", "tol": 1e-3, "max_steps": 50} | options
+    if not fits("rows.mlp", [w.shape for w in weights], **settings):
+        return
     if adjoint:
-        saved = u, *(empty(1, hidden) for _ in range(1 + gate))
+        saved = u, *(empty(batch, hidden) for _ in range(1 + gate))
         mlp.mlp_adjoint(weights, scale, saved, u, **settings)
     else:
-        mlp.mlp_solve(weights, biases, scale, u, **settings)
+        mlp.mlp_solve(weights, biases, scale, u, u if warm else None, **settings)
 
 
-def gated_rows(*, features: int, adjoint: bool = False, **options) -> None:
-    """Launches a whole solve of the gated cell, or its adjoint."""
+def gated_rows(*, features: int, batch: int = 1, adjoint: bool = False, warm: bool = False, **options) -> None:
+    """Launches a whole solve of the gated cell, from a given start if `warm`, or its adjoint."""
     from tritondeq.kernels.rows import gated
 
-    weights, settings = [empty(features, features)] * 3, {"tol": 1e-3, "max_steps": 50} | options
+    weights, u, settings = [empty(features, features)] * 3, empty(batch, features), {"tol": 1e-3, "max_steps": 50}
+    if not fits("rows.gated", [w.shape for w in weights], **options):
+        return
     if adjoint:
-        gated.gated_adjoint(weights, [empty(1, features)] * 5, empty(1, features), **settings)
+        gated.gated_adjoint(weights, [u] * 5, u, **settings, **options)
     else:
-        gated.gated_solve(weights, empty(1, 3 * features).chunk(3, 1), **settings)
+        inputs = empty(batch, 3 * features).chunk(3, 1)
+        gated.gated_solve(weights, inputs, u if warm else None, **settings, **options)
 
 
 def affine_steps(*, features: int, batch: int, adjoint: bool = False, start: bool = False, **options) -> None:
@@ -148,7 +180,10 @@ def affine_steps(*, features: int, batch: int, adjoint: bool = False, start: boo
     steps.take()
 
 
-def fused_steps(*, op: str, width: int, dtype: str, cell: str, parts: int = 1, tail: dict, **options) -> None:
+def fused_steps(
+    *, op: str, width: int, dtype: str, cell: str, tail: dict, batch: int = 2, parts: int = 1, masked: bool = True,
+    **options,
+) -> None:  # fmt: skip
     """Launches a step of a solver, and what ends a solve; `tail` has the arguments of a Tail, vectors as lengths."""
     from tritondeq.kernels import dispatch
     from tritondeq.kernels.tails import Tail
@@ -157,43 +192,53 @@ def fused_steps(*, op: str, width: int, dtype: str, cell: str, parts: int = 1, t
     weight = vectors["weight"] and empty(vectors["weight"], dtype=dtype)
     gains = tuple(gain and empty(gain, dtype=dtype) for gain in vectors["gains"])
     tail = Tail(**tail | {"weight": weight, "gains": gains})
-    z = empty(2, width, dtype=dtype)
-    mask = empty(2, width, dtype="bool")
+    z = empty(batch, width, dtype=dtype)
+    if not tail.fits(op, z):
+        return
+    mask = empty(batch, width, dtype="bool") if masked else None
     steps = dispatch.load(op).start(z, mask, 1e-3, 50, tail, **options)
-    steps.take(*(empty(2, width, dtype=cell) for _ in range(parts)))
+    steps.take(*(empty(batch, width, dtype=cell) for _ in range(parts)))
     steps.onward()
     steps.finish()
 
 
-def residual_rms(*, features: int, a: str, b: str) -> None:
+def residual_rms(
+    *, features: int, a: str, b: str, batch: int = 64, gamma: bool = True, weight: bool = True, keep_sum: bool = True
+) -> None:
     """Launches a sum and its norm."""
     from tritondeq.kernels.norms.residual_rms import residual_rms
 
-    gamma = empty(features, dtype=a)
-    residual_rms(empty(64, features, dtype=a), empty(64, features, dtype=b), gamma, gamma, 1e-6)
+    vector = empty(features, dtype=a)
+    gamma, weight = (vector if given else None for given in (gamma, weight))
+    residual_rms(empty(batch, features, dtype=a), empty(batch, features, dtype=b), gamma, weight, 1e-6, keep_sum)
 
 
-def group_norm(*, pixels: int, width: int, dtype: str, relu: str) -> None:
-    """Launches GroupNorm of a sum."""
-    from tritondeq.kernels.norms.group_norm import group_norm
+def group_norm(
+    *, pixels: int, width: int, dtype: str, relu: str | None, batch: int = 2, groups: int = 2, sum: bool = True
+) -> None:
+    """Launches GroupNorm, of a sum or of one image."""
+    from tritondeq.kernels.norms.group_norm import group_norm, refuses
 
-    image = empty(2, pixels, 2 * width, dtype=dtype).movedim(-1, 1)
-    group_norm(image, image, empty(2 * width), empty(2 * width), 2, 1e-5, relu)
+    image = empty(batch, pixels, groups * width, dtype=dtype).movedim(-1, 1)
+    other, vector = image if sum else None, empty(groups * width)
+    if refuses(a=image, b=other, groups=groups) is None:
+        group_norm(image, other, vector, vector, groups, 1e-5, relu)
 
 
 # The process that compiles.
 
 
-def _compile(calls: list) -> list[list[dict]]:
+def _compile(calls: list, until: str) -> list[list[dict]]:
     """Makes the calls, each for its chip; returns the fields of the kernels that each launched."""
     from unittest.mock import patch
 
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
+    from triton.backends.nvidia.compiler import CUDABackend
     from triton.runtime.jit import JITFunction
 
-    from tritondeq.kernels import devices
+    from tritondeq.kernels import devices, launch
 
     class Driver(DriverBase):
         """Answers what Triton asks of a GPU before it launches; each chip is another device."""
@@ -226,22 +271,38 @@ def _compile(calls: list) -> list[list[dict]]:
             raise NotImplementedError("nothing runs here")
 
     run, launched = JITFunction.run, []
+    parameters, choice, failed = launch.parameters, 0, []
+    if until == "ptx":
+        CUDABackend.make_cubin = lambda self, ptx, *rest: ptx.encode()
 
-    def compile_only(self, *args, warmup, **kwargs):
+    def chosen(op, device=None, **shape):
+        choices = launch.candidates(op, **shape)
+        if device is None or not choices:
+            return parameters(op, device, **shape)
+        with launch.override(op, choices[choice % len(choices)]):
+            return parameters(op, device, **shape)
+
+    def compile_only(self, *args, warmup, **kwargs) -> None:
         kernel = run(self, *args, warmup=True, **kwargs)
         constants = {name: value for name, value in kwargs.items() if isinstance(value, bool | int | float | str)}
-        launched.append((self.__name__, constants, kernel))
-        return kernel
+        launched.append((self.__name__, constants, kernel))  # and nothing is returned that could be launched
 
     results = []
-    with patch.object(JITFunction, "run", compile_only):
+    with patch.object(JITFunction, "run", compile_only), patch.object(launch, "parameters", chosen):
         for chip, name, options in calls:
+            options = dict(options)
+            choice = options.pop("choice", 0)
             triton.runtime.driver.set_active(Driver(chip))
             launched.clear()
-            limits = {"chip": lambda _, chip=chip: chip, "shared_memory": lambda _, chip=chip: SHARED[chip]}
-            with patch.multiple(devices, **limits):
+            devices.emulated = chip
+            try:
                 globals()[name](**options)
-            results.append([{"name": of, "constants": known} | _read(kernel, chip) for of, known, kernel in launched])
+            except Exception as error:
+                failed.append(f"{name} for sm_{chip}, choice {choice}, {options}: {error!r}, of {error.__cause__!r}")
+            read = _read if until == "cubin" else _read_ptx
+            results.append([{"name": of, "constants": known} | read(kernel, chip) for of, known, kernel in launched])
+    if failed:
+        raise RuntimeError("\n".join(failed))
     return results
 
 
@@ -265,8 +326,18 @@ def _read(kernel, chip: int) -> dict[str, Any]:
         "total": _count(code),
         "hot": min(hot, key=Counter.total, default=None),
         "gemm": min(gemm, key=Counter.total, default=None),
-        "order": _ORDER.findall(kernel.asm["ptx"]),
+        **_read_text(kernel.asm["ptx"]),
     }
+
+
+def _read_ptx(kernel, chip: int) -> dict[str, Any]:
+    """Returns what `_read` does as far as the PTX shows it."""
+    unknown = dict.fromkeys(("registers", "shared", "total", "hot", "gemm"))
+    return unknown | _read_text(kernel.asm["ptx"])
+
+
+def _read_text(ptx: str) -> dict[str, Any]:
+    return {"order": _ORDER.findall(ptx), "uneven": uneven_sums(ptx)}
 
 
 @cache
@@ -291,4 +362,4 @@ def _count(code: list[tuple[int, str, str]]) -> Counter:
 
 
 if __name__ == "__main__":
-    json.dump(_compile(json.load(sys.stdin)), sys.stdout)
+    json.dump(_compile(json.load(sys.stdin), sys.argv[1]), sys.stdout)

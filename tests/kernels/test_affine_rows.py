@@ -1,15 +1,13 @@
 """The affine cell's whole solve: activations, Anderson, W's lagging term, lanes that take new rows, what is refused."""
 
-import numpy as np
 import pytest
 import torch
-from affine_ways import dense_adjoint, exact, nonfinite, options, problem, restless, true_residual
+from affine_ways import counted_products, dense_adjoint, exact, nonfinite, options, problem, restless, true_residual
 from close import FLOOR, assert_as_eager, assert_residual, error
 
 from tritondeq.kernels import devices, launch
 from tritondeq.kernels.formulas import FAST
 from tritondeq.kernels.rows import affine as op
-from tritondeq.kernels.rows import skeleton
 from tritondeq.kernels.rows.skeleton import bf16_terms
 from tritondeq.kernels.rules import CONVERGED
 
@@ -108,8 +106,6 @@ def test_anderson_adjoint(device, features, batch):
 @pytest.mark.parametrize("memory", [0, 4])
 def test_lanes_take_new_rows(device, monkeypatch, memory):
     """Rows of many depths, of which some are solved again, leave nothing of that to the row that takes their lane."""
-    # the interpreter's BLAS treats the rows of small matrices differently; a tensor core does not
-    monkeypatch.setattr("numpy.matmul", lambda a, b, dtype: np.einsum("ik,kj->ij", a, b, dtype=dtype))
     w, u = restless(16, device, batch=50)
     u[::7] *= 1e-3
     u[2, 3], u[9, 5] = torch.nan, torch.inf
@@ -142,9 +138,7 @@ def test_cost_follows_the_mean_number_of_steps(device, monkeypatch):
     w = torch.diag(torch.tensor([0.9] + 15 * [0.05]))
     u = torch.rand(64, 16) + 0.1
     u[:, 0] = torch.where(torch.arange(64) % 11 == 5, 1.0, 0.0)
-    products = []
-    product, rows = np.matmul, launch.rows
-    monkeypatch.setattr("numpy.matmul", lambda a, b, dtype: products.append(1) or product(a, b, dtype=dtype))
+    products, rows = counted_products(monkeypatch), launch.rows
 
     def cost(refill):
         one = {"programs": 1, "REFILL": refill}
@@ -185,7 +179,7 @@ def test_what_triton_3_4_does_not_compile(monkeypatch):
     """W whose second term is read from memory; the interpreter compiles nothing."""
     wide = {"features": 256, "dtype": torch.float32}
     for interpreted, version, refused in ((False, (3, 4), True), (True, (3, 4), False), (False, (3, 5), False)):
-        monkeypatch.setattr(skeleton, "interpreting", lambda interpreted=interpreted: interpreted)
-        monkeypatch.setattr(skeleton, "triton_version", lambda version=version: version)
+        monkeypatch.setattr(launch, "interpreting", lambda interpreted=interpreted: interpreted)
+        monkeypatch.setattr(launch, "triton_version", lambda version=version: version)
         assert ("Triton 3.4" in (op.refuses(**wide, terms=2) or "")) == refused
         assert op.refuses(**wide, terms=1) is None and op.refuses(**wide | {"features": 128}) is None

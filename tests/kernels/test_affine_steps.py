@@ -2,10 +2,9 @@
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
-from affine_ways import Steps, choose_tile, options, problem
+from affine_ways import Steps, choose_tile, counted_products, options, problem
 from close import error
 from test_steps import Ops, count_launches
 
@@ -121,8 +120,7 @@ def test_tiles_whose_rows_have_all_stopped_return(device, monkeypatch):
     while int(steps.left()):
         steps.take()
     before = [x.clone() for x in steps.finish()]
-    products, matmul = [], np.matmul
-    monkeypatch.setattr("numpy.matmul", lambda *args, **options: products.append(None) or matmul(*args, **options))
+    products = counted_products(monkeypatch)
     steps.take()
     assert not products and all(torch.equal(a, b) for a, b in zip(steps.finish(), before, strict=True))
     steps.reset(torch.zeros_like(u))
@@ -183,7 +181,9 @@ def test_memory_of_a_solve(device, backward):
     w, u = torch.zeros(300, 300, device=device), torch.zeros(600, 300, device=device)
     steps = op.AffineSteps(w, u, None if backward else u, u if backward else None, "tanh", 1e-3, 5, 1.0, 2)
     given = {t.untyped_storage().data_ptr() for t in (w, u, steps.stats)}
-    tensors = [t for name, t in vars(steps).items() if torch.is_tensor(t) and name not in ("stats", "flags", "part")]
+    tensors = [
+        t for name, t in vars(steps).items() if torch.is_tensor(t) and name not in ("stats", "flags", "status", "part")
+    ]
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     size = sum(nbytes for at, nbytes in held.items() if at not in given)
     wide = steps.d.shape[2]
@@ -202,9 +202,9 @@ def test_a_layer_and_its_gradients(device, monkeypatch, options):
             grads = torch.autograd.grad(solution.value.sin().sum(), [x, *layer.parameters()])
             results.append((solution, grads))
     (eager, expected), (fused, grads) = results
-    for path in (fused.path, fused.adjoint.path):
-        assert path.startswith("loop, one launch a step and its GEMM")
-    assert eager.path.startswith("loop: ") and (fused.steps - eager.steps).abs().max() <= 1
+    for path in (fused.why, fused.adjoint.why):
+        assert path.startswith("one launch a step and its GEMM")
+    assert eager.route is tdeq.Route.TORCH and (fused.steps - eager.steps).abs().max() <= 1
     assert fused.converged.all() and fused.steps.shape == (2, 2)
     torch.testing.assert_close(fused.value, eager.value, rtol=1e-4, atol=1e-4)
     for a, b in zip(grads, expected, strict=True):
@@ -223,7 +223,7 @@ def test_the_loop_is_the_one_loop(device, monkeypatch):
         with tdeq.backend(name):
             solutions.append(layer.solve(x))
     eager, fused = solutions
-    assert fused.path.startswith("loop, one launch") and len(fused.trace) == fused.steps.max()
+    assert fused.route is tdeq.Route.FUSED and len(fused.trace) == fused.steps.max()
     torch.testing.assert_close(fused.trace, eager.trace, rtol=2e-2, atol=1e-6)
 
     counts = []
@@ -231,7 +231,7 @@ def test_the_loop_is_the_one_loop(device, monkeypatch):
     layer.group = "all ranks"
     with tdeq.backend("triton"):
         again = layer.solve(x)
-    assert again.path == fused.path and torch.equal(again.value, fused.value)
+    assert again.why == fused.why and torch.equal(again.value, fused.value)
     assert counts[-1] == (0, "all ranks") and len(counts) == fused.steps.max() > 4
 
 
@@ -251,7 +251,7 @@ def test_what_is_left_to_the_loop_and_why(device, make, call, why):
     x = torch.randn(rows, 300, device=device, dtype=layer.cell.weight.dtype)
     with tdeq.backend("triton"):
         z = layer(x, mask=torch.ones(rows, 300, dtype=torch.bool, device=device) if "mask" in call else None)
-    assert layer.last.path.startswith("loop") and why in layer.last.path and "GEMM" not in layer.last.path.split(":")[0]
+    assert layer.last.route is not tdeq.Route.KERNEL and why in layer.last.why and "its GEMM" not in layer.last.why
     assert z.isfinite().all() and layer.last.converged.all()
 
 

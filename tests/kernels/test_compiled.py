@@ -183,7 +183,7 @@ def test_the_hardwares_tanh_is_one_instruction(features):
 @each("affine_steps")
 def test_affine_steps(compiled, name):
     """The loop over the depth spills nothing and loads ahead; the epilogue spills next to nothing."""
-    (kernel,), (chip, _, options) = compiled[name], CASES[name]
+    (_, kernel), (chip, _, options) = compiled[name], CASES[name]
     assert kernel.shared <= SHARED[chip]
     if options["start"] and options["adjoint"]:
         assert kernel.gemm is None  # v starts at zero
@@ -206,8 +206,8 @@ def test_every_tile_of_affine_steps_is_compiled():
 @each("fused_steps")
 def test_fused_steps(compiled, name):
     """Next to no spills, and room for a second program or for 16 warps, to hide the latency of memory behind."""
-    *steps, end = compiled[name]
-    assert end.name == "finish_kernel" and 1 <= len(steps) <= 2
+    begin, *steps, end = compiled[name]
+    assert (begin.name, end.name) == ("begin_kernel", "finish_kernel") and 1 <= len(steps) <= 2
     itemsize = 8 if CASES[name][2]["dtype"] == "float64" else 4
     for kernel in steps:
         assert local(kernel.total) <= 0.01 * sum(kernel.total.values())
@@ -220,7 +220,7 @@ def test_fused_steps(compiled, name):
 @each("affine_steps", "fused_steps", chips=(90,))
 def test_the_last_program_to_arrive_sees_what_the_others_stored(compiled, name):
     """All threads have stored before one of them counts the program, and wait for that before they go on."""
-    kernel = compiled[name][0]
+    _, kernel, *_ = compiled[name]  # after what begins a solve
     if kernel.constants.get("SPLITS", 2) == 1:
         return
     order = kernel.order

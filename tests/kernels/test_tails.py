@@ -1,7 +1,6 @@
 """What a cell leaves to the fused steps: sums, gains, norms and damping, against float64 and in every solver."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
 
 import close
 import pytest
@@ -102,26 +101,19 @@ def test_nan_stays_in_its_sample(device):
     assert y[[0, 2]].isfinite().all()
 
 
-@dataclass
-class Map:
-    """f(z) = tail of (u + z C, gain z R): rows of a state [B, T, D] mix by C and R; what was called counts."""
+class Ended(tdeq.cells.Cell):
+    """The cell that ends the parts that a function of (z, u) makes with a tail; `calls` counts the others."""
 
-    tail_: Tail
-    matrix: Any
-    u: Any
-    calls: int = 0
+    def __init__(self, parts, tail):
+        super().__init__()
+        self.parts, self.end, self.calls = parts, tail, 0
 
-    def __call__(self, z):
+    def forward(self, z, u):
         self.calls += 1
-        return self.tail_(z, *self.parts(z))
+        return self.end(z, *self.parts(z, u))
 
-    def parts(self, z):
-        a = self.u + z @ self.matrix
-        return (a, 0.3 * torch.sin(z), 0.2 * z.roll(1, -1))
-
-    @property
-    def tail(self):
-        return self.parts, self.tail_
+    def tail(self, u):
+        return self.parts, self.end
 
 
 @torch.no_grad()
@@ -133,16 +125,15 @@ def test_solvers(solver, tokens, features, device):
     matrix = torch.randn(features, features, device=device) * 0.1 / features**0.5
     mask = torch.rand(2, tokens, features, device=device) > 0.3 if isinstance(solver, Picard) else None
     for tail in (Tail("rms", gains=(b, c), weight=weight, eps=EPS, mix=0.9), Tail(gains=(None, c)), PLAIN):
-        f = Map(tail, matrix, torch.randn(2, tokens, features, device=device))
-        found = []
+        u, found = torch.randn(2, tokens, features, device=device), []
+        f = Ended(lambda z, u: (u + z @ matrix, 0.3 * torch.sin(z), 0.2 * z.roll(1, -1)), tail)
         for name in ("torch", "triton"):
             f.calls = 0
             with tdeq.backend(name):
-                options = {"solver": solver, "tol": 1e-5, "max_steps": 80, "mask": mask}
-                found.append(tdeq.fixed_point(f, torch.zeros_like(f.u), **options))
+                found.append(tdeq.DEQ(f, solver=solver, tol=1e-5, max_steps=80).solve(u, mask=mask))
             assert bool(f.calls) == (name == "torch"), "the cell itself was called"
         eager, fused = found
-        assert "launch" in fused.path and (eager.status == Status.CONVERGED).all()
+        assert "launch" in fused.why and (eager.status == Status.CONVERGED).all()
         assert fused.status.tolist() == eager.status.tolist() and (fused.steps - eager.steps).abs().max() <= 1
         torch.testing.assert_close(fused.value, eager.value, rtol=5e-5, atol=5e-5)
 
@@ -160,18 +151,21 @@ def test_a_samples_bits_do_not_depend_on_its_batch(device):
 @pytest.mark.parametrize("state, layout", [((2, 3, 8), None), ((2, 24), None), ((2, 8, 3), None), ((2, 3, 4, 8), LAST)])
 def test_rows_that_the_state_has_not(state, layout, device):
     """A tail for rows of 8 is taken where 8 elements of the last dim lie together in memory, else f is called."""
-    called = []
 
-    def image(z):
-        called.append(None)
-        return torch.ones_like(z)
+    class Ones(Ended):
+        def forward(self, z, u):
+            self.calls += 1
+            return torch.ones_like(z)
 
-    image.tail = (lambda z: (torch.ones_like(z),)), Tail("rms", weight=torch.ones(8, device=device), eps=0.0)
+        def tail(self, u):
+            return super().tail(u)
+
+    cell = Ones(lambda z, u: (torch.ones_like(z),), Tail("rms", weight=torch.ones(8, device=device), eps=0.0))
     z0 = torch.zeros(state, device=device).contiguous(memory_format=layout or torch.contiguous_format)
     with tdeq.backend("triton"):
-        solution = tdeq.fixed_point(image, z0)
+        solution = tdeq.DEQ(cell).solve(z0)
     assert torch.equal(solution.value, torch.ones_like(z0))
-    assert bool(called) == (state[-1] != 8 or layout is LAST)
+    assert bool(cell.calls) == (state[-1] != 8 or layout is LAST)
 
 
 def test_what_does_not_fit(device):
@@ -195,12 +189,9 @@ def test_bad_parts(parts, got, device):
     z0 = torch.zeros(2, 3, device=device)
     made = z0 if parts is None else (z0,) * parts
 
-    def image(z):
-        return z
-
-    image.tail = (lambda z: made), Tail(gains=(None, None) if parts == 1 else ())
+    cell = Ended(lambda z, u: made, Tail(gains=(None, None) if parts == 1 else ()))
     with tdeq.backend("triton"), pytest.raises(ValueError, match=f"a tail takes a tuple of .* parts, got {got}"):
-        tdeq.fixed_point(image, z0)
+        tdeq.DEQ(cell)(z0)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from ..kernels.formulas import ACTIVATIONS
 from ..kernels.tails import Tail
 from ..row_kernels import affine_problem, kernel_options
 from .base import features_of, one_of
-from .contraction import SpectralBound
+from .contraction import SpectralBound, draw
 from .rows import RowCell
 
 _SLOPES = {"gelu": 1.1289}  # largest |act'|, where it is not 1
@@ -33,8 +33,8 @@ class Affine(RowCell):
         inputs: Width of x; None is D.
         activation: "tanh", "relu", "gelu" (exact), "sin" or "identity".
         operands: What W is rounded to inside the iteration: "fp32", or "bf16" for speed (the state stays float32). With
-            "bf16", and under autocast, kernels use the hardware's tanh (relative error 5e-4) where `tol` is at least
-            5e-3.
+            "bf16", and under autocast to bfloat16, kernels use the hardware's tanh (relative error 5e-4) where `tol` is
+            at least 5e-3.
         contraction: Bounds ||W||_2 by this during training, with a parametrization; below 1 / max|act'| the
             equilibrium exists and is unique. None leaves W free.
         bias: Whether there is a b.
@@ -60,14 +60,18 @@ class Affine(RowCell):
         self.reset_parameters()
         if contraction is not None:
             number("contraction", contraction, 0)
-            parametrize.register_parametrization(self, "weight", SpectralBound(float(contraction)))
+            parametrize.register_parametrization(self, "weight", SpectralBound(float(contraction)), unsafe=True)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws W anew, normal and scaled to its norm, and U and b as nn.Linear does."""
-        w = torch.empty(self.features, self.features).normal_()
-        w *= _GAIN / _SLOPES.get(self.activation, 1.0) / torch.linalg.matrix_norm(w, 2)
-        self.weight = w.to(self.weight) if parametrize.is_parametrized(self, "weight") else self.weight.copy_(w)
+        norm = _GAIN / _SLOPES.get(self.activation, 1.0)
+        if parametrize.is_parametrized(self, "weight"):
+            w = torch.empty_like(self.weight)
+            draw(w, norm)
+            self.weight = w
+        else:
+            draw(self.weight, norm)
         self.input.reset_parameters()
 
     def inject(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ class Cell(nn.Module):
 
     A subclass defines `forward`. Every other hook has a default, which its docstring gives:
 
-        inject, initial, counts        what a solve needs of x: once per solve
+        inject, padded, initial, counts  what a solve needs of x: once per solve
         extend, remember               for `DEQ.step`, which solves token by token: once per step
         default_solver, default_tol    of a `DEQ` that is given none
         whole_solve, tail, splitting   for kernels and for splitting solvers; for a subclass that overrides `forward`
@@ -38,6 +38,10 @@ class Cell(nn.Module):
     def inject(self, x: Any) -> Any:
         """Returns all that does not depend on z, a tensor or any nesting of them; by default x."""
         return x
+
+    def padded(self, x: Any, mask: Any) -> tuple[Any, Any]:
+        """Returns (x for `inject`, mask of norms) where a layer is called with a mask; by default as they are."""
+        return x, mask
 
     def initial(self, x: Any, injection: Any) -> Any:
         """Returns the state where a solve without `z0` starts; by default zeros like x."""

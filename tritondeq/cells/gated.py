@@ -11,7 +11,7 @@ from ..kernels.dispatch import WholeSolve
 from ..kernels.formulas import gru, gru_slopes
 from ..row_kernels import kernel_options
 from .base import features_of
-from .contraction import SpectralBound
+from .contraction import SpectralBound, draw
 from .rows import RowCell
 
 _NORM = 0.5  # of each W at initialisation
@@ -32,7 +32,7 @@ class Gated(RowCell):
 
     On a GPU a solve by Picard or Anderson(memory <= 4) is one Triton launch, and so is its adjoint, as long as the
     bfloat16 terms of the weights fit in a multiprocessor's shared memory: two terms each, one with bfloat16 operands or
-    under autocast, three below a tolerance of 1e-5. That is up to 128 features on an H100.
+    under autocast to bfloat16, three below a tolerance of 1e-5. That is up to 128 features on an H100.
 
     Args:
         contraction: Bounds ||Wr||_2 by 1 and ||Wc||_2 by 0.8 times this during training, with a parametrization;
@@ -59,17 +59,20 @@ class Gated(RowCell):
         self.reset_parameters()
         if contraction is not None:
             number("contraction", contraction, 0)
-            parametrize.register_parametrization(self, "weight_r", SpectralBound(1.0))
-            parametrize.register_parametrization(self, "weight_c", SpectralBound(_SHARE * float(contraction)))
+            parametrize.register_parametrization(self, "weight_r", SpectralBound(1.0), unsafe=True)
+            bound = SpectralBound(_SHARE * float(contraction))
+            parametrize.register_parametrization(self, "weight_c", bound, unsafe=True)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws Wr, Ws and Wc anew, normal and scaled to their norm, and U and b as nn.Linear does."""
         self.input.reset_parameters()
         for name in _WEIGHTS:
-            w, old = torch.randn(self.features, self.features), getattr(self, name)
-            w = (w * (_NORM / torch.linalg.matrix_norm(w, 2))).to(old)
-            setattr(self, name, w if parametrize.is_parametrized(self, name) else old.copy_(w))
+            old = getattr(self, name)
+            w = torch.empty_like(old) if parametrize.is_parametrized(self, name) else old
+            draw(w, _NORM)
+            if w is not old:
+                setattr(self, name, w)
 
     def inject(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ((ur, us, uc) side by side, (Wr, Ws, Wc) stacked), as the iteration uses them."""

@@ -37,8 +37,11 @@ class RowCell(Cell):
         return w.bfloat16().to(w.dtype) if self.operands == "bf16" else w
 
     def precision(self, *tensors: Tensor) -> tuple[torch.dtype, bool]:
-        """Returns the dtype in which kernels take these operands, and whether they may round weights to bfloat16."""
-        dtypes = {t.dtype for t in tensors}
-        narrow = self.operands == "bf16" or torch.is_autocast_enabled(tensors[0].device.type)
-        narrow |= any(dtype.itemsize < 4 for dtype in dtypes)
+        """Returns the dtype in which kernels take these operands, and whether they may round weights to bfloat16.
+
+        They may where torch would: float16 has three bits more.
+        """
+        dtypes, kind = {t.dtype for t in tensors}, tensors[0].device.type
+        narrow = self.operands == "bf16" or torch.bfloat16 in dtypes
+        narrow |= torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
         return torch.float64 if torch.float64 in dtypes else torch.float32, narrow

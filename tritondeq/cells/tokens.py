@@ -28,6 +28,13 @@ def tokens_of(x: Any, features: int, cell: nn.Module) -> tuple[Tensor, Tensor | 
     return x.masked_fill(~mask.unsqueeze(-1), 0.0), mask
 
 
+def with_padding(x: Any, mask: Any) -> tuple[Any, Any]:
+    """Returns (x, mask), as tokens_of takes it; ValueError where x is such a pair already."""
+    if isinstance(x, tuple | list):
+        raise ValueError("mask was given twice: pass padding as mask=mask or as (x, mask)")
+    return x, mask
+
+
 def attention_mask(at: int, tokens: int, real: Tensor | None, causal: bool, device: torch.device) -> Tensor:
     """Returns where tokens at, at + 1, ... attend to those from 0 on: bool, for [B, 1, tokens, at + tokens].
 

@@ -1,5 +1,6 @@
 """A transformer block as a cell: attention and a feed-forward net around a normed, injected state."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from ..held import FixedDropout
 from ..kernels.tails import Tail
 from .base import Cell, one_of
 from .norm import plain_norm, sum_and_norm, summed
-from .tokens import Past, Store, attention_mask, rotary_angles, rotated, tokens_of
+from .tokens import Past, Store, attention_mask, rotary_angles, rotated, tokens_of, with_padding
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 _EPS = 1e-6  # of norms
@@ -151,8 +152,11 @@ class Transformer(Cell):
             self.output.weight *= _LAST
             self.down.weight *= _LAST
         if self.decay:
-            self.log_decay.fill_(-torch.tensor(_DECAY).log()).log_()
+            self.log_decay.fill_(-math.log(_DECAY)).log_()
             self.gain.fill_(1.0)
+
+    def padded(self, x: Any, mask: Any) -> tuple[Any, Any]:
+        return with_padding(x, mask), None
 
     def inject(self, x: Any) -> Injection:
         return self._injection(x, None)

@@ -24,7 +24,8 @@ def one_block(blocks: list[nn.Module], how: str, first: int, batch_norm: str | N
     _require_alike(blocks, first)
     if batch_norm is None:
         refuse_batch_norm(blocks[0], f"block {first}")
-    block = copy.deepcopy(blocks[0])
+    configs = [module.config for module in blocks[0].modules() if hasattr(module, "config")]
+    block = copy.deepcopy(blocks[0], {id(config): config for config in configs})  # the model's, which may change it
     if how == "mean":
         _average(block, blocks)
     _fix_dropout(block, blocks if how == "mean" else blocks[:1])

@@ -2,17 +2,16 @@
 
 import contextlib
 import copy
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..cells import Cell
-from ..held import FixedDropout
 from ..layout import describe
 from ..solvers import Picard, Solver
+from .hooks import HERE, Shown, showing, watched
 
 _EPS = 1e-12  # of mean squares; embeddings at initialisation have some of 1e-4
 _CACHED = {"DynamicLayer", "DynamicSlidingWindowLayer"}  # of transformers: they replace their tensors
@@ -53,6 +52,14 @@ def _wrapped(value: Any) -> Any:
     return _Cache(value) if hasattr(value, "update") and hasattr(value, "get_seq_length") else value
 
 
+@dataclass(unsafe_hash=True)
+class _Notes:
+    """What one solve notes of its block; all are equal, for a captured solve serves any."""
+
+    watched: bool = field(compare=False)  # by hooks
+    more: bool | None = field(default=None, compare=False)  # whether the block returns more than the state
+
+
 class _Injection(NamedTuple):
     """What does not depend on z."""
 
@@ -60,6 +67,7 @@ class _Injection(NamedTuple):
     scale: Tensor | None  # rms(x)
     args: tuple
     kwargs: dict[str, Any]
+    notes: _Notes
 
 
 class ImplicitMidpoint(Cell):
@@ -73,12 +81,11 @@ class ImplicitMidpoint(Cell):
         self.injection: Any = injection
         self.norm: Any = norm
         self.images = any(isinstance(module, nn.modules.conv._ConvNd) for module in block.modules())
-        self.more = False  # whether the block returns more than the state
-        self.checked = False  # that it draws no mask at each step
 
-    def train(self, mode: bool = True) -> "ImplicitMidpoint":
-        self.checked = False
-        return super().train(mode)
+    @property
+    def batch_dims(self) -> int:  # type: ignore[override]
+        """Those of this thread's last injection."""
+        return HERE.batch_dims.get(self, 1)
 
     def inject(self, x: Any) -> _Injection:
         call = x if isinstance(x, Call) else Call(x)
@@ -89,9 +96,9 @@ class ImplicitMidpoint(Cell):
             raise ValueError("x must not be nested: set use_nested_tensor = False on the nn.TransformerEncoder")
         attention = [module for module in self.block.modules() if isinstance(module, nn.MultiheadAttention)]
         tokens_first = any(x.ndim == 2 or not module.batch_first for module in attention)  # or there is no batch
-        self.batch_dims = 0 if tokens_first else 1
+        HERE.batch_dims[self] = 0 if tokens_first else 1
         scale = _mean_square(x, self._dims(x)).add(_EPS).sqrt() if isinstance(self.norm, str) else None
-        return _Injection(x, scale, call.args, call.kwargs)
+        return _Injection(x, scale, call.args, call.kwargs, _Notes(watched(self.block)))
 
     def initial(self, x: Any, injection: _Injection) -> Tensor:
         return injection.x
@@ -103,8 +110,8 @@ class ImplicitMidpoint(Cell):
         x, y = injection.x, self._enter(z, injection.x)
         version = None if torch.compiler.is_compiling() or y.is_inference() else y._version
         out = self._evaluate(y, injection)
-        self.more = isinstance(out, tuple)
-        out = out[0] if self.more else out
+        injection.notes.more = isinstance(out, tuple)
+        out = out[0] if injection.notes.more else out
         if not isinstance(out, Tensor) or out.shape != y.shape:
             raise ValueError(
                 f"block {self.place} can't be replaced: it made of a state of shape {tuple(y.shape)} "
@@ -118,25 +125,27 @@ class ImplicitMidpoint(Cell):
         return v * (injection.scale * torch.rsqrt(_mean_square(v, self._dims(v)) + _EPS)).to(v.dtype)
 
     def at_solution(self, z: Tensor, injection: _Injection) -> Any:
-        """Returns all that the block returns at the fixed point; this evaluation fills caches."""
-        return self._evaluate(self._enter(z, injection.x), injection, fill=True)
+        """Returns all that the block returns at the fixed point; this evaluation fills caches, and hooks see it.
+
+        None, and caches stay as they were, where one of the hooks turns out to change what the block computes.
+        """
+        caches = [value for value in (*injection.args, *injection.kwargs.values()) if isinstance(value, _Cache)]
+        before, shown = [cache.twin() for cache in caches], Shown(self.block, injection.x, z)
+        out = self._evaluate(self._enter(z, injection.x), injection, shown)
+        for cache, twin in zip(caches, before, strict=True) if shown.changed else ():
+            vars(cache.cache).update(vars(twin))
+        return None if shown.changed else out
 
     def _enter(self, z: Tensor, x: Tensor) -> Tensor:
         return torch.lerp(x, z, 0.5) if self.injection == "add" else self.injection(z, x)
 
-    def _evaluate(self, y: Tensor, injection: _Injection, fill: bool = False) -> Any:
+    def _evaluate(self, y: Tensor, injection: _Injection, shown: Shown | bool = False) -> Any:
         def unwrapped(value: Any) -> Any:
-            return (value.cache if fill else value.twin()) if isinstance(value, _Cache) else value
+            return (value.cache if shown else value.twin()) if isinstance(value, _Cache) else value
 
         args, kwargs = map(unwrapped, injection.args), {k: unwrapped(v) for k, v in injection.kwargs.items()}
-        dropouts = [m for m in self.block.modules() if isinstance(m, FixedDropout) and m.training and m.p > 0]
-        drawn = all(dropout.mask is not None for dropout in dropouts)
-        check = self.training and drawn and not self.checked and not torch.compiler.is_compiling()
-        with _NoNewMasks() if check else contextlib.nullcontext():
-            out = self.block(y, *args, **kwargs)
-        if check:
-            self.checked = True
-        return out
+        with showing(shown) if injection.notes.watched else contextlib.nullcontext():
+            return self.block(y, *args, **kwargs)
 
     def _dims(self, x: Tensor) -> tuple[int, ...]:
         whole = self.norm == "sample" or (self.norm == "outer" and self.images and x.ndim >= 4)
@@ -149,21 +158,3 @@ class ImplicitMidpoint(Cell):
 
 def _mean_square(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32)).square().mean(dims, keepdim=True)
-
-
-class _NoNewMasks(TorchFunctionMode):
-    """Raises where the block drops by a function that it calls, which no module shows."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        share = 0.0
-        if func is F.scaled_dot_product_attention:
-            share = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
-        elif func is F.dropout and kwargs.get("training", args[2] if len(args) > 2 else True):
-            share = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
-        if share > 0:
-            raise RuntimeError(
-                f"the block calls {func.__name__} with a dropout of {share}, which draws another mask at every step, "
-                "so that there is no fixed point: set it to 0 (in attention: attn_drop, attn_pdrop, attention_dropout)"
-            )
-        return func(*args, **kwargs)

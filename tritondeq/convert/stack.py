@@ -46,8 +46,9 @@ def to_equilibrium(
     positions) go to the block unchanged at every evaluation; their tensors get gradients. Further outputs of the block
     are those at z*. A `DynamicCache` of transformers is filled with keys and values at z*, so that generation token by
     token is right; other caches raise. A sample is an index of the first dim; nn.MultiheadAttention without batch_first
-    makes one of the whole batch. In the cell, dropout and stochastic depth become `FixedDropout`, and weights of
-    attention are not dropped.
+    makes one of the whole batch. Forward hooks in the block see one call, at z*, and those of the block itself see it
+    go from x to z*, as the layer does; a hook that returns a value is part of F. In the cell, dropout and stochastic
+    depth become `FixedDropout`, and weights of attention are not dropped.
 
     Args:
         stack: Blocks `forward(x, ...)` that return x's successor, or a tuple that begins with it. It stays as it is,
@@ -135,10 +136,15 @@ class EquilibriumLayer(DEQ):
         z = self.solve(call).value
         return z if call.further is None else (z, *call.further)
 
-    def _solve(self, f: Any, x: Any, z0: Any, mask: Any) -> Solution:
-        solution, cell = super()._solve(f, x, z0, mask), cast(ImplicitMidpoint, self.cell)
-        if isinstance(x, Call) and (cell.more or x.cached):
-            with f.held(f.weights.values):
-                out = cell.at_solution(solution.value, f.injection)
-            x.further = out[1:] if isinstance(out, tuple) else None
+    def _solve(self, f: Any, x: Any, z0: Any, mask: Any, graphs: Any = None) -> Solution:
+        solution, notes = super()._solve(f, x, z0, mask, graphs), f.injection.notes
+        call = x if isinstance(x, Call) else Call(x)
+        if notes.more is not False or notes.watched or call.cached:
+            with f.held.on(f.held.weights):
+                out = cast(ImplicitMidpoint, self.cell).at_solution(solution.value, f.injection)
+            if out is None:  # a hook is part of the equation, and known to be from now on
+                if graphs is not None:
+                    graphs.solves.clear()
+                return self._solve(f, x, z0, mask, graphs)
+            call.further = out[1:] if isinstance(out, tuple) else None
         return solution

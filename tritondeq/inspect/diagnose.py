@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -10,9 +11,11 @@ from torch import Tensor
 
 from ..adjoints import Implicit, Unrolled
 from ..deq import DEQ
+from ..guards import flush
 from ..layout import Layout, describe, pytree
 from ..solution import Solution, Status
 from ..solvers import Anderson, Broyden, Picard
+from .causes import Snapshot, find, state_only
 from .jacobian import hessenberg, point, radius
 
 PATIENCE = 4  # what is tried may take this many times the layer's max_steps
@@ -41,11 +44,16 @@ class Diagnosis:
         layer: The layer, in a line.
         solution: The layer's solve, without its value.
         adjoint: The backward solve of a random cotangent, without its value; None where the adjoint solves nothing.
-        cosine: Of the gradient of an approximate adjoint and the exact one; None: it is exact.
-        radius: Spectral radius of each sample, at the best state that any solve reached.
+        cosine: Of the gradient of an approximate adjoint and the exact one; None: it is exact, or was not compared.
+        radius: Spectral radius of each sample, at the best state that any solve reached; NaN where the Jacobian is.
         floor: Largest residual where a solve goes on until nothing improves; NaN if nothing tried converges.
         apart: Largest relative distance of a sample's equilibria from two starts; NaN as above.
-        advice: What would help; empty if all is well.
+        differs: Largest relative difference of two evaluations of the cell at one state, with dropout masks held.
+        moved: Buffers, tensors and numbers of the cell's modules that change from one evaluation to the next.
+        coupled: Largest relative change of a sample's image as the states of others change; NaN where two evaluations
+            at one state differ by themselves.
+        advice: What would help; empty if all is well. Where the cell is not what a fixed-point problem needs, it names
+            that and nothing else, and radius, cosine, floor and apart mean nothing: they are NaN and None.
     """
 
     layer: str
@@ -55,6 +63,9 @@ class Diagnosis:
     radius: Tensor
     floor: float
     apart: float
+    differs: float
+    moved: tuple[str, ...]
+    coupled: float
     advice: list[Advice]
 
     def __str__(self) -> str:
@@ -62,8 +73,9 @@ class Diagnosis:
             ("status", _outcome(self.solution)),
             ("steps", _spread(self.solution.steps, "g")),
             ("residual", _spread(self.solution.residual, ".1e")),
-            ("radius", _spread(self.radius, ".2f")),
         ]
+        if not self.radius.isnan().all():
+            lines.append(("radius", _spread(self.radius, ".2f")))
         if self.adjoint is not None:
             lines.append(("backward", f"{_outcome(self.adjoint)}, steps {_spread(self.adjoint.steps, 'g')}"))
         if self.cosine is not None:
@@ -77,9 +89,14 @@ class Diagnosis:
 def diagnose(layer: DEQ, x: Any, z0: Any = None, mask: Any = None) -> Diagnosis:
     """Solves and differentiates a layer at an input, tries what may help where that goes badly, and reports.
 
-    Costs about ten solves, and syncs. The layer, `last`, gradients and torch's generators stay as they were. The layer
-    runs in its mode, with one set of dropout masks; one with `Unrolled` is examined as if it had `Implicit()`, and a
-    compiled or captured one in its plain form.
+    First it looks whether the cell is a function of its state, and one sample apart from another; where it is not, the
+    cause is all that is advised. Costs about ten solves, and syncs. The layer runs in its mode, with one set of dropout
+    masks; one with `Unrolled` is examined as if it had `Implicit()`, and a compiled or captured one in its plain form.
+
+    The layer, `last`, gradients and torch's generators stay as they were; so do buffers of the cell, and attributes of
+    its modules that are tensors or numbers, whatever its evaluations change. What can't be restored: attributes of
+    other kinds (lists, generators, None that becomes a tensor, `last` of a layer within the cell), what hooks store,
+    and what lies outside of its modules.
 
     Args:
         layer: The layer.
@@ -90,11 +107,20 @@ def diagnose(layer: DEQ, x: Any, z0: Any = None, mask: Any = None) -> Diagnosis:
     Raises:
         TypeError: The layer is no DEQ.
         ValueError: There is no sample.
+        RuntimeError: As in `DEQ.solve`.
     """
     if not isinstance(layer, DEQ):
         raise TypeError(f"layer must be a DEQ, got {describe(layer)}")
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        return _Trials(layer, x, z0, mask).diagnosis()
+    before = Snapshot(layer.cell)
+    flush(wait=True)
+    with torch.random.fork_rng(range(torch.cuda.device_count())), warnings.catch_warnings():
+        # Trials are made to fail: what they warn of is what the report is about. The filter holds for all threads.
+        warnings.simplefilter("ignore")
+        try:
+            return _Trials(layer, x, z0, mask).diagnosis(before)
+        finally:
+            before.restore()
+            flush(wait=True)
 
 
 class _Trials:
@@ -102,8 +128,8 @@ class _Trials:
 
     def __init__(self, layer: DEQ, x: Any, z0: Any, mask: Any):
         adjoint = Implicit() if isinstance(layer.adjoint, Unrolled) else layer.adjoint
-        plain = {"trace": False, "graph": False, "_graphs": None, "compile_cell": False, "_unrolled": None}
-        self.layer = _variant(layer, adjoint=adjoint, **plain)
+        plain = {"throw": False, "trace": False, "graph": False, "_graphs": None, "compile_cell": False}
+        self.layer = _variant(layer, adjoint=adjoint, _unrolled=None, **plain)
         self.x, self.z0, self.mask = x, z0, mask
         self.patient = {"max_steps": PATIENCE * layer.max_steps}
         self.advice: list[Advice] = []
@@ -129,61 +155,90 @@ class _Trials:
             torch.manual_seed(SEED + 1)
             cotangents = [torch.randn_like(v) for v in values]
             grads = torch.autograd.grad(values, inputs, cotangents, materialize_grads=True) if values else ()
-        return solution, torch.cat([g.flatten().double() for g in grads] or [torch.zeros(1)])
+        return solution, torch.cat([g.flatten().double() for g in grads] or [solution.residual.new_zeros(1).double()])
 
-    def diagnosis(self) -> Diagnosis:
+    def diagnosis(self, before: Snapshot) -> Diagnosis:
         layer = self.layer
-        solution, gradient = self.differentiate()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            solution, gradient = self.differentiate()
+            flush(wait=True)
         if not solution.status.numel():
             raise ValueError(f"x must hold at least one sample, got {describe(self.x)}")
-        best, changes = self.mend(solution) if _failed(solution) else (solution, {})
-        rho = radius(self.hessenberg(best))
+        before.restore()
+        torch.manual_seed(SEED)
+        causes = find(layer, solution.value, self.x, self.mask, [str(warning.message) for warning in caught])
+        self.advice += map(Advice, causes.texts)
+        rho = torch.full_like(solution.residual, torch.nan)
         floor = apart = math.nan
         cosine = None
-        if not layer.adjoint.exact:
-            gradient = self.differentiate(**changes)[1] if changes else gradient
-            exact = self.differentiate(**changes, adjoint=Implicit(max_steps=PATIENCE * layer.max_steps))[1]
-            cosine = torch.nn.functional.cosine_similarity(gradient, exact, dim=0).item()
-        if not _failed(best):
-            median = best.steps.median().item()
-            if median > SLOW and not changes and isinstance(layer.solver, Picard):
-                faster = self.solve(solver=Anderson())
-                steps = faster.steps.median().item()
-                if not _failed(faster) and steps <= FASTER * median:
-                    self.advise(f"a median of {steps} steps, not {median}", solver=Anderson())
-            if rho.max() >= 1:
+        if not self.advice:
+            best, changes = self.mend(solution) if _failed(solution) else (solution, {})
+            rho = radius(self.hessenberg(best))
+            gone = (rho.isnan() & (best.status < Status.MAX_STEPS).flatten()).sum().item()
+            if gone:
+                text = f"{gone} of {rho.numel()} samples have a Jacobian that is NaN at their solution"
                 self.advise(
-                    f"the spectral radius is up to {rho.max():.2f}, and undamped iteration leaves such an equilibrium: "
-                    "add weight * jacobian_penalty(layer, z, x).mean() to the loss"
+                    f"{text}: no gradient exists there (a root or norm at 0, a NaN in a branch that torch.where leaves)"
                 )
-            finest = self.solve(**changes | self.patient | {"tol": TINY})
-            floor, apart = finest.residual.max().item(), self.apart(finest, changes)
-            stuck, tol = (best.status == Status.PLATEAU).sum().item(), float(f"{2 * floor:.0e}")
-            if stuck and self.solve(**changes, tol=tol).converged.all():
-                text = f"{stuck} of {best.status.numel()} samples stop improving above the tolerance"
-                self.advise(f"{text}; a wider dtype helps as well", tol=tol)
-            if cosine is None:
-                self.mend_adjoint(self.differentiate(**changes)[0].adjoint if changes else solution.adjoint, changes)
-            elif cosine < CROOKED:
-                text = f"the gradient of {_shown(layer.adjoint)} is at cosine {cosine:.2f} to the exact one"
-                self.advise(text, adjoint=Implicit())
-            if apart > ELSEWHERE:
-                self.advise(
-                    f"another start ends at another equilibrium, {apart:.1e} away: if there is to be one, train from "
-                    "random z0 and with random max_steps"
-                )
+            elif not _failed(best):
+                cosine, floor, apart = self.examine(best, changes, rho, solution, gradient)
         target = "auto" if layer.tol is None else f"{layer.tol:g}"
         options = f"{_shown(layer.solver)}, {_shown(layer.adjoint)}, tol {target}, max_steps {layer.max_steps}"
         return Diagnosis(
             layer=f"DEQ of {type(layer.cell).__name__}: {options}",
-            solution=replace(solution, value=None),
+            solution=replace(solution, value=None, aux=None),
             adjoint=solution.adjoint and replace(solution.adjoint, value=None),
             cosine=cosine,
             radius=rho.view(solution.status.shape).to(solution.residual.dtype),
             floor=floor,
             apart=apart,
+            differs=causes.differs,
+            moved=causes.moved,
+            coupled=causes.coupled,
             advice=self.advice,
         )
+
+    def examine(
+        self, best: Solution, changes: dict[str, Any], rho: Tensor, solution: Solution, gradient: Tensor
+    ) -> tuple[float | None, float, float]:
+        """Advises on a layer that with these changes has solved everything; returns (cosine, floor, apart)."""
+        layer, cosine = self.layer, None
+        if changes:
+            solution, gradient = self.differentiate(**changes)
+        if not gradient.isfinite().all() and (solution.adjoint is None or not _failed(solution.adjoint)):
+            self.advise("the gradient by x or by a parameter is not finite, though the Jacobian by the state is")
+        if not layer.adjoint.exact:
+            exact = self.differentiate(**changes, adjoint=Implicit(max_steps=PATIENCE * layer.max_steps))[1]
+            cosine = torch.nn.functional.cosine_similarity(gradient, exact, dim=0).item()
+        median = best.steps.median().item()
+        if median > SLOW and not changes and isinstance(layer.solver, Picard):
+            faster = self.solve(solver=Anderson())
+            steps = faster.steps.median().item()
+            if not _failed(faster) and steps <= FASTER * median:
+                self.advise(f"a median of {steps} steps, not {median}", solver=Anderson())
+        if rho.max() >= 1:
+            self.advise(
+                f"the spectral radius is up to {rho.max():.2f}, and undamped iteration leaves such an equilibrium: "
+                "add weight * jacobian_penalty(layer, z, x).mean() to the loss"
+            )
+        finest = self.solve(**changes | self.patient | {"tol": TINY})
+        floor, apart = finest.residual.max().item(), self.apart(finest, changes)
+        stuck, tol = (best.status == Status.PLATEAU).sum().item(), float(f"{2 * floor:.0e}")
+        if stuck and self.solve(**changes, tol=tol).converged.all():
+            text = f"{stuck} of {best.status.numel()} samples stop improving above the tolerance"
+            self.advise(f"{text}; a wider dtype helps as well", tol=tol)
+        if cosine is None:
+            self.mend_adjoint(solution.adjoint, changes)
+        elif cosine < CROOKED:
+            text = f"the gradient of {_shown(layer.adjoint)} is at cosine {cosine:.2f} to the exact one"
+            self.advise(text, adjoint=Implicit())
+        if apart > ELSEWHERE:
+            self.advise(
+                f"another start ends at another equilibrium, {apart:.1e} away: if there is to be one, train from "
+                "random z0 and with random max_steps"
+            )
+        return cosine, floor, apart
 
     def mend(self, solution: Solution) -> tuple[Solution, dict[str, Any]]:
         """Advises each solver that fails nowhere; returns the first such solve, else the best, and its changes."""
@@ -242,7 +297,8 @@ class _Trials:
         return distance[both].max().item() if both.any() else math.nan
 
     def hessenberg(self, solution: Solution) -> Tensor:
-        return hessenberg(point(self.layer, solution.value, (self.x,), None, self.mask), PRODUCTS)
+        at = point(self.layer, solution.value, (self.x,), None, self.mask)
+        return hessenberg(state_only(at, self.layer), PRODUCTS)
 
 
 def _variant(layer: DEQ, **changes: Any) -> DEQ:

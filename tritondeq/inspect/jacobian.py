@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..capture import Linearised
 from ..cells import Cell
 from ..checks import integer
 from ..deq import DEQ
+from ..gradient import Point as Evaluation
 from ..layout import Layout, describe
+from ..problem import Problem
 
 SQUARINGS = 20  # ||H^k||^(1/k) with k = 2^20 exceeds the radius of a Jordan block of two by 1e-5 of it
 
@@ -108,8 +109,11 @@ def point(f: Any, z: Any, args: tuple, batch_dims: int | None, mask: Any) -> Poi
     if isinstance(f, DEQ):
         if len(args) != 1:
             raise TypeError(f"args must be the layer's input x and nothing else, got {len(args)} arguments after z")
-        f = f.cell
-        args = (f.inject(args[0]),) if isinstance(f, Cell) else args
+        f, (x,) = f.cell, args
+        if isinstance(f, Cell):
+            x, mask = (x, mask) if mask is None else f.padded(x, mask)
+            x = f.inject(x)
+        args = (x,)
     if not callable(f):
         raise TypeError(f"f must be a DEQ, a cell or a function, got {describe(f)}")
     if mask is None and isinstance(f, Cell):
@@ -123,7 +127,7 @@ def hessenberg(at: Point, products: int) -> Tensor:
 
     The space is that of one vector, the same for every sample. Where it is exhausted sooner, the rest is 0.
     """
-    linearised = Linearised(at.f, at.layout, at.z, at.args)
+    evaluation = Evaluation(Problem(at.f, at.args, at.layout, inputs=()), at.z)
     batch, width = at.z.shape
     k = min(products, width)
     generator = torch.Generator(at.z.device).manual_seed(0)
@@ -133,7 +137,7 @@ def hessenberg(at: Point, products: int) -> Tensor:
     with torch.autocast(at.z.device.type, enabled=False):
         basis[:, 0] = torch.nn.functional.normalize(at.counted(v.expand(batch, -1)), dim=1)
         for j in range(k):
-            w = at.counted(linearised.vjp(basis[:, j]))
+            w = at.counted(evaluation.vjp(basis[:, j]))
             before = torch.linalg.vector_norm(w, dim=1, keepdim=True)
             known = basis[:, : j + 1]
             for _ in range(2):  # once is not enough for orthogonality in floating point

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from ..checks import boolean, integer, number
 from ..deq import DEQ
 from ..layout import describe
-from ..solution import Status
+from ..solution import Route, Status
 from .jacobian import spectral_radius
 
 
@@ -77,9 +77,12 @@ class Watch:
         """
         packages = {base.__module__.partition(".")[0] for base in type(trainer).__mro__}
 
-        def on_step_end(*_: Any, **__: Any) -> None:
+        def on_step_end(callback: Any, arguments: Any, state: Any, control: Any, **_: Any) -> Any:
             if report := self.step():
-                trainer.log(report)
+                due, trainer.control = control.should_log, control
+                trainer.log(report)  # lowers should_log, as after the trainer's log of this step
+                trainer.control.should_log = due
+                return trainer.control
 
         def on_train_batch_end(callback: Any, trainer: Any, module: Any, *_: Any) -> None:
             module.log_dict(self.step() or {})
@@ -120,7 +123,7 @@ class _Layer:
         if last is None or last is self.seen:
             return
         self.seen = last
-        self.unrolled = "unrolled" in last.path  # its tolerance does not apply
+        self.unrolled = last.route is Route.UNROLLED  # its tolerance does not apply
         for way, solution in (("", last), ("backward ", last.adjoint)):
             if solution is not None and solution.status.numel():
                 codes = torch.arange(len(Status), device=solution.status.device)

@@ -28,7 +28,7 @@ class Anderson(Solver):
     """z+ = h - sum_j gamma_j dh_j,  gamma = argmin |g - sum_j gamma_j dg_j|^2,  h = z + damping g,  g = f(z) - z.
 
     dh_j and dg_j are the last `memory` differences between successive h and g of the same sample (type II; Walker and
-    Ni 2011, eq. 2.4; Anderson 1965). Worth its 2 memory + 3 states of memory, 2 memory + 5 in torch, where plain
+    Ni 2011, eq. 2.4; Anderson 1965). Worth its 2 memory + 4 states of memory, 2 memory + 7 in torch, where plain
     iteration needs more than about 15 steps (spectral radius above 0.9), or where the cell is expensive.
 
     The ridge is relative to each diagonal element of the normal equations, so that the path does not change when the
@@ -43,7 +43,7 @@ class Anderson(Solver):
             memory / 2 - 1 states of memory, and memory / 2 of traffic; elsewhere it only rounds.
     """
 
-    memory: int = 5
+    memory: int = 4
     damping: float = 1.0
     ridge: float = 1e-8
     half: bool = False

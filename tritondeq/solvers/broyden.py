@@ -27,7 +27,7 @@ class Broyden(Solver):
     """z+ = z - H g,  H+ = H + (dz - H dg) (dz' H) / (dz' H dg),  H_0 = -I,  g = f(z) - z.
 
     Good Broyden (Broyden 1965, eq. 4.5; as in Bai et al. 2019, but bounded): only the last `memory` updates are used,
-    so it costs 2 memory + 3 states of memory, 2 memory + 5 in torch, however long the solve is. Reaches fixed points
+    so it costs 2 memory + 4 states of memory, 2 memory + 12 in torch, however long the solve is. Reaches fixed points
     that repel plain iteration; there is no other reason to prefer it to Anderson. A sample whose residual is above a
     hundred times its best takes a plain step.
 

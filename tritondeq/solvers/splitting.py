@@ -149,12 +149,16 @@ class SplittingSolver(Solver):
     def pull(self, s: Splitting, pre: Tensor, g: Tensor, transpose: bool) -> Reformulation:
         """Returns y = M S y + g, [B, D], reformulated: S is prox's derivative where W z + u is `pre`, M is W' or W."""
         slope, m = s.slope(pre, self.step_size(s)), s.w.mT if transpose else s.w
+        matrix, shift = self.affine(s, g, transpose)
+        size = torch.linalg.vector_norm(shift, dim=1, keepdim=True)  # a linear solve wants a right-hand side of norm 1
+        size = torch.where((size > 0) & size.isfinite(), size, 1.0)
         return Reformulation(
-            *self.affine(s, g, transpose),
+            matrix,
+            shift / size,
             act=lambda y: self.act(slope * y, y),
             name=self.act_name(s),
             enter=torch.zeros_like,
-            leave=lambda y: torch.addmm(g, slope * y, m.mT),
+            leave=lambda y: torch.addmm(g, slope * (y * size), m.mT),
             narrow=s.narrow,
             pre=pre,
         )

@@ -1,0 +1,216 @@
+"""What the library notices of a map that is not what a fixed-point problem needs, and how it reports it."""
+
+import warnings
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .kernels import devices
+from .kernels.rules import EPS, SHARE
+from .layout import Layout, pytree
+from .loop import Settings
+from .problem import Parts
+from .solution import Outcome, Route, Status
+
+FAR = 10.0  # times the tolerance or the reported residual: a residual of another evaluation that is worth a warning
+NEAR = 1.1  # the same, where both are of torch operations
+ULPS = 16.0  # of the narrowest dtype, in which both are blurred
+
+
+class Watched:
+    """The first evaluations of a solve.
+
+    The first evaluation is made with autograd's graph where gradients are wanted, so that what f computes once and
+    stores (a table, an orthogonal weight) can be differentiated. By the second, everything that may draw random numbers
+    once has drawn: RuntimeError where that one draws by a function that drops.
+
+    Attributes:
+        draws: Whether the second evaluation drew random numbers.
+    """
+
+    def __init__(self, graph: bool):
+        self.graph, self.draws = graph, False
+
+    def early(self, k: int, parts: Parts, z: Tensor) -> tuple[Tensor, ...]:
+        """Returns what f's parts are at z, in evaluation k <= loop.WATCHED."""
+        if k == 1:
+            with torch.set_grad_enabled(self.graph):
+                made = parts(z)
+            refuse_tangents(made)
+            return tuple(part.detach() for part in made)
+        before = generator_state(z.device)
+        made = parts(z)
+        self.draws = not torch.equal(before, generator_state(z.device))
+        if self.draws:
+            with _NoDropout():
+                parts(z)
+        return made
+
+    def report(self, outcome: Outcome, settings: Settings, layout: Layout) -> None:
+        """Warns where f draws random numbers and samples did not converge, or where samples depend on one another."""
+        if self.draws:
+            warn_if(outcome.status != Status.CONVERGED, _DRAWS)
+        compare_last(outcome, settings, layout)
+
+
+_DRAWS = (
+    "f draws random numbers at every evaluation (dropout, noise), so it is not a function of its state and has no "
+    "fixed point: draw them once, outside of f, or use FixedDropout"
+)
+
+
+def generator_state(device: torch.device) -> Tensor:
+    """Returns what changes when random numbers are drawn on a device; the host does not wait."""
+    if device.type == "cuda":
+        return torch.tensor(torch.cuda.default_generators[device.index or 0].get_offset(), device="cpu")
+    return torch.default_generator.get_state()
+
+
+class _NoDropout(TorchFunctionMode):
+    """Raises where a map drops by a function that it calls, which no module shows."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        share = 0.0
+        if func is F.scaled_dot_product_attention:
+            share = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
+        elif func is F.dropout and kwargs.get("training", args[2] if len(args) > 2 else True):
+            share = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+        if share > 0:
+            raise RuntimeError(
+                f"the cell calls {func.__name__} with a dropout of {share}, which draws another mask at every step, "
+                "so that there is no fixed point: set it to 0 (in attention: attn_drop, attn_pdrop, attention_dropout) "
+                "or use tritondeq.FixedDropout"
+            )
+        return func(*args, **kwargs)
+
+
+def refuse_transforms() -> None:
+    """Raises RuntimeError inside a transform of torch.func."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "transforms of torch.func (grad, vmap, vjp, jvp, ...) around a fixed point are not supported: take "
+            "torch.autograd and batches, or Unrolled(steps)"
+        )
+
+
+def refuse_tangents(tree: Any) -> None:
+    """Raises RuntimeError where forward-mode differentiation is on and one of these tensors has a tangent."""
+    if forward_ad._current_level < 0:
+        return
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, Tensor) and forward_ad.unpack_dual(leaf).tangent is not None:
+            raise RuntimeError(
+                "forward-mode differentiation (a dual tensor, torch.func.jvp) of a fixed point is not supported: its "
+                "tangent would be that of the last steps. Differentiate backward, or use Unrolled(steps)"
+            )
+
+
+def leaves_something(modules: tuple[nn.Module, ...]) -> bool:
+    """Returns whether modules may have handed out tensors of an evaluation beside what it returned.
+
+    That is, by a forward hook, or in an attribute that has a graph. Hooks of FSDP do not count, nor does the weight
+    that the old weight_norm and spectral_norm compute.
+    """
+    for module in modules:
+        for part in module.modules():
+            if part._forward_hooks and not any(c.__name__ == "FSDPModule" for c in type(part).__mro__):
+                return True
+            computed = {getattr(hook, "name", None) for hook in part._forward_pre_hooks.values()}
+            for name, value in vars(part).items():
+                if name not in computed and isinstance(value, Tensor | list | tuple | dict) and name[0] != "_":
+                    values: Any = (value,) if isinstance(value, Tensor) else value
+                    values = values.values() if isinstance(values, dict) else values
+                    if any(isinstance(leaf, Tensor) and leaf.grad_fn is not None for leaf in values):
+                        return True
+    return False
+
+
+def compare(image: Tensor, outcome: Outcome, settings: Settings, start: Tensor, layout: Layout) -> None:
+    """Warns where the residual of the evaluation at the solution, `image` [B, N], is far above the reported one."""
+    g, image = image.detach() - outcome.value, image.detach()
+    if settings.mask is not None:
+        g, image = (torch.where(settings.mask, x, 0.0) for x in (g, image))
+    r, s = (torch.linalg.vector_norm(x, dim=1) for x in (g, image))
+    base = outcome.base
+    if base is None:
+        base = (SHARE * torch.linalg.vector_norm(start, dim=1)).clamp_(min=max(settings.scale, EPS))
+    _warn_above(r / torch.maximum(s, base), outcome, settings, layout)
+
+
+def compare_last(outcome: Outcome, settings: Settings, layout: Layout) -> None:
+    """Warns where a sample that had converged has another residual in the last evaluation, which is of all samples.
+
+    Then it depends on samples that went on; of a backward solve, too.
+    """
+    last = outcome.last
+    if last is None or len(last) == 1 or (last.device.type == "cpu" and torch.equal(last, outcome.residual)):
+        return
+    last = torch.where(outcome.status == Status.CONVERGED, last, 0.0)
+    _warn_above(last, outcome, settings, layout)
+
+
+def _warn_above(residual: Tensor, outcome: Outcome, settings: Settings, layout: Layout) -> None:
+    far = NEAR if outcome.route in (Route.TORCH, Route.FUSED) else FAR
+    least = far * settings.tol + blur(layout)
+    if residual.device.type == "cpu" and residual.numel() and residual.max() <= least:
+        return
+    warn_if(residual > (far * outcome.residual).clamp_(min=least), _NOT_A_FUNCTION)
+
+
+def blur(layout: Layout) -> float:
+    """Returns the relative residual that rounding explains, in the narrowest dtype in which f may compute."""
+    kind = layout.device.type
+    dtypes = [*layout.dtypes, *([torch.get_autocast_dtype(kind)] if torch.is_autocast_enabled(kind) else [])]
+    tf32 = kind == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    return ULPS * max(2.0**-10 if tf32 else 0.0, *(torch.finfo(dtype).eps for dtype in dtypes))
+
+
+_NOT_A_FUNCTION = (
+    "the residual at the solution is above the one that the solve reported: either the map is not a function of its "
+    "state (dropout, noise, a counter: two evaluations at one state differ), or samples of the batch depend on one "
+    "another (BatchNorm, rows that are nodes of a graph: batch_dims=0), so value and gradient are wrong. "
+    "tritondeq.diagnose(layer, x) names the cause"
+)
+_later: deque[tuple[torch.cuda.Event, Tensor, str]] = deque()
+
+
+def warn_if(bad: Tensor, text: str) -> None:
+    """Warns with the text where an element of `bad` is true; without numbers, so that Python shows it once.
+
+    On a GPU the host does not wait: `flush`, in a later solve or backward pass, warns when the answer has arrived.
+    """
+    if bad.device.type != "cuda":
+        if bad.any():
+            warnings.warn(text, stacklevel=2)
+    elif bad.numel() and not devices.capturing(bad.device):
+        host = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
+        host.copy_(bad.any(), non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(bad.device))
+        _later.append((event, host, text))
+
+
+def flush(wait: bool = False) -> None:
+    """Warns of what `warn_if` had to put off and what is known by now; not during a capture, which a query ends.
+
+    With `wait` it waits for the rest.
+    """
+    while _later and not torch.cuda.is_current_stream_capturing():
+        try:
+            event, host, text = _later.popleft()
+        except IndexError:  # another thread took it
+            return
+        if wait:
+            event.synchronize()
+        elif not event.query():
+            _later.appendleft((event, host, text))
+            return
+        if host:
+            warnings.warn(text, stacklevel=2)

@@ -1,0 +1,87 @@
+"""The options of a solve, checked, and what the forward and the backward solve need of them."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed
+
+from .adjoints import Adjoint, Implicit, Unrolled
+from .checks import boolean, integer, number
+from .layout import Layout
+from .loop import Estimate, Settings
+from .solvers import Broyden, Picard, Solver
+
+
+@dataclass(frozen=True)
+class Options:
+    """Arguments of `fixed_point`."""
+
+    solver: Solver
+    adjoint: Adjoint
+    tol: float | None = None
+    atol: float = 0.0
+    max_steps: int = 50
+    mask: Any = None
+    trace: bool = False
+    group: Any = None
+    throw: bool = False
+
+    def check(self) -> None:
+        """Raises TypeError or ValueError unless these are what `fixed_point` takes."""
+        solver, adjoint = self.solver, self.adjoint
+        if not isinstance(solver, Solver):
+            raise TypeError(f"solver must be a Solver such as Picard(), got {solver!r}")
+        if not isinstance(adjoint, Adjoint):
+            raise TypeError(f"adjoint must be an Adjoint such as Implicit(), got {adjoint!r}")
+        if isinstance(adjoint, Unrolled) and not isinstance(solver, Picard):
+            raise ValueError(f"adjoint Unrolled differentiates Picard steps only, got solver {solver!r}")
+        if isinstance(adjoint, Implicit) and adjoint.reuse and not isinstance(solver, Broyden):
+            raise ValueError(
+                f"adjoint Implicit(reuse=True) needs the inverse estimate of Broyden, got solver {solver!r}"
+            )
+        if self.tol is not None:
+            number("tol", self.tol, 0)
+        number("atol", self.atol, 0, closed=True)
+        integer("max_steps", self.max_steps)
+        boolean("throw", self.throw)
+
+    def forward(self, layout: Layout, modules: tuple) -> Settings:
+        """Returns what the forward solve needs."""
+        tol = self.tol
+        if tol is None:
+            narrow = any(d.itemsize < 4 for d in layout.dtypes) or torch.is_autocast_enabled(layout.device.type)
+            tol = 1e-2 if narrow else 1e-3
+        reuse = isinstance(self.adjoint, Implicit) and self.adjoint.reuse and torch.is_grad_enabled()
+        group = sharding_group(modules) if self.group is None else self.group
+        return Settings(
+            *(self.solver, float(tol), self.max_steps, layout.mask(self.mask), group, self.trace),
+            scale=self.atol / tol,
+            leaves=Estimate() if reuse else None,
+        )
+
+    def backward(self, settings: Settings) -> Settings:
+        """Returns what the linear systems of the exact adjoint need, which may have other options."""
+        settings = replace(settings, trace=False, estimate=settings.leaves, leaves=None, relative=0.0, scale=1.0)
+        chosen = {name: getattr(self.adjoint, name, None) for name in ("solver", "tol", "max_steps")}
+        return replace(settings, **{name: value for name, value in chosen.items() if value is not None})
+
+
+def sharding_group(modules: tuple) -> Any:
+    """Returns the group over which parameters are sharded as DTensors (FSDP2), or None.
+
+    Raises:
+        ValueError: They are sharded over a mesh of several dims.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    for module in modules:
+        for parameter in module.parameters():
+            mesh = getattr(parameter, "device_mesh", None)
+            if mesh is not None:
+                if mesh.ndim > 1:
+                    raise ValueError(
+                        "parameters are sharded over a mesh of several dims: pass group=, the ranks that stop together"
+                    )
+                return mesh.get_group()
+    return None

@@ -1,0 +1,274 @@
+"""The ways to solve a problem, forward and backward: which kernels, or torch, and why."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+
+from .adjoints import Jacobian, Unrolled
+from .cuda_graphs import Call, Captured, CapturedPoint, Graphs
+from .guards import FAR, Watched, blur, compare_last, flush, warn_if
+from .kernels import dispatch
+from .kernels.dispatch import CellOp, Op, WholeSolve
+from .kernels.rules import Rules
+from .kernels.tails import PLAIN
+from .loop import Settings, drive, explain_no_room, iterate
+from .problem import Problem
+from .solution import Outcome, Route, Solution, Status, failures
+from .solvers import Picard
+from .solvers.splitting import Reformulation, SplittingSolver
+
+SAFE = (2.0**-40, 2.0**40)  # norms whose squares are far from underflow and overflow
+SMALL = 2.0**-40  # of the largest cotangent in a batch: below it, a sample is scaled by itself
+
+
+def plan(whole: WholeSolve | None, problem: Problem, settings: Settings) -> tuple[Op | CellOp | None, str]:
+    """Returns (op, how) if kernels that hold the cell can do it, else (None, why not)."""
+    fused = settings.solver.fused()
+    if whole is None:
+        return None, "the cell names no whole-solve kernel"
+    if fused is None:
+        return None, f"no whole-solve kernel has {type(settings.solver).__name__}"
+    op, how = whole.pick(problem.layout.device, int(fused["memory"]), settings.tol)
+    if op is not None and settings.mask is not None:
+        return None, "kernels that hold the cell take no mask"
+    if isinstance(op, Op) and (settings.group is not None or settings.trace):
+        return None, "whole-solve kernels take no group or trace"
+    return op, how
+
+
+def solve(problem: Problem, start: Tensor, settings: Settings, watch: Watched) -> Outcome:
+    """Solves z = f(z) from `start` [B, N]."""
+    if isinstance(settings.solver, SplittingSolver):
+        split, solver = problem.split(settings.solver), settings.solver
+        return _split(lambda: solver.solve(split), problem, start, settings)
+    op, why = plan(problem.whole, problem, settings)
+    if op is None or problem.whole is None:
+        outcome = iterate(problem, start, settings, problem.parts(), watch)
+        return outcome._replace(why=both(why, outcome.why))
+    return _by_kernels(op, why, op.solve, (*problem.whole.operands, start), problem.whole, settings)
+
+
+class Replayed(NamedTuple):
+    """A solve by captured graphs."""
+
+    captured: Captured
+    call: Call
+    outcome: Outcome
+
+    def point(self) -> CapturedPoint:
+        """Returns f at the solution."""
+        return CapturedPoint(self.captured, self.call, self.outcome.value)
+
+
+def replayed(
+    graphs: Graphs | None, problem: Problem, start: Tensor, settings: Settings, backward: Settings
+) -> tuple[Replayed | None, str]:
+    """Solves by captured graphs; or returns None and why, where they can't or a kernel does the whole solve."""
+    if graphs is None or problem.cell is None:
+        return None, ""
+    op, _ = plan(problem.whole, problem, settings)
+    if isinstance(op, Op):
+        return None, ""
+    backward_op, _ = plan(problem.whole, problem, backward)
+    call = Call(problem, problem.cell, start, settings, backward, op)
+    call.backward_op = backward_op if isinstance(backward_op, CellOp) else None
+    captured, how = graphs.find(call)
+    if captured is None:
+        return None, how
+    with torch.no_grad():
+        return Replayed(captured, call, captured.solve(call)._replace(why=how)), how
+
+
+def unroll(problem: Problem, z: Tensor, settings: Settings, adjoint: Unrolled) -> Outcome:
+    """Takes `steps` damped steps under autograd; the residual is that of the last evaluation."""
+    mask, damping = settings.mask, getattr(settings.solver, "damping", 1.0)
+    residuals, backend = [], dispatch.chosen()
+
+    def again(z: Tensor) -> Tensor:
+        with dispatch.backend(backend):  # which a backward pass in another thread would not have
+            return problem(z)
+
+    for k in range(1, adjoint.steps + 1):
+        recompute = adjoint.checkpoint and torch.is_grad_enabled()
+        y = torch.utils.checkpoint.checkpoint(again, z, use_reentrant=False) if recompute else problem(z)
+        if settings.trace or k == adjoint.steps:
+            with torch.no_grad():
+                limits = settings.tol, settings.relative, settings.scale
+                rules = Rules(z.shape[0], z.dtype, z.device, *limits, plain=False)  # nor are they in a transform
+                counted = (x if mask is None else torch.where(mask, x, 0.0) for x in (y - z, y))
+                rules.update(1, *(torch.linalg.vector_norm(x, dim=1) for x in counted))
+                residuals.append(rules.rel)
+        z = y if damping == 1 else torch.lerp(z, y, damping)
+    trace = torch.stack(residuals) if settings.trace else None
+    steps, why = rules.steps * adjoint.steps, f"Unrolled({adjoint.steps}) was asked for"
+    return Outcome(z, rules.status(), steps, rules.rel, trace, Route.UNROLLED, why)
+
+
+def both(why: str, steps: str) -> str:
+    """Returns the two reasons as one."""
+    return why if steps in ("", why) else f"{why}; {steps}" if why else steps
+
+
+def _split(made: Callable[[], Reformulation], problem: Problem, start: Tensor, settings: Settings) -> Outcome:
+    """Solves what `made` reformulates, in the state's precision."""
+    with torch.autocast(start.device.type, enabled=False):
+        p, settings = made(), replace(settings, solver=Picard())
+        whole = p.whole_solve
+        op, why = plan(whole, problem, settings)
+        if whole is None or op is None:
+            outcome = iterate(lambda w: p.act(p.linear(w)), p.enter(start), settings, p.tail)
+            y = p.linear(outcome.value)
+            outcome = outcome._replace(why=both(why, outcome.why))
+        elif p.pre is None:
+            outcome = _by_kernels(op, why, op.solve, (*whole.operands, p.enter(start)), whole, settings)
+            y = p.linear(outcome.value)
+        else:
+            outcome = _by_kernels(op, why, op.adjoint, (*whole.at(start), p.shift), whole, settings)
+            y = outcome.value
+        return outcome._replace(value=p.leave(y))
+
+
+def _by_kernels(
+    op: Op | CellOp, why: str, work: Callable, operands: tuple[Tensor, ...], whole: WholeSolve, settings: Settings
+) -> Outcome:
+    """Runs one solve by kernels that hold the cell."""
+    options = whole.options(settings.tol) | (settings.solver.fused() or {})
+    options |= {"relative": settings.relative, "scale": settings.scale}
+    with explain_no_room(settings.solver, operands[-1]):
+        made = work(*operands, tol=settings.tol, max_steps=settings.max_steps, **options)
+    if isinstance(op, CellOp):
+        return drive(made, settings, why=why)
+    value, steps, residual, status = made
+    return Outcome(value, status, steps, residual, None, Route.KERNEL, why)
+
+
+@dataclass
+class Backward:
+    """Solves the linear systems of the exact adjoint at the solution z; `record` gets the last Solution.
+
+    It holds all that it needs of the forward pass, for a backward pass may run in any thread.
+    """
+
+    problem: Problem
+    settings: Settings
+    z: Tensor
+    throw: bool
+    record: list[Solution] = field(default_factory=list)
+    backend: str = field(default_factory=dispatch.chosen)
+
+    def __post_init__(self) -> None:
+        self.allowed = FAR * self.settings.tol + blur(self.problem.layout)
+
+    def adjoint(self, at: Jacobian, g: Tensor) -> Tensor:
+        """Returns u = J' u + g."""
+        problem, settings = self.problem, self.settings
+        scale: Tensor | None
+        with torch.no_grad(), dispatch.backend(self.backend):
+            op, why = plan(problem.whole, problem, settings)
+            if isinstance(at, CapturedPoint):
+                unit, scale = _normalised(g, settings.mask)
+                outcome = at.adjoint(unit)
+            elif isinstance(settings.solver, SplittingSolver):
+                unit, scale = _normalised(g, settings.mask)
+                outcome = self._linear(unit, transpose=True)
+            elif op is None or problem.whole is None:
+                unit, scale, sizes = _rescaled(g, settings.mask)
+                tail = (lambda u: (at.vjp(u), unit), PLAIN)
+                outcome = iterate(lambda u: at.vjp(u) + unit, unit, replace(settings, sizes=sizes), tail)
+                outcome = outcome._replace(why=both(why, outcome.why))
+            else:
+                unit, scale = _normalised(g, settings.mask)
+                outcome = _by_kernels(op, why, op.adjoint, (*problem.whole.at(self.z), unit), problem.whole, settings)
+        u = self._judged(outcome) - unit
+        return g + (u if scale is None else u * scale)  # to the bit g, where J is 0
+
+    def tangent(self, at: Any, w: Tensor) -> Tensor:
+        """Returns v = J v + w."""
+        split, solver, mask = self.problem.splitting, self.settings.solver, self.settings.mask
+        scale: Tensor | None
+        with torch.no_grad(), dispatch.backend(self.backend):
+            if split is not None and isinstance(solver, SplittingSolver):
+                unit, scale = _normalised(w, mask)
+                with torch.autocast(w.device.type, enabled=False):
+                    outcome = self._linear(unit @ split.w.mT, transpose=False)
+                    slope = split.slope(split.linear(self.z), 1.0)
+                    outcome = outcome._replace(value=slope * outcome.value + unit)
+            else:  # without the estimate, which is of the transposed problem
+                unit, scale, sizes = _rescaled(w, mask)
+                tail = (lambda v: (at.jvp(v), unit), PLAIN)
+                settings = replace(self.settings, estimate=None, sizes=sizes)
+                outcome = iterate(lambda v: at.jvp(v) + unit, unit, settings, tail)
+        v = self._judged(outcome)
+        return v if scale is None else v * scale
+
+    def _linear(self, g: Tensor, transpose: bool) -> Outcome:
+        """Solves y = M S y + g."""
+        solver: Any = self.settings.solver
+        split = self.problem.split(solver)
+        return _split(lambda: solver.pull(split, split.linear(self.z), g, transpose), self.problem, g, self.settings)
+
+    def _judged(self, outcome: Outcome) -> Tensor:
+        """Returns the solution, NaN in samples whose first product is not finite: J is not.
+
+        Stores the outcome, and warns, or raises with `throw`, where a sample has failed.
+        """
+        self.record[:] = [as_solution(outcome, self.problem, None)]
+        status, residual, u = outcome.status, outcome.residual, outcome.value
+        compare_last(outcome, self.settings, self.problem.layout)
+        flush()
+        if status.device.type == "cpu" and not status.any():  # all have converged
+            return u
+        if self.throw and (failed := failures(status, advice=False)):
+            raise RuntimeError(f"{_FAILED}: {failed}")
+        warn_if((status != Status.CONVERGED) & ~(residual <= self.allowed), _FAILED)
+        return torch.where(residual.isinf().unsqueeze(1), torch.nan, u)
+
+
+_FAILED = (
+    "a backward solve, u = J'u + g of the implicit gradient, did not converge, so the gradient is wrong by about its "
+    "residual relative to g, which solution.adjoint has for each sample. Iteration needs a spectral radius of J below "
+    "1 (see tritondeq.spectral_radius): use adjoint=Implicit(solver=Anderson()) or Broyden(), raise its max_steps or "
+    "tol, or take Phantom(steps, damping)"
+)
+
+
+def _rescaled(g: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Returns (g / scale, scale, norm of each sample's elements that count, after that).
+
+    The scale is a power of two, so that gradients are solved to the bit alike, tiny or huge. It is the same for all
+    samples but those that are so much smaller that their squares would underflow: where samples depend on one another,
+    other scales would make another system of it. It is None, for 1, on a CPU where all norms are far from both.
+    """
+    if g.device.type == "cpu" and mask is None:
+        norm = torch.linalg.vector_norm(g, dim=1)
+        if norm.numel() and all(SAFE[0] < size.item() < SAFE[1] for size in norm.aminmax()):
+            return g, None, norm
+    peak = g.abs().amax(dim=1, keepdim=True) if g.shape[1] else g.new_zeros(g.shape[0], 1)
+    peak = torch.where(peak.isfinite(), peak, 0.0)
+    top = peak.max() if len(peak) else 1.0
+    peak = torch.where((peak > 0) & (peak < SMALL * top), peak, top)
+    scale = torch.exp2(torch.frexp(peak).exponent.to(g.dtype))
+    scale = torch.where(peak > 0, scale, 1.0)
+    g = g / scale
+    norm = torch.linalg.vector_norm(g if mask is None else torch.where(mask, g, 0.0), dim=1)
+    return g, scale, torch.where((norm > 0) & norm.isfinite(), norm, 1.0)
+
+
+def _normalised(g: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns (g / scale, scale), such that the elements that count have norm 1, sample by sample."""
+    g, scale, norm = _rescaled(g, mask)
+    norm = norm.unsqueeze(1)
+    return g / norm, norm if scale is None else scale * norm
+
+
+def as_solution(outcome: Outcome, problem: Problem, value: Any, aux: Any = None, record: Any = None) -> Solution:
+    """Returns the outcome with vectors of the batch shape."""
+    shape = problem.layout.per_sample
+    trace = None if outcome.trace is None else shape(outcome.trace)
+    status, steps, residual = map(shape, (outcome.status, outcome.steps, outcome.residual))
+    record = [] if record is None else record
+    return Solution(value, status, steps, residual, trace, outcome.route, outcome.why, aux, record)

@@ -43,8 +43,10 @@ def forwards(monkeypatch):
 
     def calls_of(cell):
         calls = []
-        # Not a hook: a cell with hooks is evaluated by torch.
-        monkeypatch.setattr(type(cell), "__call__", lambda self, *a: calls.append(None) or torch.nn.Module.__call__(self, *a))
+        # Not a hook: kernels leave a cell that has hooks to torch.
+        monkeypatch.setattr(
+            type(cell), "__call__", lambda self, *a: calls.append(None) or torch.nn.Module.__call__(self, *a)
+        )
         return calls
 
     return calls_of

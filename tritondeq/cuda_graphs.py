@@ -293,7 +293,7 @@ class _Solve:
 
     def _by_chunks(self) -> None:
         self.begin()
-        look = Look(self.steps.device, None, every=1)
+        look = Look(self.steps.device, None)
         for _ in range(self.chunks - 1):
             if look(self.steps.left) == 0:
                 break

@@ -17,7 +17,6 @@ from .solution import Outcome, Route
 from .solvers import Solver
 
 WATCHED = 2  # evaluations that a `guards.Watched` sees
-READ_EVERY = 4  # steps between two looks, one look late, at whether any sample is still active on a GPU
 
 
 Ended = tuple[Parts, Tail]  # (g, Tail) where a map is that Tail of the parts that g returns
@@ -191,7 +190,7 @@ class _Steps:
 
     def left(self) -> Tensor | int:
         left = self.rules.left
-        return self.rules.active.count_nonzero() if left is None else left
+        return self.rules.active.sum(dtype=torch.int32) if left is None else left
 
     def onward(self, left: int | None) -> Tensor:
         y, z = self.y, self.z
@@ -215,23 +214,23 @@ class _Steps:
 class Look:
     """The number of active samples, or None where it is not known.
 
-    On a GPU it is None or 0, and `every` steps old, so that the host never waits; while a graph is captured, None.
+    On a GPU it is None or 0, and that of the step before: the host waits while the GPU takes the step that has been
+    launched since, and one evaluation at most follows that of the last sample. While a graph is captured, it is None.
     """
 
-    def __init__(self, device: torch.device, group: Any, every: int = READ_EVERY):
-        self.device, self.group, self.every, self.steps = device, group, every, 0
+    def __init__(self, device: torch.device, group: Any):
+        self.device, self.group = device, group
         self.cuda, self.blind = device.type == "cuda", devices.capturing(device)
         if self.cuda and not self.blind:
-            self.flag = torch.ones((), dtype=torch.int64, device="cpu", pin_memory=True)
+            self.flag = torch.ones((), dtype=torch.int32, device="cpu", pin_memory=True)
             self.copied: torch.cuda.Event | None = None
 
     def __call__(self, active: Callable[[], Any]) -> int | None:
-        self.steps += 1
-        if self.blind or (self.cuda and self.steps % self.every):
+        if self.blind:
             return None
         left = active()
         if self.group is not None:
-            left = torch.as_tensor(left)
+            left = left.clone() if isinstance(left, Tensor) else torch.tensor(left)
             torch.distributed.all_reduce(left, torch.distributed.ReduceOp.MAX, group=self.group)
         if not self.cuda:
             return int(left) if self.group is None or left == 0 else None

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import devices, launch
+from .. import bound, launch
 from ..dispatch import RowOp, interpreting, register
 from ..tl_common import act, add2, bf16_pair, product
 
@@ -186,12 +186,10 @@ def group_norm(
     part = a.new_empty(batch, groups, splits, 3, dtype=torch.float32) if splits > 1 else y
     block_s = triton.next_power_of_2(splits) if splits > 1 else 0
     rounds = interp and dtype == torch.bfloat16
-    with devices.on(a.device):
-        if splits > 1:
-            _measure_kernel[grid](a, other, part, *strides, **flags)
-        _normalise_kernel[grid](
-            *(a, other, part, weight, bias, y, *strides, float(eps)), BLOCK_S=block_s, ROUND=rounds, **flags
-        )
+    if splits > 1:
+        bound.launch(_measure_kernel, grid, a.device, a, other, part, *strides, **flags)
+    given = (a, other, part, weight, bias, y, *strides, float(eps))
+    bound.launch(_normalise_kernel, grid, a.device, *given, BLOCK_S=block_s, ROUND=rounds, **flags)
     return y
 
 

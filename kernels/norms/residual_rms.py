@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import devices, launch
+from .. import bound, launch
 from ..dispatch import RowOp, interpreting, register
 from ..tl_common import bf16_pair, product
 
@@ -84,13 +84,9 @@ def residual_rms(
         config = launch.parameters("norms.residual_rms", a.device, features=features)
         flags = {"HAS_GAMMA": gamma is not None, "HAS_WEIGHT": weight is not None, "KEEP_SUM": keep_sum}
         vectors = (a if gamma is None else gamma.contiguous(), a if weight is None else weight.contiguous())
-        with devices.on(a.device):
-            _rms_kernel[(triton.cdiv(rows, config["BLOCK_R"]),)](
-                *(a, b, *vectors, n if s is None else s, n, rows, features, eps),
-                **flags,
-                **config,
-                INTERP=interpreting(),
-            )
+        grid = (triton.cdiv(rows, config["BLOCK_R"]),)
+        given = (a, b, *vectors, n if s is None else s, n, rows, features, eps)
+        bound.launch(_rms_kernel, grid, a.device, *given, INTERP=interpreting(), **flags, **config)
     return s, n
 
 

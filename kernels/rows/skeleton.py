@@ -36,7 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import devices, launch
+from .. import bound, devices, launch
 from ..dispatch import interpreting
 from ..reference import RIDGE
 from ..rules import EPS
@@ -285,26 +285,25 @@ class Rows:
         weights = tuple(bf16_terms(w, terms) for w in matrices)
         flat = tuple(v.contiguous() for v in vectors) or (z,)  # an empty tuple may be no argument of a launch
         start = z if z0 is None else z0.contiguous()
-        with devices.on(z.device):
-            rows_kernel[(programs,)](
-                *(weights, flat, inputs, start, scratch, z, steps, residual, status),
-                *(len(z), tol, max_steps, float(relative), max(scale, EPS), damping, max(ridge, RIDGE)),
-                START=self.start,
-                STEP=self.step,
-                D=z.shape[1],
-                ACT=act,
-                MATRICES=tuple((*shape, *map(launch.block, shape)) for shape in shapes),
-                VECTORS=tuple((len(v), launch.block(len(v))) for v in vectors),
-                INPUTS=tuple((x.shape[1], launch.block(x.shape[1]), x.stride(0)) for x in inputs),
-                TRANSPOSE=self.transpose,
-                FROM_CARRY=self.from_carry,
-                HAS_Z0=z0 is not None,
-                TERMS=terms,
-                MEMORY=memory,
-                INTERP=interpreting(),
-                enable_fp_fusion=True,
-                **config,
-            )
+        bound.launch(
+            *(rows_kernel, (programs,), z.device, weights, flat, inputs, start, scratch, z, steps, residual, status),
+            *(len(z), tol, max_steps, float(relative), max(scale, EPS), damping, max(ridge, RIDGE)),
+            START=self.start,
+            STEP=self.step,
+            D=z.shape[1],
+            ACT=act,
+            MATRICES=tuple((*shape, *map(launch.block, shape)) for shape in shapes),
+            VECTORS=tuple((len(v), launch.block(len(v))) for v in vectors),
+            INPUTS=tuple((x.shape[1], launch.block(x.shape[1]), x.stride(0)) for x in inputs),
+            TRANSPOSE=self.transpose,
+            FROM_CARRY=self.from_carry,
+            HAS_Z0=z0 is not None,
+            TERMS=terms,
+            MEMORY=memory,
+            INTERP=interpreting(),
+            enable_fp_fusion=True,
+            **config,
+        )
         return z, steps, residual, status
 
 

@@ -6,14 +6,12 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import devices, launch
+from .. import bound, devices, launch
 from ..dispatch import interpreting
 from ..rules import EPS
 from ..tails import Tail
 from .tl_ends import begin_kernel, finish_kernel
 from .tl_steps import BASE, BEST, REL, STEPS
-
-ALIGNED = 16  # bytes of which Triton wants to know whether an address is a multiple
 
 
 class Samples:
@@ -40,8 +38,8 @@ class Samples:
         self._compiled: dict[Any, tuple[Any, list[Any], list[tuple[int, str]]]] = {}
 
     def left(self) -> Tensor:
-        """Returns how many samples go on, a scalar tensor that no launch changes."""
-        return self.count.clone()
+        """Returns how many samples go on, a scalar tensor that the next launch changes."""
+        return self.count
 
     def outcome(self) -> tuple[Tensor, Tensor, Tensor]:
         """Returns (status, steps, residual), each [B], of a solve that is finished."""
@@ -55,9 +53,7 @@ class Samples:
         """
         given = {name: known[name] if name in known else getattr(self, name[:-4]) for name in kernel.arg_names}
         options = {name: known[name] for name in ("num_warps", "num_stages") if name in known}
-        with devices.on(self.device):
-            compiled = kernel[grid](**given, **options, enable_fp_fusion=True)
-        return compiled, list(given.values())
+        return bound.launch(kernel, grid, self.device, **given, **options, enable_fp_fusion=True)
 
     def launch_again(self, kind: Any, kernel, grid: tuple[int, ...], turning: dict[str, Any], **known: Any) -> None:
         """Launches a kernel as `launch_kernel` does, of which only the arguments in `turning` change during a solve.
@@ -149,7 +145,7 @@ class Steps(Samples):
         """Launches the step after y = f(z), which the tail makes of these, each [B, N]."""
         y = tuple(part.contiguous() for part in parts)
         turning = {name: getattr(self, name[:-4]) for name in self._turning} | {"y_ptrs": y}
-        kind = tuple((part.dtype, part.data_ptr() % ALIGNED == 0) for part in y)
+        kind = bound.kind(y)
         for i, stage in enumerate(self.stages):
             self.launch_again((i, kind), self.kernel, self.grid, turning, **self.known, **stage)
 

@@ -1,5 +1,6 @@
 """How every test runs: Triton interpreted where there is no GPU, fixed seeds, NaN in fresh allocations."""
 
+import inspect
 import os
 from pathlib import Path
 
@@ -52,6 +53,25 @@ def truncating_products():
         return interpreter.TensorHandle(out.astype(np.float32), acc.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_interpreter():
+    """Makes the interpreter look for Triton's builtins once a launch, and not in every function that a kernel calls."""
+    if CUDA or refusal():
+        return
+    from triton.runtime import interpreter
+
+    patch, first = interpreter._patch_builtin, {}
+    is_builtin = interpreter.tl.core.is_builtin
+
+    def patch_once(part, *rest):
+        if part not in first:
+            first[part] = next((name for name, member in inspect.getmembers(part) if is_builtin(member)), None)
+        if first[part] and is_builtin(getattr(part, first[part])):
+            patch(part, *rest)
+
+    interpreter._patch_builtin = patch_once
 
 
 @pytest.fixture

@@ -128,9 +128,9 @@ class Nested(torch.nn.Module):
 
 IN_BACKWARD = {
     "kernels": lambda: DEQ(Affine(6)),
-    "steps": lambda: DEQ(Affine(6), solver=Broyden()),
+    "steps": lambda: DEQ(Affine(6), solver=Broyden(), tol=0.1),
     "splitting": lambda: DEQ(Monotone(6)),
-    "nested": lambda: DEQ(Nested(6)),
+    "nested": lambda: DEQ(Nested(6), tol=0.1),
     "unrolled": lambda: DEQ(Nested(6), adjoint=Unrolled(3)),
     "checkpoints": lambda: DEQ(Nested(6), adjoint=Unrolled(3, checkpoint=True)),
 }

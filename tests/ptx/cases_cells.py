@@ -137,6 +137,7 @@ def _ships(op, shapes, terms, memory=0) -> None:
 
 
 @case(
+    most=2,
     w64={"features": 64, "hidden": 128},
     w64_gate={"features": 64, "hidden": 64, "gate": True, "form": "pre", "adjoint": True},
     w128={"features": 128, "hidden": 128, "terms": 1},
@@ -148,7 +149,10 @@ def mlp_shipped(features, hidden, terms=2, memory=0, **options):
 
 
 @case(
-    w64={"features": 64}, w64_adjoint={"features": 64, "adjoint": True, "memory": 2}, w128={"features": 128, "terms": 1}
+    most=2,
+    w64={"features": 64},
+    w64_adjoint={"features": 64, "adjoint": True, "memory": 2},
+    w128={"features": 128, "terms": 1},
 )
 def gated_shipped(features, terms=2, **options):
     _ships("rows.gated", [(features, features)] * 3, terms)

@@ -158,7 +158,7 @@ def affine_plateau():
     return outcome
 
 
-@case(**SHIPPED)
+@case(most=2, **SHIPPED)
 def affine_shipped(features, terms, memory, large):
     """The launch parameters of the pure function; those for large batches on a smaller one, by the same kernel."""
     device = torch.device("cpu")

@@ -40,6 +40,13 @@ def test_a_speed_up_on_results_that_differ_is_suspect_and_a_case_without_times_i
     assert suspect.listed(records) == []
 
 
+def test_the_clock_calls_contestants_in_turn_and_as_often():
+    order: list[str] = []
+    timed = measure.clock({name: lambda name=name: order.append(name) for name in "ab"}, CPU, seconds=0.0)
+    assert order[:2] == ["a", "b"] and order.count("a") == order.count("b") > 4
+    assert all(0 < timing.least <= timing.median < 0.1 for timing in timed.values())
+
+
 def test_a_wrong_block_is_a_fault(monkeypatch):
     calls, layer, steps = blocks.contestants(blocks.SIZES["tiny"], CPU, compiled=False)
     broken = calls | {"tied loop": lambda: calls["tied loop"]() * 1.2}

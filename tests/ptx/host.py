@@ -45,7 +45,7 @@ class Silent(Driver):
         def launch(*arguments):
             self.launches += 1
             for i in outputs:
-                arguments[i - len(src.fn.arg_names)].zero_()
+                arguments[i - len(src.fn.arg_names)].numpy().fill(0)
 
         return launch
 

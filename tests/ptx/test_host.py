@@ -1,0 +1,29 @@
+"""What the host does for a solve that is one launch, by counts that hold on any machine."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+# Torch operations and calls of Python functions at most, of a forward pass and of a training step.
+MOST = {
+    "Affine": ((6, 420), (84, 930)),
+    "MLP": ((17, 500), (162, 1200)),
+    "Gated": ((13, 480), (148, 1110)),
+    "Monotone": ((28, 530), (88, 1130)),
+}
+
+
+@pytest.mark.kernels
+@pytest.mark.slow
+def test_a_solve_is_one_launch_and_no_more_than_promised_beside_it():
+    command = [sys.executable, "-W", "ignore", "-m", "tests.ptx.host", "0"]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()[2:]
+    rows = [[part.strip() for part in line.strip("| ").split("|")] for line in lines if line.startswith("|")]
+    assert {(name, work) for name, work, *_ in rows} == {(c, w) for c in MOST for w in ("forward", "training step")}
+    for name, work, _, launches, ops, frames in rows:
+        backward = work != "forward"
+        most_ops, most_frames = MOST[name][backward]
+        assert int(launches) == 1 + backward and int(ops) <= most_ops and int(frames) <= most_frames, (name, work)

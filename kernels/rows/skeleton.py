@@ -34,7 +34,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .. import bound, devices, launch
 from ..dispatch import interpreting
@@ -42,6 +41,7 @@ from ..reference import RIDGE
 from ..rules import EPS
 from ..tl_anderson import anderson_step
 from ..tl_common import WINDOW, bf16_pair, constant, row_sums, rules_size, rules_start, rules_status, rules_update
+from .terms import bf16_terms
 from .tl_rows import choose, copies, load_inputs, load_terms, load_vector, push
 
 MEMORY = 4  # most differences that Anderson can store in registers
@@ -215,16 +215,6 @@ def rows_kernel(
         again = first & (best < k)
 
 
-def bf16_terms(w: Tensor, terms: int) -> Tensor:
-    """Returns [terms, *w.shape] in bf16 whose sum is w up to 2^(-8 * terms)."""
-    parts = w.new_empty((terms, *w.shape), dtype=torch.bfloat16)
-    parts[0] = w
-    for t in range(1, terms):
-        w = w - parts[t - 1]
-        parts[t] = w
-    return parts
-
-
 @dataclass(frozen=True)
 class Rows:
     """One direction of a cell: the solve, or its adjoint.
@@ -282,7 +272,7 @@ class Rows:
             dtype = torch.float32 if interpreting() else torch.bfloat16
             scratch = z.new_empty((programs, config["BLOCK_B"], config["BLOCK_D"]), dtype=dtype)
         inputs = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in inputs)
-        weights = tuple(bf16_terms(w, terms) for w in matrices)
+        weights = bf16_terms(tuple(matrices), terms)
         flat = tuple(v.contiguous() for v in vectors) or (z,)  # an empty tuple may be no argument of a launch
         start = z if z0 is None else z0.contiguous()
         bound.launch(

@@ -29,7 +29,7 @@ from torch import Tensor
 from .. import devices, launch
 from ..dispatch import CellOp, interpreting, register
 from ..formulas import ACTIVATIONS
-from ..rows.skeleton import bf16_terms
+from ..rows.terms import bf16_terms
 from ..tl_common import act, act_slope, bf16_pair, row_sums
 from .base import Samples
 from .tl_ends import begin_rows_kernel, finish_rows_kernel
@@ -237,7 +237,7 @@ class AffineSteps(Samples):
             grid = (triton.cdiv(batch, config["BLOCK_M"]) * splits,)
             self.launches.append((grid, config | {"depth": depth, "BLOCK_S": triton.next_power_of_2(splits)}))
         self.weight, self.u = w, u
-        self.w = u.new_zeros((terms, width, width), dtype=torch.bfloat16)
+        self.w = u.new_empty((terms, width, width), dtype=torch.bfloat16)
         self.d = u.new_zeros((2, batch, width), dtype=torch.bfloat16)
         self.value, self.other, self.best = u.new_empty((2, *u.shape)), *(u.new_empty(u.shape) for _ in range(2))
         self.pre = self.best if pre is None else pre.contiguous()
@@ -248,8 +248,7 @@ class AffineSteps(Samples):
 
     def reset(self, z: Tensor | None) -> None:
         """Begins a solve at `z`, in the same memory; the adjoint begins at zero, and asks for None."""
-        features = self.u.shape[1]
-        self.w[:, :features, :features] = bf16_terms(self.weight, len(self.w))
+        bf16_terms((self.weight,), len(self.w), (self.w,))
         u = self.u.contiguous()
         start = u if z is None else z.contiguous()
         given = {"u_ptr": u, "start_ptr": start, "BLOCK_D": triton.next_power_of_2(self.d.shape[2]), "num_warps": 4}

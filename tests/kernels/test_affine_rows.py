@@ -8,7 +8,6 @@ from close import FLOOR, assert_as_eager, assert_residual, error
 from tritondeq.kernels import devices, launch
 from tritondeq.kernels.formulas import FAST
 from tritondeq.kernels.rows import affine as op
-from tritondeq.kernels.rows.skeleton import bf16_terms
 from tritondeq.kernels.rules import CONVERGED
 
 
@@ -152,14 +151,6 @@ def test_cost_follows_the_mean_number_of_steps(device, monkeypatch):
     assert torch.equal(steps, same) and steps.min() <= 6 and steps.max() >= 60
     assert lockstep >= 4 * steps.max()
     assert refilled <= 1.6 * steps.max(), (refilled, lockstep)
-
-
-def test_terms_of_w():
-    w = torch.randn(31, 31)
-    for terms, bound in ((1, 2**-8), (2, 2**-16), (3, 2**-23)):
-        parts = bf16_terms(w, terms)
-        assert parts.dtype == torch.bfloat16
-        assert ((parts.double().sum(0) - w).abs() <= bound * w.abs()).all()
 
 
 def test_refuses(monkeypatch):

@@ -45,7 +45,7 @@ def kind(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.dtype, value.data_ptr() % ALIGNED == 0
     if isinstance(value, tuple):
-        return tuple(map(kind, value))
+        return value if value and type(value[0]) is int else tuple(map(kind, value))
     return float if isinstance(value, float) else value
 
 

@@ -38,44 +38,47 @@ def _made(matrices: tuple[Tensor, ...], terms: int) -> tuple[Tensor, ...]:
 
 
 @triton.jit
-def _store_terms(
-    w_ptr, t_ptr, program, MATRIX: tl.constexpr, TERMS: tl.constexpr, BLOCK: tl.constexpr, INTERP: tl.constexpr
-):
+def _store_terms(w, term, program, rows, columns, down, along, height, width, TERMS, BLOCK, INTERP: tl.constexpr):
     """Stores BLOCK elements of each term of a matrix."""
-    WIDTH: tl.constexpr = MATRIX[5]
-    SIZE: tl.constexpr = MATRIX[4] * WIDTH
     at = program * BLOCK + tl.arange(0, BLOCK)
-    row, column = at // WIDTH, at % WIDTH
-    inside = (row < MATRIX[0]) & (column < MATRIX[1])
-    rest = tl.load(w_ptr + row * MATRIX[2] + column * MATRIX[3], mask=inside, other=0.0)
+    row, column = at // width, at % width
+    rest = tl.load(w + row * down + column * along, mask=(row < rows) & (column < columns), other=0.0)
     for t in tl.static_range(TERMS):
-        term, near = bf16_pair(rest, INTERP)
-        tl.store(t_ptr + t * SIZE + at, term, mask=at < SIZE)
+        part, near = bf16_pair(rest, INTERP)
+        tl.store(term + t * height * width + at, part, mask=row < height)
         rest -= near
 
 
 @triton.jit
 def terms_kernel(
     w_ptrs,  # each [out, in] fp32
-    t_ptrs,  # each [TERMS, ., .] bf16
-    MATRICES: tl.constexpr,  # of each: out, in, its strides, rows and columns of a term
-    PROGRAMS: tl.constexpr,  # the first of each, and how many there are
+    t_ptrs,  # each [TERMS, height, width] bf16
+    sizes,  # of each: out, in, its two strides, height, width
+    programs,  # the first of each, and how many there are
     TERMS: tl.constexpr,
     BLOCK: tl.constexpr,
     INTERP: tl.constexpr,
 ):
     """Stores the terms of all matrices, one after another."""
     pid = tl.program_id(0)
-    for i in tl.static_range(len(MATRICES)):
-        if (pid >= PROGRAMS[i]) & (pid < PROGRAMS[i + 1]):
-            _store_terms(w_ptrs[i], t_ptrs[i], pid - PROGRAMS[i], MATRICES[i], TERMS, BLOCK, INTERP)
+    for i in tl.static_range(len(w_ptrs)):
+        if (pid >= programs[i]) & (pid < programs[i + 1]):
+            _store_terms(
+                *(w_ptrs[i], t_ptrs[i], pid - programs[i], sizes[6 * i], sizes[6 * i + 1], sizes[6 * i + 2]),
+                *(sizes[6 * i + 3], sizes[6 * i + 4], sizes[6 * i + 5], TERMS, BLOCK, INTERP),
+            )
 
 
 def bf16_terms(matrices: tuple[Tensor, ...], terms: int, out: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
     """Returns what `bf16_terms_ref` does, for matrices that are not empty."""
     made = out or _made(matrices, terms)
-    known = tuple((*w.shape, *w.stride(), *parts.shape[1:]) for w, parts in zip(matrices, made, strict=True))
+    sizes = [(*w.shape, *w.stride(), *parts.shape[1:]) for w, parts in zip(matrices, made, strict=True)]
     programs = (0, *accumulate(triton.cdiv(parts[0].numel(), BLOCK) for parts in made))
-    given = {"MATRICES": known, "PROGRAMS": programs, "TERMS": terms, "BLOCK": BLOCK, "INTERP": interpreting()}
-    bound.launch(terms_kernel, programs[-1:], matrices[0].device, matrices, made, **given, num_warps=4)
+    bound.launch(
+        *(terms_kernel, programs[-1:], matrices[0].device, matrices, made, sum(sizes, ()), programs),
+        TERMS=terms,
+        BLOCK=BLOCK,
+        INTERP=interpreting(),
+        num_warps=4,
+    )
     return made

@@ -1,4 +1,4 @@
-"""What the host does for a solve that is one launch, by counts that hold on any machine."""
+"""What the host does for a solve by a kernel that holds the cell, by counts that hold on any machine."""
 
 import subprocess
 import sys
@@ -9,16 +9,16 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 # Torch operations and calls of Python functions at most, of a forward pass and of a training step.
 MOST = {
-    "Affine": ((6, 420), (84, 930)),
-    "MLP": ((17, 500), (162, 1200)),
-    "Gated": ((13, 480), (148, 1110)),
-    "Monotone": ((28, 530), (88, 1130)),
+    "Affine": ((3, 480), (78, 1050)),
+    "MLP": ((11, 560), (150, 1340)),
+    "Gated": ((4, 550), (130, 1260)),
+    "Monotone": ((25, 580), (82, 1250)),
 }
 
 
 @pytest.mark.kernels
 @pytest.mark.slow
-def test_a_solve_is_one_launch_and_no_more_than_promised_beside_it():
+def test_a_solve_is_one_launch_and_one_of_its_weights_terms_and_no_more_than_promised_beside_them():
     command = [sys.executable, "-W", "ignore", "-m", "tests.ptx.host", "0"]
     lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()[2:]
     rows = [[part.strip() for part in line.strip("| ").split("|")] for line in lines if line.startswith("|")]
@@ -26,4 +26,4 @@ def test_a_solve_is_one_launch_and_no_more_than_promised_beside_it():
     for name, work, _, launches, ops, frames in rows:
         backward = work != "forward"
         most_ops, most_frames = MOST[name][backward]
-        assert int(launches) == 1 + backward and int(ops) <= most_ops and int(frames) <= most_frames, (name, work)
+        assert int(launches) == 2 + 2 * backward and int(ops) <= most_ops and int(frames) <= most_frames, (name, work)

@@ -45,8 +45,12 @@ def kind(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.dtype, value.data_ptr() % ALIGNED == 0
     if isinstance(value, tuple):
-        return value if value and type(value[0]) is int else tuple(map(kind, value))
-    return float if isinstance(value, float) else value
+        return value if set(map(type, value)) == {int} else tuple(map(kind, value))
+    return float if isinstance(value, float) else _constant(value)
+
+
+def _constant(value: Any) -> Any:
+    return type(value), value  # True is 1, and another argument
 
 
 def _unspecialised(value: Any) -> Any:
@@ -56,7 +60,4 @@ def _unspecialised(value: Any) -> Any:
 @cache
 def _kinds(kernel: Any) -> list[Any]:
     """Returns for each parameter of a kernel the function of its value that is part of the key."""
-    return [
-        (lambda value: value) if p.is_constexpr else _unspecialised if p.do_not_specialize else kind
-        for p in kernel.params
-    ]
+    return [_constant if p.is_constexpr else _unspecialised if p.do_not_specialize else kind for p in kernel.params]

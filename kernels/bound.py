@@ -4,7 +4,6 @@ Triton looks at every argument of a launch, and at every constant that the kerne
 times as long as the launch does. Here what was compiled for the same kinds of arguments is launched as it is.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from .dispatch import interpreting
 ALIGNED = 16  # bytes of which Triton wants to know whether an address is a multiple
 LONG = 2**31  # from which on an integer takes 64 bits
 
-_compiled: dict[Any, Any] = {}
+_known: dict[int, "_Known"] = {}  # by the id of the kernel: its own hash takes a look at its source
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *first: Any, **named: Any) -> tuple[Any, list]:
@@ -25,19 +24,18 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *first: Any
     Returns:
         What Triton compiled, or None in its interpreter; and the arguments in the kernel's order.
     """
-    given = dict(zip(kernel.arg_names, first, strict=False))
-    given |= {name: named.pop(name) for name in kernel.arg_names[len(first) :]}
+    given = [*first, *map(named.pop, kernel.arg_names[len(first) :])]
     with devices.on(device):
         if interpreting():
-            return kernel[grid](**given, **named), [*given.values()]
-        kinds = (by(value) for by, value in zip(_kinds(kernel), given.values(), strict=True))
-        key = (kernel, device, devices.emulated, *named.values(), *kinds)
-        compiled = _compiled.get(key)
+            return kernel[grid](*given, **named), given
+        known = _known.get(id(kernel)) or _known.setdefault(id(kernel), _Known(kernel))
+        key = device, devices.emulated, *named.values(), *known.kinds(given)
+        compiled = known.compiled.get(key)
         if compiled is None:
-            compiled = _compiled[key] = kernel[grid](**given, **named)
+            compiled = known.compiled[key] = kernel[grid](*given, **named)
         else:
-            compiled[(*grid, 1, 1)](*given.values())
-    return compiled, [*given.values()]
+            compiled[(*grid, 1, 1)](*given)
+    return compiled, given
 
 
 def kind(value: Any) -> Any:
@@ -46,18 +44,25 @@ def kind(value: Any) -> Any:
         return value.dtype, value.data_ptr() % ALIGNED == 0
     if isinstance(value, tuple):
         return value if set(map(type, value)) == {int} else tuple(map(kind, value))
-    return float if isinstance(value, float) else _constant(value)
+    return float if isinstance(value, float) else (type(value), value)  # True is 1, and another argument
 
 
-def _constant(value: Any) -> Any:
-    return type(value), value  # True is 1, and another argument
+class _Known:
+    """What has been compiled of a kernel, by the kinds of its arguments."""
 
+    def __init__(self, kernel: Any):
+        self.kernel, self.compiled = kernel, dict[Any, Any]()
+        places: tuple[list[int], ...] = ([], [], [])
+        for i, parameter in enumerate(kernel.params):
+            places[0 if parameter.is_constexpr else 2 if parameter.do_not_specialize else 1].append(i)
+        self.constants, self.looked_at, self.counts = places
 
-def _unspecialised(value: Any) -> Any:
-    return type(value), value < LONG
-
-
-@cache
-def _kinds(kernel: Any) -> list[Any]:
-    """Returns for each parameter of a kernel the function of its value that is part of the key."""
-    return [_constant if p.is_constexpr else _unspecialised if p.do_not_specialize else kind for p in kernel.params]
+    def kinds(self, given: list[Any]) -> tuple[Any, ...]:
+        """Returns the kinds of these arguments, of which two are equal only where Triton would compile the same."""
+        constants = tuple([given[i] for i in self.constants])
+        return (
+            tuple(map(type, constants)),
+            constants,
+            tuple([kind(given[i]) for i in self.looked_at]),
+            tuple([(type(given[i]), given[i] < LONG) for i in self.counts]),
+        )

@@ -155,6 +155,7 @@ def too_old() -> str | None:
     return f"triton {triton.__version__} is installed, and the kernels need {'.'.join(map(str, LEAST))} or later"
 
 
+@cache
 def interpreting() -> bool:
     """Returns whether kernels run in Triton's interpreter, on the CPU, by the variable that Triton reads at import."""
     return has_triton() and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")

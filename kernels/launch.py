@@ -8,7 +8,7 @@ they do not fit. A choice can so make a launch slow, but never wrong. It comes f
 
 import contextlib
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import product
 from typing import Any
 
@@ -36,11 +36,18 @@ TILES = {
 MORE_TILES = ((64, 128, 32, 4), (32, 64, 64, 4), (16, 64, 64, 4))  # that only a measurement picks
 
 
+def cdiv(n: int, size: int) -> int:
+    """Returns how many parts of this size hold n; triton.cdiv is a jitted function, which costs the host 5 us."""
+    return -(-n // size)
+
+
+@cache
 def power_of_two(n: int) -> int:
     """Returns the least power of two that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
+@cache
 def block(width: int) -> int:
     """Returns the least power of two that holds this width and that a dot can take."""
     return max(16, power_of_two(width))
@@ -249,10 +256,7 @@ def parameters(op: str, device: torch.device | None = None, **shape) -> dict | N
     for name, choice, at in reversed(_overrides):
         if name == op and (at is None or at == key(op, **shape)):
             return _configured(op, choice, shape)
-    name = None if device is None else devices.gpu(device)
-    if name is None:
-        return SHAPES[op](**shape)
-    config = _from_table(op, name, tuple(shape.items()))
+    config = _usual(op, None if device is None else devices.gpu(device), tuple(shape.items()), can_stream())
     return config and dict(config)
 
 
@@ -264,8 +268,11 @@ def _configured(op: str, choice: dict, shape: dict) -> dict | None:
 
 
 @lru_cache(1024)
-def _from_table(op: str, name: str, items: tuple) -> dict | None:
+def _usual(op: str, name: str | None, items: tuple, streams: bool) -> dict | None:
+    """Returns the parameters for a shape without overrides; `name` is the GPU's, where there is a table to look in."""
     shape, tunable = dict(items), TUNABLE[SHAPES[op]]
+    if name is None:
+        return SHAPES[op](**shape)
     entry = tables.nearest(name, op, key(op, **shape))
     known = entry is not None and all(value in tunable.get(part, ()) for part, value in entry.choice.items())
     return _configured(op, entry.choice if known else {}, shape)
@@ -273,7 +280,7 @@ def _from_table(op: str, name: str, items: tuple) -> dict | None:
 
 def reread() -> None:
     """Makes the next launch read the tables again."""
-    _from_table.cache_clear()
+    _usual.cache_clear()
     tables.entries.cache_clear()
 
 
@@ -309,8 +316,9 @@ def recorded() -> Iterator[list[tuple[str, dict[str, Any]]]]:
 
 def too_large(op: str, shapes, terms: int, memory: int, device: torch.device | None) -> str | None:
     """Returns why weights of these shapes can't be held by a multiprocessor of this device, or None."""
-    shared = devices.shared_memory(device)
-    if SHAPES[op](batch=1, shapes=shapes, terms=terms, memory=memory, shared=shared):
+    shared, sizes = devices.shared_memory(device), tuple(map(tuple, shapes))
+    problem = {"batch": 1, "shapes": sizes, "terms": terms, "memory": memory, "shared": shared}
+    if _usual(op, None, tuple(problem.items()), can_stream()):
         return None
     size = 2 * terms * sum(n * m for n, m in shapes)
     split = "" if terms == 1 else f" in {terms} bf16 terms"

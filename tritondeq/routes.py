@@ -17,7 +17,7 @@ from .kernels.rules import Rules
 from .kernels.tails import PLAIN
 from .loop import Settings, drive, explain_no_room, iterate
 from .problem import Problem
-from .solution import Outcome, Route, Solution, Status, failures
+from .solution import Outcome, Route, Solution, failures
 from .solvers import Picard
 from .solvers.splitting import Reformulation, SplittingSolver
 
@@ -224,8 +224,8 @@ class Backward:
             return u
         if self.throw and (failed := failures(status, advice=False)):
             raise RuntimeError(f"{_FAILED}: {failed}")
-        warn_if((status != Status.CONVERGED) & ~(residual <= self.allowed), _FAILED)
-        return torch.where(residual.isinf().unsqueeze(1), torch.nan, u)
+        warn_if(~(residual <= self.allowed), _FAILED)
+        return torch.where((residual == torch.inf).unsqueeze(1), torch.nan, u)
 
 
 _FAILED = (
@@ -247,22 +247,28 @@ def _rescaled(g: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Te
         norm = torch.linalg.vector_norm(g, dim=1)
         if norm.numel() and all(SAFE[0] < size.item() < SAFE[1] for size in norm.aminmax()):
             return g, None, norm
-    peak = g.abs().amax(dim=1, keepdim=True) if g.shape[1] else g.new_zeros(g.shape[0], 1)
-    peak = torch.where(peak.isfinite(), peak, 0.0)
-    top = peak.max() if len(peak) else 1.0
-    peak = torch.where((peak > 0) & (peak < SMALL * top), peak, top)
-    scale = torch.exp2(torch.frexp(peak).exponent.to(g.dtype))
-    scale = torch.where(peak > 0, scale, 1.0)
+    if not g.numel():
+        return g, None, g.new_ones(g.shape[0])
+    peak = torch.linalg.vector_norm(g, torch.inf, dim=1, keepdim=True).nan_to_num_(0.0, 0.0)
+    top = peak.max()
+    peak = torch.where(peak < SMALL * top, peak, top)
+    scale = (0.5 * peak / torch.frexp(peak).mantissa).nan_to_num_(1.0)  # the power of two below; 1 where peak is 0
     g = g / scale
     norm = torch.linalg.vector_norm(g if mask is None else torch.where(mask, g, 0.0), dim=1)
-    return g, scale, torch.where((norm > 0) & norm.isfinite(), norm, 1.0)
+    return g, scale, torch.where(norm > 0, norm, 1.0)
 
 
 def _normalised(g: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Returns (g / scale, scale), such that the elements that count have norm 1, sample by sample."""
-    g, scale, norm = _rescaled(g, mask)
-    norm = norm.unsqueeze(1)
-    return g / norm, norm if scale is None else scale * norm
+    if not g.numel():
+        return g, g.new_ones(g.shape[0], 1)
+    tiny = torch.finfo(g.dtype).tiny
+    scale = torch.linalg.vector_norm(g, torch.inf, dim=1, keepdim=True).clamp_(min=tiny)  # squares may not overflow
+    g = g / scale
+    counted = g if mask is None else torch.where(mask, g, 0.0)
+    norm = torch.linalg.vector_norm(counted, dim=1, keepdim=True)
+    norm = torch.where(norm > 0, norm, 1.0)
+    return g / norm, scale * norm
 
 
 def as_solution(outcome: Outcome, problem: Problem, value: Any, aux: Any = None, record: Any = None) -> Solution:

@@ -184,7 +184,7 @@ def group_norm(
     other = a if b is None else b
     strides = (a.stride(0), other.stride(0), pixels, channels, groups, splits)
     part = a.new_empty(batch, groups, splits, 3, dtype=torch.float32) if splits > 1 else y
-    block_s = triton.next_power_of_2(splits) if splits > 1 else 0
+    block_s = launch.power_of_two(splits) if splits > 1 else 0
     rounds = interp and dtype == torch.bfloat16
     if splits > 1:
         bound.launch(_measure_kernel, grid, a.device, a, other, part, *strides, **flags)

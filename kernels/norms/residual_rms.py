@@ -84,7 +84,7 @@ def residual_rms(
         config = launch.parameters("norms.residual_rms", a.device, features=features)
         flags = {"HAS_GAMMA": gamma is not None, "HAS_WEIGHT": weight is not None, "KEEP_SUM": keep_sum}
         vectors = (a if gamma is None else gamma.contiguous(), a if weight is None else weight.contiguous())
-        grid = (triton.cdiv(rows, config["BLOCK_R"]),)
+        grid = (launch.cdiv(rows, config["BLOCK_R"]),)
         given = (a, b, *vectors, n if s is None else s, n, rows, features, eps)
         bound.launch(_rms_kernel, grid, a.device, *given, INTERP=interpreting(), **flags, **config)
     return s, n

@@ -256,35 +256,36 @@ class Rows:
         Returns:
             z [B, D] of the lowest residual seen, steps [B] int32, residual [B] of that z, status [B] int32 (rules.py).
         """
-        shapes = tuple(tuple(w.shape) for w in matrices)
-        z = inputs[0].new_empty(len(inputs[0]), shapes[0][1])
-        residual = z.new_empty(len(z))
-        steps, status = (z.new_empty(len(z), dtype=torch.int32) for _ in range(2))
-        if len(z) == 0:
+        shapes = tuple([tuple(w.shape) for w in matrices])
+        batch, width = inputs[0].shape[0], shapes[0][1]
+        z = inputs[0].new_empty(batch, width)
+        residual = z.new_empty(batch)
+        steps, status = (z.new_empty(batch, dtype=torch.int32) for _ in range(2))
+        if batch == 0:
             return z, steps, residual, status
-        problem = {"batch": len(z), "shapes": shapes, "terms": terms, "memory": memory}
+        problem = {"batch": batch, "shapes": shapes, "terms": terms, "memory": memory}
         limits = {"shared": devices.shared_memory(z.device), "chip": devices.chip(z.device)}
         config = launch.parameters(self.op, z.device, **problem, **limits)
         programs = config.pop("programs") * devices.multiprocessors(z.device)
-        programs = min(triton.cdiv(len(z), config["BLOCK_B"]), programs)
+        programs = min(launch.cdiv(batch, config["BLOCK_B"]), programs)
         scratch = z
         if config["STREAM"]:
             dtype = torch.float32 if interpreting() else torch.bfloat16
             scratch = z.new_empty((programs, config["BLOCK_B"], config["BLOCK_D"]), dtype=dtype)
-        inputs = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in inputs)
+        inputs = tuple([x if x.stride(-1) == 1 else x.contiguous() for x in inputs])
         weights = bf16_terms(tuple(matrices), terms)
-        flat = tuple(v.contiguous() for v in vectors) or (z,)  # an empty tuple may be no argument of a launch
+        flat = tuple([v.contiguous() for v in vectors]) or (z,)  # an empty tuple may be no argument of a launch
         start = z if z0 is None else z0.contiguous()
         bound.launch(
             *(rows_kernel, (programs,), z.device, weights, flat, inputs, start, scratch, z, steps, residual, status),
-            *(len(z), tol, max_steps, float(relative), max(scale, EPS), damping, max(ridge, RIDGE)),
+            *(batch, tol, max_steps, float(relative), max(scale, EPS), damping, max(ridge, RIDGE)),
             START=self.start,
             STEP=self.step,
-            D=z.shape[1],
+            D=width,
             ACT=act,
-            MATRICES=tuple((*shape, *map(launch.block, shape)) for shape in shapes),
-            VECTORS=tuple((len(v), launch.block(len(v))) for v in vectors),
-            INPUTS=tuple((x.shape[1], launch.block(x.shape[1]), x.stride(0)) for x in inputs),
+            MATRICES=tuple([(*shape, *map(launch.block, shape)) for shape in shapes]),
+            VECTORS=tuple([(v.shape[0], launch.block(v.shape[0])) for v in vectors]),
+            INPUTS=tuple([(x.shape[1], launch.block(x.shape[1]), x.stride(0)) for x in inputs]),
             TRANSPOSE=self.transpose,
             FROM_CARRY=self.from_carry,
             HAS_Z0=z0 is not None,

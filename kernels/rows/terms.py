@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import bound
+from .. import bound, launch
 from ..dispatch import interpreting
 from ..tl_common import bf16_pair
 
@@ -73,7 +73,7 @@ def bf16_terms(matrices: tuple[Tensor, ...], terms: int, out: tuple[Tensor, ...]
     """Returns what `bf16_terms_ref` does, for matrices that are not empty."""
     made = out or _made(matrices, terms)
     sizes = [(*w.shape, *w.stride(), *parts.shape[1:]) for w, parts in zip(matrices, made, strict=True)]
-    programs = (0, *accumulate(triton.cdiv(parts[0].numel(), BLOCK) for parts in made))
+    programs = (0, *accumulate(launch.cdiv(parts.numel(), terms * BLOCK) for parts in made))
     bound.launch(
         *(terms_kernel, programs[-1:], matrices[0].device, matrices, made, sum(sizes, ()), programs),
         TERMS=terms,

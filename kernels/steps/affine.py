@@ -226,23 +226,23 @@ class AffineSteps(Samples):
         shape = {"batch": batch, "features": features, "terms": terms, "shared": devices.shared_memory(u.device)}
         configs = [launch.parameters("steps.affine", u.device, start=start, **shape) for start in (False, True)]
         wide = max(config[block] for config in configs for block in ("BLOCK_N", "BLOCK_K"))
-        width = triton.cdiv(features, wide) * wide
+        width = launch.cdiv(features, wide) * wide
         self.known = {"B": batch, "limit": limit, "damping": damping, "D": features, "WIDTH": width, "TERMS": terms}
         self.known |= {"ACT": activation, "ADJ": pre is not None, "INTERP": interpreting()}
         self.known |= {"relative": float(relative), "tol": float(tol), "scale": float(self.scale)}
         self.launches = []  # of a later step, of the first
         for config in configs:
-            splits = triton.cdiv(features, config["BLOCK_N"])
-            depth = triton.cdiv(features, config["BLOCK_K"]) * config["BLOCK_K"]
-            grid = (triton.cdiv(batch, config["BLOCK_M"]) * splits,)
-            self.launches.append((grid, config | {"depth": depth, "BLOCK_S": triton.next_power_of_2(splits)}))
+            splits = launch.cdiv(features, config["BLOCK_N"])
+            depth = launch.cdiv(features, config["BLOCK_K"]) * config["BLOCK_K"]
+            grid = (launch.cdiv(batch, config["BLOCK_M"]) * splits,)
+            self.launches.append((grid, config | {"depth": depth, "BLOCK_S": launch.power_of_two(splits)}))
         self.weight, self.u = w, u
         self.w = u.new_empty((terms, width, width), dtype=torch.bfloat16)
         self.d = u.new_zeros((2, batch, width), dtype=torch.bfloat16)
         self.value, self.other, self.best = u.new_empty((2, *u.shape)), *(u.new_empty(u.shape) for _ in range(2))
         self.pre = self.best if pre is None else pre.contiguous()
         least = min(config["BLOCK_N"] for config in configs)
-        self.part = u.new_empty(2, triton.cdiv(features, least), batch)
+        self.part = u.new_empty(2, launch.cdiv(features, least), batch)
         self.moved = torch.empty((), dtype=torch.bool, device=u.device)
         self.reset(start)
 
@@ -251,7 +251,7 @@ class AffineSteps(Samples):
         bf16_terms((self.weight,), len(self.w), (self.w,))
         u = self.u.contiguous()
         start = u if z is None else z.contiguous()
-        given = {"u_ptr": u, "start_ptr": start, "BLOCK_D": triton.next_power_of_2(self.d.shape[2]), "num_warps": 4}
+        given = {"u_ptr": u, "start_ptr": start, "BLOCK_D": launch.power_of_two(self.d.shape[2]), "num_warps": 4}
         self.launch_kernel(begin_rows_kernel, (len(u),), **self.known, **given)
         if z is not None:
             torch.any(start, out=self.moved)
@@ -268,7 +268,7 @@ class AffineSteps(Samples):
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns (z or u* [B, D], status, steps, residual, each [B]) after the last `take`."""
-        block = triton.next_power_of_2(self.u.shape[1])
+        block = launch.power_of_two(self.u.shape[1])
         self.launch_kernel(finish_rows_kernel, (len(self.u),), **self.known, BLOCK_D=block, num_warps=4)
         return self.best, *self.outcome()
 

@@ -132,7 +132,7 @@ class Steps(Samples):
         self.known |= {"TAIL": (tail.act, tail.scaled, tail.mix != 1, row)}
         # z stands for a vector that no kernel reads
         self.known["v_ptrs"] = tuple(z if v is None else v.detach() for v in (*tail.gains, tail.weight))
-        self.known["BLOCK_S"] = triton.next_power_of_2(config["SPLITS"])
+        self.known["BLOCK_S"] = launch.power_of_two(config["SPLITS"])
         self.known |= {"relative": float(relative), "numbers": given, "EXACT": exact, "TOL": len(numbers)}
         self._turning = [name for name in ("z_ptr", "next_ptr", "prev_ptr") if name in self.kernel.arg_names]
         self.reset(z)

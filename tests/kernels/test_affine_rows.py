@@ -116,18 +116,11 @@ def test_lanes_take_new_rows(device, monkeypatch, memory):
         cold, warm = op.affine_solve(w, u, **settings), op.affine_solve(w, u, z0, **settings)
         return *cold, *warm, *op.affine_adjoint(w, pre, u, **settings)
 
-    whole, rows = outcome(), launch.rows
+    whole = outcome()
     for programs, refill in ((1, 0), (1, 15), (2, 8)):
-        configured = []
-
-        def sharing(programs=programs, refill=refill, configured=configured, **shape):
-            configured.append(rows(**shape) | {"programs": programs, "REFILL": refill})
-            return configured[-1].copy()
-
-        monkeypatch.setitem(launch.SHAPES, "rows.affine", sharing)
-        for seen, expected in zip(outcome(), whole, strict=True):
-            torch.testing.assert_close(seen, expected, rtol=0, atol=0, equal_nan=True)
-        assert len(configured) == 3
+        with launch.override("rows.affine", {"programs": programs, "REFILL": refill}):
+            for seen, expected in zip(outcome(), whole, strict=True):
+                torch.testing.assert_close(seen, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_cost_follows_the_mean_number_of_steps(device, monkeypatch):
@@ -137,13 +130,12 @@ def test_cost_follows_the_mean_number_of_steps(device, monkeypatch):
     w = torch.diag(torch.tensor([0.9] + 15 * [0.05]))
     u = torch.rand(64, 16) + 0.1
     u[:, 0] = torch.where(torch.arange(64) % 11 == 5, 1.0, 0.0)
-    products, rows = counted_products(monkeypatch), launch.rows
+    products = counted_products(monkeypatch)
 
     def cost(refill):
-        one = {"programs": 1, "REFILL": refill}
-        monkeypatch.setitem(launch.SHAPES, "rows.affine", lambda **shape: rows(**shape) | one)
         products.clear()
-        steps = op.affine_solve(w, u, **options(activation="identity", terms=1, tol=1e-4, max_steps=200))[1]
+        with launch.override("rows.affine", {"programs": 1, "REFILL": refill}):
+            steps = op.affine_solve(w, u, **options(activation="identity", terms=1, tol=1e-4, max_steps=200))[1]
         return len(products), steps
 
     lockstep, steps = cost(0)

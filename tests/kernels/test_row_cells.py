@@ -254,14 +254,12 @@ def test_lanes_take_new_rows(device, monkeypatch, make, memory):
 
     whole = outcome()
     assert whole[1].unique().numel() >= 3, "the rows are not of different depths"
-    rows = launch.rows
     monkeypatch.setattr(devices, "multiprocessors", lambda device: 1)
     for refill, programs in ((8, 1), (15, 2)):
-        for op in ("rows.mlp", "rows.gated"):
-            one = {"programs": programs, "REFILL": refill}
-            monkeypatch.setitem(launch.SHAPES, op, lambda one=one, **shape: rows(**shape) | one)
-        for seen, expected in zip(outcome(), whole, strict=True):
-            assert torch.equal(seen, expected)
+        one = {"programs": programs, "REFILL": refill}
+        with launch.override("rows.mlp", one), launch.override("rows.gated", one):
+            for seen, expected in zip(outcome(), whole, strict=True):
+                assert torch.equal(seen, expected)
 
 
 def test_refuses(monkeypatch):

@@ -27,12 +27,12 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *first: Any
     given = [*first, *map(named.pop, kernel.arg_names[len(first) :])]
     with devices.on(device):
         if interpreting():
-            return kernel[grid](*given, **named), given
+            return kernel[grid](**_by_name(kernel, given), **named), given
         known = _known.get(id(kernel)) or _known.setdefault(id(kernel), _Known(kernel))
         key = device, devices.emulated, *named.values(), *known.kinds(given)
         compiled = known.compiled.get(key)
         if compiled is None:
-            compiled = known.compiled[key] = kernel[grid](*given, **named)
+            compiled = known.compiled[key] = kernel[grid](**_by_name(kernel, given), **named)
         else:
             compiled[(*grid, 1, 1)](*given)
     return compiled, given
@@ -45,6 +45,10 @@ def kind(value: Any) -> Any:
     if isinstance(value, tuple):
         return value if set(map(type, value)) == {int} else tuple(map(kind, value))
     return float if isinstance(value, float) else (type(value), value)  # True is 1, and another argument
+
+
+def _by_name(kernel: Any, given: list[Any]) -> dict[str, Any]:
+    return dict(zip(kernel.arg_names, given, strict=True))
 
 
 class _Known:

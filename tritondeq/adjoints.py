@@ -163,11 +163,18 @@ class Unrolled(Adjoint):
     Args:
         steps: At least 1.
         checkpoint: Recompute each step in the backward pass, which stores one state a step instead of one cell a step.
+        last: Differentiate this many steps, the last ones: those before run without a graph, and z0 gets no gradient,
+            as recursive reasoners and looped transformers are trained. None is all.
     """
 
     steps: int
     checkpoint: bool = False
+    last: int | None = None
 
     def __post_init__(self) -> None:
         integer("steps", self.steps)
         boolean("checkpoint", self.checkpoint)
+        if self.last is not None:
+            integer("last", self.last)
+            if self.last > self.steps:
+                raise ValueError(f"last must be at most steps, {self.steps}, got {self.last}")

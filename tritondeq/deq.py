@@ -1,6 +1,6 @@
 """The layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -98,31 +98,42 @@ class DEQ(nn.Module):
         self._token = object()
         self.last: Solution | None = None
 
-    def forward(self, x: Any, z0: Any = None, mask: Any = None) -> Any:
-        """Returns the fixed point alone."""
-        return self.solve(x, z0, mask).value
+    def forward(self, x: Any, z0: Any = None, mask: Any = None, **kwargs: Any) -> Any:
+        """Returns the fixed point alone; the arguments are those of `solve`."""
+        return self.solve(x, z0, mask, **kwargs).value
 
-    def unrolled(self, steps: int | None, checkpoint: bool = False) -> "DEQ":
+    def unrolled(self, steps: int | None, checkpoint: bool = False, last: int | None = None) -> "DEQ":
         """Switches to the explicit weight-tied net of `steps` evaluations of the cell, or with None back; returns self.
 
-        The net is `Unrolled(steps, checkpoint)` from where a solve would start, for warm-up and comparison, by steps of
+        The net is `Unrolled(steps, checkpoint, last)` from where a solve would start, for warm-up and comparison, by steps of
         the first `Picard` among the layer's solver, the cell's default and Picard(). It holds in train(), in eval() and
         in copies, not in state_dict.
 
         Raises:
             TypeError, ValueError: An option is of the wrong kind or out of range.
         """
-        self._unrolled = None if steps is None else Unrolled(steps, checkpoint)
+        self._unrolled = None if steps is None else Unrolled(steps, checkpoint, last)
         return self
 
-    def solve(self, x: Any, z0: Any = None, mask: Any = None) -> Solution:
+    def solve(
+        self,
+        x: Any,
+        z0: Any = None,
+        mask: Any = None,
+        *,
+        at: Iterable[int] = (),
+        callback: Callable[[int, Any, Tensor], None] | None = None,
+        **kwargs: Any,
+    ) -> Solution:
         """Returns the fixed point and the outcome of each sample.
 
         Args:
-            x: The cell's input.
+            x: The cell's input; of any structure, with leaves that are not tensors, where the cell takes it.
             z0: Where to start: a state. None is the cell's `initial`, or zeros like x.
             mask: bool, True where an element of the state counts in norms. For cells of tokens, [batch, tokens]: True
                 for real tokens, False for padding, the same as x = (x, mask).
+            at, callback: As in `fixed_point`.
+            kwargs: Further arguments of the cell: of `forward`, or of `inject` for a `cells.Cell`.
 
         Raises:
             TypeError, ValueError: x, z0, mask or what the cell returned does not fit; the message names it.
@@ -136,8 +147,12 @@ class DEQ(nn.Module):
                 options = {} if self.compile_cell is True else self.compile_cell
                 self._compiled = (torch.compile(self.cell, **options),)
             (evaluate,) = self._compiled
-        inject = self.cell.inject if isinstance(self.cell, Cell) else lambda x: x
-        return self._solve(HeldCell(evaluate, self.cell, lambda: inject(x)), x, z0, mask, self._graphs)
+        if isinstance(self.cell, Cell):
+            inject = self.cell.inject
+            f = HeldCell(evaluate, self.cell, lambda: inject(x, **kwargs))
+        else:
+            f = HeldCell(evaluate, self.cell, lambda: x, kwargs)
+        return self._solve(f, x, z0, mask, self._graphs, tuple(at), callback)
 
     @torch.no_grad()
     def step(self, x: Any, cache: Cache | None = None, z0: Any = None) -> tuple[Any, Cache]:
@@ -167,7 +182,16 @@ class DEQ(nn.Module):
         with f.held.on(f.held.weights):
             return z, Cache(self._token, like, cell.remember(z, f.injection))  # type: ignore[operator]
 
-    def _solve(self, f: HeldCell, x: Any, z0: Any, mask: Any, graphs: Graphs | None = None) -> Solution:
+    def _solve(
+        self,
+        f: HeldCell,
+        x: Any,
+        z0: Any,
+        mask: Any,
+        graphs: Graphs | None = None,
+        at: tuple = (),
+        callback: Any = None,
+    ) -> Solution:
         cell, tol, solver, adjoint = self.cell, self.tol, self.solver, self.adjoint
         if self._unrolled is not None:
             default = cell.default_solver() if isinstance(cell, Cell) else None
@@ -184,7 +208,7 @@ class DEQ(nn.Module):
                 )
             z0 = torch.zeros_like(x)
         limits = (tol, self.atol, self.max_steps)
-        options = Options(solver, adjoint, *limits, mask, self.trace, self.group, self.throw)
+        options = Options(solver, adjoint, *limits, mask, self.trace, self.group, self.throw, at, callback)
         inputs = leaves_that_require_grad(f.args, [*f.parameters.values()]) if torch.is_grad_enabled() else ()
 
         def make(layout: Layout) -> Problem:
@@ -192,7 +216,9 @@ class DEQ(nn.Module):
 
         solution = solve_problem(make, z0, getattr(cell, "batch_dims", 1), options, graphs)
         outcome = solution.status, solution.steps, solution.residual, solution.trace, solution.route, solution.why
-        vars(self)["last"] = Solution(None, *outcome, None, solution._backward)  # without nn.Module's look at its kind
+        vars(self)["last"] = Solution(
+            None, *outcome, _backward=solution._backward
+        )  # without nn.Module's look at its kind
         return solution
 
     def extra_repr(self) -> str:

@@ -1,6 +1,6 @@
 """The driver: checks, makes a problem, solves it by a route, attaches the gradient."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from .gradient import Point, attach
 from .guards import Watched, compare, flush, leaves_something, refuse_tangents, refuse_transforms
 from .held import Held
 from .layout import Layout
+from .loop import Settings
 from .options import Options
 from .problem import Problem, modules_of
 from .routes import Backward, as_solution, both, replayed, solve, unroll
@@ -37,6 +38,8 @@ def fixed_point(
     group: Any = None,
     throw: bool = False,
     has_aux: bool = False,
+    at: Iterable[int] = (),
+    callback: Callable[[int, Any, Tensor], None] | None = None,
 ) -> Solution:
     """Solves z = f(z, *args), sample by sample, and makes the solution differentiable.
 
@@ -62,6 +65,11 @@ def fixed_point(
         throw: Raise where a sample fails, in place of leaving that to `status`, and where a backward solve fails, in
             place of a warning; syncs.
         has_aux: Whether f returns (state, aux): `Solution.aux` is that of one more evaluation, at the solution.
+        at: Numbers of evaluations, such as (5, 10): `Solution.states` has the state after each, for losses on the way.
+            Its gradient is what the adjoint gives there, as if it were the solution, and takes one more evaluation;
+            `Unrolled` gives that of the steps up to it. A sample that has stopped stays as it is.
+        callback: Called after each evaluation with (its number, the state that it was made of, the residual of each
+            sample). The state may be overwritten later: copy what is to last.
 
     Returns:
         A `Solution`.
@@ -76,7 +84,7 @@ def fixed_point(
     if not isinstance(args, tuple):
         raise TypeError(f"args must be a tuple, got {type(args).__name__}")
     integer("batch_dims", batch_dims, least=None)
-    options = Options(solver, adjoint, tol, atol, max_steps, mask, trace, group, throw)
+    options = Options(solver, adjoint, tol, atol, max_steps, mask, trace, group, throw, tuple(at), callback)
     boolean("has_aux", has_aux)
 
     def make(layout: Layout) -> Problem:
@@ -142,7 +150,24 @@ def _solve_normal(
             compare(at.out, outcome, settings, start, layout)
         if at.differentiable:
             value = attach(adjoint, at, value, Backward(problem, backward, value, options.throw, record))
+        if outcome.states:
+            outcome = outcome._replace(states=_attached(problem, outcome, value, backward, options))
     return _finish(problem, outcome, value, options, record)
+
+
+def _attached(
+    problem: Problem, outcome: Outcome, value: Tensor, backward: Settings, options: Options
+) -> tuple[Tensor, ...]:
+    """Returns the states along the way, each with the gradient that the adjoint takes there."""
+    states = []
+    for z in outcome.states:
+        if z is outcome.value:
+            states.append(value)
+            continue
+        at = Point(problem, z)
+        solves = Backward(problem, backward, z, options.throw)
+        states.append(attach(options.adjoint, at, z, solves) if at.differentiable else z)
+    return tuple(states)
 
 
 def _finish(problem: Problem, outcome: Outcome, flat: Tensor, options: Options, record: list[Solution]) -> Solution:

@@ -31,6 +31,8 @@ class Settings:
         sizes: The scale of each sample, [B], in place of one for all.
         estimate: Of the inverse Jacobian, by an earlier solve; this one begins with it.
         leaves: Filled by this solve.
+        at: Numbers of evaluations after which the state is stored.
+        callback: Called after each evaluation with (its number, the state [B, N] that it was made of, residuals [B]).
     """
 
     solver: Solver
@@ -44,6 +46,8 @@ class Settings:
     sizes: Tensor | None = None
     estimate: "Estimate | None" = None
     leaves: "Estimate | None" = None
+    at: tuple[int, ...] = ()
+    callback: Callable[[int, Tensor, Tensor], None] | None = None
 
 
 class Estimate:
@@ -89,17 +93,22 @@ def drive(
     watch: Any = None,
 ) -> Outcome:
     """Runs the loop by these steps, from z on; steps that evaluate the cell themselves need neither its parts nor z."""
-    residuals, last, trace = [], settings.max_steps, settings.trace
+    residuals, last, trace, callback = [], settings.max_steps, settings.trace, settings.callback
+    states: dict[int, Tensor] = {}
     look = Look(steps.device, settings.group)
     for k in range(1, last + 1):
         made = parts(z) if watch is None or k > WATCHED else watch.early(k, parts, z)
         steps.take(*made)
         if trace:
             residuals.append(steps.rel.clone())
+        if callback is not None and z is not None:
+            callback(k, z, steps.rel)
         left = look(steps.left)
         if k == last or left == 0:
             break
         z = steps.onward(left)
+        if k in settings.at:
+            states[k] = z.clone()
     best, status, evaluations, residual = steps.finish()
     return Outcome(
         best,
@@ -111,6 +120,7 @@ def drive(
         why,
         steps.last,
         steps.base,
+        tuple([states.get(k, best) for k in settings.at]),
     )
 
 

@@ -1,16 +1,19 @@
 """The options of a solve, checked, and what the forward and the backward solve need of them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed
+from torch import Tensor
 
 from .adjoints import Adjoint, Implicit, Unrolled
 from .checks import boolean, integer, number
 from .layout import Layout
 from .loop import Estimate, Settings
 from .solvers import Broyden, Picard, Solver
+from .solvers.splitting import SplittingSolver
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Options:
     trace: bool = False
     group: Any = None
     throw: bool = False
+    at: tuple[int, ...] = ()
+    callback: Callable[[int, Any, Tensor], None] | None = None
 
     def check(self) -> None:
         """Raises TypeError or ValueError unless these are what `fixed_point` takes."""
@@ -45,6 +50,22 @@ class Options:
         number("atol", self.atol, 0, closed=True)
         integer("max_steps", self.max_steps)
         boolean("throw", self.throw)
+        if self.at or self.callback is not None:
+            self._check_on_the_way()
+
+    def _check_on_the_way(self) -> None:
+        """Checks `at` and `callback`."""
+        if isinstance(self.solver, SplittingSolver):
+            raise ValueError(f"at and callback are for Picard, Anderson and Broyden, got solver {self.solver!r}")
+        if self.callback is not None and not callable(self.callback):
+            raise TypeError(f"callback must be callable, got {self.callback!r}")
+        most, of = self.max_steps, "max_steps"
+        if isinstance(self.adjoint, Unrolled):
+            most, of = self.adjoint.steps, "the steps of Unrolled"
+        for number_of in self.at:
+            integer("at", number_of)
+            if number_of > most:
+                raise ValueError(f"at must be numbers of evaluations up to {of}, {most}, got {self.at}")
 
     def forward(self, layout: Layout, modules: tuple) -> Settings:
         """Returns what the forward solve needs."""
@@ -57,12 +78,20 @@ class Options:
         return Settings(
             *(self.solver, float(tol), self.max_steps, layout.mask(self.mask), group, self.trace),
             scale=self.atol / tol,
+            at=self.at,
+            callback=self._unpacking(layout),
             leaves=Estimate() if reuse else None,
         )
 
+    def _unpacking(self, layout: Layout) -> Callable[[int, Tensor, Tensor], None] | None:
+        """Returns `callback` as a function of the flat state."""
+        callback = self.callback
+        return callback and (lambda k, z, rel: callback(k, layout.unpack(z.detach()), layout.per_sample(rel)))
+
     def backward(self, settings: Settings) -> Settings:
         """Returns what the linear systems of the exact adjoint need, which may have other options."""
-        settings = replace(settings, trace=False, estimate=settings.leaves, leaves=None, relative=0.0, scale=1.0)
+        settings = replace(settings, trace=False, at=(), callback=None)
+        settings = replace(settings, estimate=settings.leaves, leaves=None, relative=0.0, scale=1.0)
         chosen = {name: getattr(self.adjoint, name, None) for name in ("solver", "tol", "max_steps")}
         return replace(settings, **{name: value for name, value in chosen.items() if value is not None})
 

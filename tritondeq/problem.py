@@ -58,7 +58,7 @@ class Problem:
         if not layout.single or self.has_aux:
             return layout.pack(self.evaluate(flat, self.args)[0])
         f, args = self.f, self.args
-        if self.cell is f and self.cell.held.empty:
+        if self.cell is f and self.cell.held.empty and not self.cell.kwargs:
             f, args = self.cell.evaluate, args[:1]
         version = flat._version
         out = f(flat.view_as(flat) if layout.flat else layout.unpack(flat), *args)
@@ -112,19 +112,25 @@ _CHANGED = (
 )
 
 
+_NONE: dict[str, Any] = {}
+
+
 class HeldCell:
-    """The map z, injection, weights -> cell(z, injection), with the same dropout masks at every call.
+    """The map z, injection, weights -> cell(z, injection, **kwargs), with the same dropout masks at every call.
 
     Attributes:
         evaluate: The cell, or what a compiler made of it.
         cell: The module.
         held: Its masks and parametrized tensors.
         injection: What does not depend on z.
+        kwargs: Further arguments of the cell, which are the map's last argument where there are any.
     """
 
-    def __init__(self, evaluate: Callable, cell: nn.Module, inject: Callable[[], Any]):
+    def __init__(
+        self, evaluate: Callable, cell: nn.Module, inject: Callable[[], Any], kwargs: dict[str, Any] | None = None
+    ):
         self.evaluate, self.cell, self.opaque = evaluate, cell, evaluate is not cell
-        self.held = Held(cell)
+        self.held, self.kwargs = Held(cell), kwargs or {}
         # functional_call lends others, until it returns
         self.parameters = dict(cell.named_parameters()) if torch.is_grad_enabled() else {}
         for part in parts_of((cell,)) if isinstance(cell, Cell) else ():
@@ -139,7 +145,7 @@ class HeldCell:
     @property
     def args(self) -> tuple:
         """What the map takes after z."""
-        return self.injection, self.held.weights
+        return self.injection, self.held.weights, *([self.kwargs] if self.kwargs else ())
 
     def copy(self, injection: Any) -> "HeldCell":
         """Returns the map for another injection, with copies of the masks."""
@@ -147,20 +153,20 @@ class HeldCell:
         other.injection, other.held = injection, self.held.copy()
         return other
 
-    def __call__(self, z: Any, injection: Any, weights: tuple[Tensor, ...]) -> Any:
+    def __call__(self, z: Any, injection: Any, weights: tuple[Tensor, ...], kwargs: dict[str, Any] = _NONE) -> Any:
         if self.held.empty:
-            return self.evaluate(z, injection)
+            return self.evaluate(z, injection, **kwargs)
         drawn = self.held.drawn
         with self.held.on(weights):  # a compiled cell finds the masks and has no branch that draws them
-            return (self.evaluate if drawn else self.cell)(z, injection)
+            return (self.evaluate if drawn else self.cell)(z, injection, **kwargs)
 
-    def as_it_was(self, z: Any, injection: Any, weights: tuple[Tensor, ...]) -> Any:
+    def as_it_was(self, z: Any, injection: Any, weights: tuple[Tensor, ...], kwargs: dict[str, Any] = _NONE) -> Any:
         """Returns the same with the parameters that the cell had when the solve began, with gradients."""
         now = self.cell.named_parameters()
         if all(self.parameters.get(name) is parameter for name, parameter in now):
-            return self(z, injection, weights)
+            return self(z, injection, weights, kwargs)
         with self.held.on(weights):
-            return torch.func.functional_call(self.cell, {**self.parameters}, (z, injection))
+            return torch.func.functional_call(self.cell, {**self.parameters}, (z, injection), kwargs)
 
     def problem(self, layout: Layout, **known: Any) -> Problem:
         """Returns the problem, with what the cell declares of its forward."""

@@ -35,6 +35,8 @@ def plan(whole: WholeSolve | None, problem: Problem, settings: Settings) -> tupl
     op, how = whole.pick(problem.layout.device, int(fused["memory"]), settings.tol)
     if op is not None and settings.mask is not None:
         return None, "kernels that hold the cell take no mask"
+    if op is not None and (settings.at or settings.callback):
+        return None, "kernels that hold the cell give no states along the way"
     if isinstance(op, Op) and (settings.group is not None or settings.trace):
         return None, "whole-solve kernels take no group or trace"
     return op, how
@@ -70,6 +72,8 @@ def replayed(
     """Solves by captured graphs; or returns None and why, where they can't or a kernel does the whole solve."""
     if graphs is None or problem.cell is None:
         return None, ""
+    if settings.at or settings.callback:
+        return None, "captured graphs give no states along the way"
     op, _ = plan(problem.whole, problem, settings)
     if isinstance(op, Op):
         return None, ""
@@ -84,28 +88,39 @@ def replayed(
 
 
 def unroll(problem: Problem, z: Tensor, settings: Settings, adjoint: Unrolled) -> Outcome:
-    """Takes `steps` damped steps under autograd; the residual is that of the last evaluation."""
+    """Takes `steps` damped steps, the last ones under autograd; the residual is that of the last evaluation."""
     mask, damping = settings.mask, getattr(settings.solver, "damping", 1.0)
-    residuals, backend = [], dispatch.chosen()
+    residuals, backend, grad = [], dispatch.chosen(), torch.is_grad_enabled()
+    first = 0 if adjoint.last is None else adjoint.steps - adjoint.last  # steps without a gradient
+    callback, states = settings.callback, {}
 
     def again(z: Tensor) -> Tensor:
         with dispatch.backend(backend):  # which a backward pass in another thread would not have
             return problem(z)
 
     for k in range(1, adjoint.steps + 1):
-        recompute = adjoint.checkpoint and torch.is_grad_enabled()
-        y = torch.utils.checkpoint.checkpoint(again, z, use_reentrant=False) if recompute else problem(z)
-        if settings.trace or k == adjoint.steps:
+        with torch.set_grad_enabled(grad and k > first):
+            if adjoint.checkpoint and grad and k > first:
+                y = torch.utils.checkpoint.checkpoint(again, z, use_reentrant=False)
+            else:
+                y = problem(z)
+        if settings.trace or callback or k == adjoint.steps:
             with torch.no_grad():
                 limits = settings.tol, settings.relative, settings.scale
                 rules = Rules(z.shape[0], z.dtype, z.device, *limits, plain=False)  # nor are they in a transform
                 counted = (x if mask is None else torch.where(mask, x, 0.0) for x in (y - z, y))
                 rules.update(1, *(torch.linalg.vector_norm(x, dim=1) for x in counted))
                 residuals.append(rules.rel)
-        z = y if damping == 1 else torch.lerp(z, y, damping)
+                if callback:
+                    callback(k, z, rules.rel)
+        with torch.set_grad_enabled(grad and k > first):
+            z = y if damping == 1 else torch.lerp(z, y, damping)
+        if k in settings.at:
+            states[k] = z
     trace = torch.stack(residuals) if settings.trace else None
     steps, why = rules.steps * adjoint.steps, f"Unrolled({adjoint.steps}) was asked for"
-    return Outcome(z, rules.status(), steps, rules.rel, trace, Route.UNROLLED, why)
+    along = tuple([states[k] for k in settings.at])
+    return Outcome(z, rules.status(), steps, rules.rel, trace, Route.UNROLLED, why, states=along)
 
 
 def both(why: str, steps: str) -> str:
@@ -276,5 +291,6 @@ def as_solution(outcome: Outcome, problem: Problem, value: Any, aux: Any = None,
     shape = problem.layout.per_sample
     trace = None if outcome.trace is None else shape(outcome.trace)
     status, steps, residual = map(shape, (outcome.status, outcome.steps, outcome.residual))
+    states = tuple(map(problem.layout.unpack, outcome.states))
     record = [] if record is None else record
-    return Solution(value, status, steps, residual, trace, outcome.route, outcome.why, aux, record)
+    return Solution(value, status, steps, residual, trace, outcome.route, outcome.why, aux, states, record)

@@ -58,6 +58,7 @@ class Outcome(NamedTuple):
     why: str = ""
     last: Tensor | None = None  # residual of the last evaluation, of samples that had stopped before, too
     base: Tensor | None = None  # the least size that residuals are relative to
+    states: tuple[Tensor, ...] = ()  # [B, N] each, along the way; `value` itself where the solve had ended before
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Solution:
         route: What solved it, a `Route`.
         why: Why that route was taken, or with which kernels, in one sentence.
         aux: What f returned beside the state, where `has_aux`; evaluated at `value`, with gradients.
+        states: The states along the way that `at` asked for, each with its own gradient.
     """
 
     value: Any
@@ -84,6 +86,7 @@ class Solution:
     route: Route = Route.TORCH
     why: str = ""
     aux: Any = None
+    states: tuple[Any, ...] = ()
     _backward: list["Solution"] = field(default_factory=list, repr=False)
 
     @property

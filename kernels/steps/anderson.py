@@ -95,6 +95,8 @@ def _step_kernel(
     elif phase != tl_steps.DONE:
         dgs = dg_ptr + row * M + cols
         k = tl.load(flags + tl_steps.STEPS * B) + 1
+        if SPLITS == 1:  # before the sums, whose barriers hold loads up; else registers are dearer
+            recorded = tl_steps.record(stats_ptr + b, flags, B, k > 0)
         slot = (k + M - 2) % M
         z, y, g, seen = evaluation(z_ptr, y_ptrs, v_ptrs, mask_ptr, offs, mask, d, D, eps, mix, HAS_MASK, TAIL, INTERP)
         dg = tl.zeros_like(g)
@@ -128,9 +130,11 @@ def _step_kernel(
         if not HALF:  # where the oldest difference has been read for the last time
             tl.store(dgs + (k - 1) % M * stride, g, mask=mask)
         if tl_steps.last_to_arrive(flags, B, SPLITS):
+            if SPLITS > 1:
+                recorded = tl_steps.record(stats_ptr + b, flags, B, k > 0)
             total = sums if MIX else tl_steps.part_sums(part_ptr, b, SPLITS, WIDTH, BLOCK_S)
             go, rel, best, improved, before = judge(
-                stats_ptr, flags_ptr, count_ptr, b, B, limit, relative, total[0], total[1]
+                recorded, k, stats_ptr, flags_ptr, count_ptr, b, B, limit, relative, total[0], total[1]
             )
             gamma = _weigh(total, gram_ptr, numbers_ptr, b, slot, rel, best, M)
             if MIX:

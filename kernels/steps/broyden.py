@@ -92,6 +92,8 @@ def _step_kernel(
         z, y, g, seen = evaluation(z_ptr, y_ptrs, v_ptrs, mask_ptr, offs, mask, d, D, eps, mix, HAS_MASK, TAIL, INTERP)
         dz, dg = _changes(z, g, next_ptr, vs + slot * stride, mask_ptr, offs, mask, k, HAS_MASK)
         if MEASURE:
+            if SPLITS == 1:  # before the sums, whose barriers hold loads up; else registers are dearer
+                recorded = tl_steps.record(stats_ptr + b, flags, B, k > 0)
             part = part_ptr + b * WIDTH * SPLITS + split
             sums = tl_steps.dot2(g, g, seen, seen, INTERP) + tl_steps.dot2(dz, g, dz, dz, INTERP)
             sums = sums + tl_steps.dot2(dz, dg, dg, dg, INTERP)
@@ -106,9 +108,13 @@ def _step_kernel(
                 tl.store(part + (PARTS + M + i) * SPLITS, with_dg)
                 tl.store(part + (PARTS + 2 * M + i) * SPLITS, with_g)
             if tl_steps.last_to_arrive(flags, B, SPLITS):
+                if SPLITS > 1:
+                    recorded = tl_steps.record(stats_ptr + b, flags, B, k > 0)
                 rr = tl_steps.part_sum(part_ptr, b, 0, SPLITS, WIDTH, BLOCK_S)
                 ss = tl_steps.part_sum(part_ptr, b, 1, SPLITS, WIDTH, BLOCK_S)
-                go, rel, best, improved, before = judge(stats_ptr, flags_ptr, count_ptr, b, B, limit, relative, rr, ss)
+                go, rel, best, improved, before = judge(
+                    recorded, k, stats_ptr, flags_ptr, count_ptr, b, B, limit, relative, rr, ss
+                )
                 if go:
                     _weigh(part_ptr, coef, numbers_ptr, b, rel <= SAFE * best, SPLITS, WIDTH, M, BLOCK_S)
                 if MIX:

@@ -59,6 +59,9 @@ def _step_kernel(
         if phase == tl_steps.STOPPED:
             tl_steps.settle(z_ptr, prev_ptr, next_ptr, best_ptr, flags, B, offs, mask, SPLITS)
         else:
+            k = tl.load(flags + tl_steps.STEPS * B) + 1
+            if SPLITS == 1:  # before the sums, whose barriers hold loads up; else registers are dearer
+                recorded = tl_steps.record(stats_ptr + b, flags, B, k > 0)
             z, y, g, seen = evaluation(
                 z_ptr, y_ptrs, v_ptrs, mask_ptr, offs, mask, d, D, eps, mix, HAS_MASK, TAIL, INTERP
             )
@@ -67,7 +70,9 @@ def _step_kernel(
             onward = tl.where(damping == 1.0, y, z + damping * (y - z))
             tl_steps.save_best(next_ptr, best_ptr, flags, B, offs, mask)
             if SPLITS == 1:
-                go, rel, best, improved, before = judge(stats_ptr, flags_ptr, count_ptr, b, B, limit, relative, rr, ss)
+                go, rel, best, improved, before = judge(
+                    recorded, k, stats_ptr, flags_ptr, count_ptr, b, B, limit, relative, rr, ss
+                )
                 tl.store(next_ptr + offs, tl.where(go, onward, z), mask=mask)
             else:
                 tl.store(next_ptr + offs, onward, mask=mask)
@@ -75,9 +80,11 @@ def _step_kernel(
                 tl.store(part, rr)
                 tl.store(part + SPLITS, ss)
                 if tl_steps.last_to_arrive(flags, B, SPLITS):
+                    if SPLITS > 1:
+                        recorded = tl_steps.record(stats_ptr + b, flags, B, k > 0)
                     rr = tl_steps.part_sum(part_ptr, b, 0, SPLITS, 2, BLOCK_S)
                     ss = tl_steps.part_sum(part_ptr, b, 1, SPLITS, 2, BLOCK_S)
-                    judge(stats_ptr, flags_ptr, count_ptr, b, B, limit, relative, rr, ss)
+                    judge(recorded, k, stats_ptr, flags_ptr, count_ptr, b, B, limit, relative, rr, ss)
 
 
 class PicardSteps(Steps):

@@ -98,15 +98,22 @@ def evaluation(
 
 
 @triton.jit
-def _apply_rules(stats, flags, B, k, r, s, relative, mask):
-    """Applies the rules to evaluation k of the samples under the mask, whose norms are r and s.
-
-    Returns (rel, best, bar, whether this evaluation became the best, whether the one before did).
-    """
+def record(stats, flags, B, mask):
+    """Returns (whether the evaluation before became the best, what the rules store) of the samples under the mask."""
     before = tl.load(flags + IMPROVED * B, mask=mask, other=0)
     state = ()
     for i in tl.static_range(R):
         state = state + (tl.load(stats + i * B, mask=mask, other=0.0),)
+    return before, state
+
+
+@triton.jit
+def _apply_rules(recorded, stats, flags, B, k, r, s, relative, mask):
+    """Applies the rules to evaluation k of the samples under the mask, whose norms are r and s.
+
+    Returns (rel, best, bar, whether this evaluation became the best, whether the one before did).
+    """
+    before, state = recorded
     tl.debug_barrier()  # every warp has read what another is about to overwrite
     rel, improved, state = rules_update(state, k, r, s, relative, mask, mask)
     after = state + (r, s, rel)
@@ -119,19 +126,18 @@ def _apply_rules(stats, flags, B, k, r, s, relative, mask):
 
 
 @triton.jit
-def judge(stats_ptr, flags_ptr, count_ptr, b, B, limit, relative, rr, ss):
-    """Applies the rules to the squared norms of one sample's evaluation, the last one if it is number `limit`.
+def judge(recorded, k, stats_ptr, flags_ptr, count_ptr, b, B, limit, relative, rr, ss):
+    """Applies the rules to the squared norms of one sample's evaluation k, the last one if it is number `limit`.
 
     Returns (whether it goes on, rel, best, whether this evaluation became it, whether the one before did).
     """
     flags = flags_ptr + b
-    k = tl.load(flags + STEPS * B) + 1
     r, s = tl.sqrt(rr), tl.sqrt(ss)
-    rel, best, bar, improved, before = _apply_rules(stats_ptr + b, flags, B, k, r, s, relative, k > 0)
+    rel, best, bar, improved, before = _apply_rules(recorded, stats_ptr + b, flags, B, k, r, s, relative, k > 0)
     go = (best > bar) & (k < limit)
     if not go:
         tl.store(flags + PHASE * B, STOPPED)
-        tl.atomic_add(count_ptr, -1)
+        tl.atomic_add(count_ptr, -1, sem="relaxed")
     return go, rel, best, improved, before
 
 
@@ -160,11 +166,12 @@ def judge_rows(
     r = tl.sqrt(tl.sum(tl.load(parts, mask=mask, other=0.0), 0))
     s = tl.sqrt(tl.sum(tl.load(parts + SPLITS * B, mask=mask, other=0.0), 0))
     flags = flags_ptr + rows
-    rel, best, bar, improved, before = _apply_rules(stats_ptr + rows, flags, B, k, r, s, relative, active)
+    recorded = record(stats_ptr + rows, flags, B, active)
+    rel, best, bar, improved, before = _apply_rules(recorded, stats_ptr + rows, flags, B, k, r, s, relative, active)
     # by `where`, for Triton 3.9 interprets a scalar that joins a mask as int32, which no store takes
     stopped = active & (best <= tl.where(k >= limit, INF, bar))
     tl.store(flags + PHASE * B, DONE, mask=stopped)
-    tl.atomic_add(count_ptr, -tl.sum(stopped.to(tl.int32), 0))
+    tl.atomic_add(count_ptr, -tl.sum(stopped.to(tl.int32), 0), sem="relaxed")
 
 
 @triton.jit

@@ -105,9 +105,9 @@ class DEQ(nn.Module):
     def unrolled(self, steps: int | None, checkpoint: bool = False, last: int | None = None) -> "DEQ":
         """Switches to the explicit weight-tied net of `steps` evaluations of the cell, or with None back; returns self.
 
-        The net is `Unrolled(steps, checkpoint, last)` from where a solve would start, for warm-up and comparison, by steps of
-        the first `Picard` among the layer's solver, the cell's default and Picard(). It holds in train(), in eval() and
-        in copies, not in state_dict.
+        The net is `Unrolled(steps, checkpoint, last)` from where a solve would start, for warm-up and comparison, by
+        steps of the first `Picard` among the layer's solver, the cell's default and Picard(). It holds in train(), in
+        eval() and in copies, not in state_dict.
 
         Raises:
             TypeError, ValueError: An option is of the wrong kind or out of range.
@@ -132,7 +132,8 @@ class DEQ(nn.Module):
             z0: Where to start: a state. None is the cell's `initial`, or zeros like x.
             mask: bool, True where an element of the state counts in norms. For cells of tokens, [batch, tokens]: True
                 for real tokens, False for padding, the same as x = (x, mask).
-            at, callback: As in `fixed_point`.
+            at: Numbers of evaluations after which `Solution.states` has the state, as in `fixed_point`.
+            callback: Called after each evaluation, as in `fixed_point`.
             kwargs: Further arguments of the cell: of `forward`, or of `inject` for a `cells.Cell`.
 
         Raises:
@@ -152,7 +153,7 @@ class DEQ(nn.Module):
             f = HeldCell(evaluate, self.cell, lambda: inject(x, **kwargs))
         else:
             f = HeldCell(evaluate, self.cell, lambda: x, kwargs)
-        return self._solve(f, x, z0, mask, self._graphs, tuple(at), callback)
+        return self._solve(f, x, z0, mask, self._graphs, at=tuple(at), callback=callback)
 
     @torch.no_grad()
     def step(self, x: Any, cache: Cache | None = None, z0: Any = None) -> tuple[Any, Cache]:
@@ -182,16 +183,7 @@ class DEQ(nn.Module):
         with f.held.on(f.held.weights):
             return z, Cache(self._token, like, cell.remember(z, f.injection))  # type: ignore[operator]
 
-    def _solve(
-        self,
-        f: HeldCell,
-        x: Any,
-        z0: Any,
-        mask: Any,
-        graphs: Graphs | None = None,
-        at: tuple = (),
-        callback: Any = None,
-    ) -> Solution:
+    def _solve(self, f: HeldCell, x: Any, z0: Any, mask: Any, graphs: Graphs | None = None, **way: Any) -> Solution:
         cell, tol, solver, adjoint = self.cell, self.tol, self.solver, self.adjoint
         if self._unrolled is not None:
             default = cell.default_solver() if isinstance(cell, Cell) else None
@@ -208,7 +200,7 @@ class DEQ(nn.Module):
                 )
             z0 = torch.zeros_like(x)
         limits = (tol, self.atol, self.max_steps)
-        options = Options(solver, adjoint, *limits, mask, self.trace, self.group, self.throw, at, callback)
+        options = Options(solver, adjoint, *limits, mask, self.trace, self.group, self.throw, **way)
         inputs = leaves_that_require_grad(f.args, [*f.parameters.values()]) if torch.is_grad_enabled() else ()
 
         def make(layout: Layout) -> Problem:

@@ -120,9 +120,9 @@ class EquilibriumStack(nn.Sequential):
         """`last` of the layer: status, steps and residual of its last call."""
         return self.deq.last
 
-    def unrolled(self, steps: int | None, checkpoint: bool = False) -> "EquilibriumStack":
+    def unrolled(self, steps: int | None, checkpoint: bool = False, last: int | None = None) -> "EquilibriumStack":
         """Calls `DEQ.unrolled` of the layer; returns self."""
-        self.deq.unrolled(steps, checkpoint)
+        self.deq.unrolled(steps, checkpoint, last)
         return self
 
 
@@ -136,8 +136,8 @@ class EquilibriumLayer(DEQ):
         z = self.solve(call).value
         return z if call.further is None else (z, *call.further)
 
-    def _solve(self, f: Any, x: Any, z0: Any, mask: Any, graphs: Any = None) -> Solution:
-        solution, notes = super()._solve(f, x, z0, mask, graphs), f.injection.notes
+    def _solve(self, f: Any, x: Any, z0: Any, mask: Any, graphs: Any = None, **way: Any) -> Solution:
+        solution, notes = super()._solve(f, x, z0, mask, graphs, **way), f.injection.notes
         call = x if isinstance(x, Call) else Call(x)
         if notes.more is not False or notes.watched or call.cached:
             with f.held.on(f.held.weights):
@@ -145,6 +145,6 @@ class EquilibriumLayer(DEQ):
             if out is None:  # a hook is part of the equation, and known to be from now on
                 if graphs is not None:
                     graphs.solves.clear()
-                return self._solve(f, x, z0, mask, graphs)
+                return self._solve(f, x, z0, mask, graphs, **way)
             call.further = out[1:] if isinstance(out, tuple) else None
         return solution

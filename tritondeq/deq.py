@@ -123,6 +123,7 @@ class DEQ(nn.Module):
         *,
         at: Iterable[int] = (),
         callback: Callable[[int, Any, Tensor], None] | None = None,
+        sample_of: Tensor | None = None,
         **kwargs: Any,
     ) -> Solution:
         """Returns the fixed point and the outcome of each sample.
@@ -134,6 +135,7 @@ class DEQ(nn.Module):
                 for real tokens, False for padding, the same as x = (x, mask).
             at: Numbers of evaluations after which `Solution.states` has the state, as in `fixed_point`.
             callback: Called after each evaluation, as in `fixed_point`.
+            sample_of: The number of the sample that each row of the state belongs to, as in `fixed_point`.
             kwargs: Further arguments of the cell: of `forward`, or of `inject` for a `cells.Cell`.
 
         Raises:
@@ -153,7 +155,7 @@ class DEQ(nn.Module):
             f = HeldCell(evaluate, self.cell, lambda: inject(x, **kwargs))
         else:
             f = HeldCell(evaluate, self.cell, lambda: x, kwargs)
-        return self._solve(f, x, z0, mask, self._graphs, at=tuple(at), callback=callback)
+        return self._solve(f, x, z0, mask, self._graphs, at=tuple(at), callback=callback, sample_of=sample_of)
 
     @torch.no_grad()
     def step(self, x: Any, cache: Cache | None = None, z0: Any = None) -> tuple[Any, Cache]:

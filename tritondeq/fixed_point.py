@@ -40,6 +40,7 @@ def fixed_point(
     has_aux: bool = False,
     at: Iterable[int] = (),
     callback: Callable[[int, Any, Tensor], None] | None = None,
+    sample_of: Tensor | None = None,
 ) -> Solution:
     """Solves z = f(z, *args), sample by sample, and makes the solution differentiable.
 
@@ -70,6 +71,8 @@ def fixed_point(
             `Unrolled` gives that of the steps up to it. A sample that has stopped stays as it is.
         callback: Called after each evaluation with (its number, the state that it was made of, the residual of each
             sample). The state may be overwritten later: copy what is to last.
+        sample_of: The number of the sample that each row of z0 belongs to, integers [rows], where samples are sets of
+            rows that stop one by one: the graphs of a disjoint union. On a GPU the host waits for their sizes.
 
     Returns:
         A `Solution`.
@@ -84,7 +87,9 @@ def fixed_point(
     if not isinstance(args, tuple):
         raise TypeError(f"args must be a tuple, got {type(args).__name__}")
     integer("batch_dims", batch_dims, least=None)
-    options = Options(solver, adjoint, tol, atol, max_steps, mask, trace, group, throw, tuple(at), callback)
+    if sample_of is not None and batch_dims != 1:
+        raise ValueError(f"sample_of numbers the rows of the first dim: batch_dims must be 1, got {batch_dims}")
+    options = Options(solver, adjoint, tol, atol, max_steps, mask, trace, group, throw, tuple(at), callback, sample_of)
     boolean("has_aux", has_aux)
 
     def make(layout: Layout) -> Problem:
@@ -122,7 +127,7 @@ def _solve_normal(
     make: Callable[[Layout], Problem], z0: Any, batch_dims: int, options: Options, graphs: Graphs | None
 ) -> Solution:
     options.check()
-    layout = Layout(z0, batch_dims)
+    layout = options.layout(z0, batch_dims)
     problem, adjoint, graph = make(layout), options.adjoint, torch.is_grad_enabled()
     settings = options.forward(layout, problem.modules)
     start = layout.pack(z0, "z0").clone()  # z0 is the caller's, whatever f does

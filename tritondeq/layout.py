@@ -141,6 +141,55 @@ class Layout:
             )
 
 
+class Ragged(Layout):
+    """A layout whose samples are disjoint sets of rows, such as the graphs of a batch: each is padded with zero rows.
+
+    Args:
+        state: The example, each leaf [rows, ...].
+        sample_of: The number of the sample that each row belongs to, [rows], in any order.
+        name: What errors call the state.
+
+    Raises:
+        TypeError: `sample_of` is not a tensor of integers.
+        ValueError: It has another number of entries than the state has rows, or is negative somewhere.
+    """
+
+    def __init__(self, state: Any, sample_of: Tensor, name: str = "z0"):
+        super().__init__(state, 1, name)
+        if not isinstance(sample_of, Tensor) or sample_of.is_floating_point() or sample_of.dtype == torch.bool:
+            raise TypeError(f"sample_of must be a tensor of integers, got {describe(sample_of)}")
+        if sample_of.shape != self.batch_shape:
+            raise ValueError(
+                f"sample_of has shape {tuple(sample_of.shape)}, and {name} has {self.batch} rows, each of which needs "
+                "the number of its sample; a state of features by nodes has to be transposed"
+            )
+        index = sample_of.to(self.device, torch.long)
+        if index.numel() and index.min() < 0:
+            raise ValueError("sample_of must not be negative")
+        counts = torch.bincount(index)
+        self._rows_of = list(self.sizes)
+        self._longest = int(counts.max()) if len(counts) else 0
+        self.batch = len(counts)
+        self.batch_shape = counts.shape
+        order = torch.argsort(index, stable=True)
+        begin = (counts.cumsum(0) - counts)[index[order]]
+        place = torch.empty_like(index)
+        place[order] = torch.arange(len(index), device=self.device) - begin
+        self._slots = index * self._longest + place
+        self.sizes = [size * self._longest for size in self._rows_of]
+        self.width = sum(self.sizes)
+        self.flat = False
+
+    def _rows(self, leaf: Tensor, i: int) -> Tensor:
+        rows = (leaf.movedim(1, -1) if self.channels_last[i] else leaf).reshape(len(self._slots), self._rows_of[i])
+        padded = rows.new_zeros(self.batch * self._longest, self._rows_of[i])
+        return padded.index_copy(0, self._slots, rows).view(self.batch, self.sizes[i])
+
+    def _unflatten(self, rows: Tensor, i: int) -> Tensor:
+        rows = rows.reshape(self.batch * self._longest, self._rows_of[i])
+        return super()._unflatten(rows.index_select(0, self._slots), i)
+
+
 _LEAF = pytree.tree_structure(0)
 _FORMS = {4: torch.channels_last, 5: torch.channels_last_3d}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .adjoints import Adjoint, Implicit, Unrolled
 from .checks import boolean, integer, number
-from .layout import Layout
+from .layout import Layout, Ragged
 from .loop import Estimate, Settings
 from .solvers import Broyden, Picard, Solver
 from .solvers.splitting import SplittingSolver
@@ -31,6 +31,7 @@ class Options:
     throw: bool = False
     at: tuple[int, ...] = ()
     callback: Callable[[int, Any, Tensor], None] | None = None
+    sample_of: Tensor | None = None
 
     def check(self) -> None:
         """Raises TypeError or ValueError unless these are what `fixed_point` takes."""
@@ -66,6 +67,10 @@ class Options:
             integer("at", number_of)
             if number_of > most:
                 raise ValueError(f"at must be numbers of evaluations up to {of}, {most}, got {self.at}")
+
+    def layout(self, z0: Any, batch_dims: int) -> Layout:
+        """Returns how the state lies in memory; raises TypeError or ValueError where the two do not fit."""
+        return Layout(z0, batch_dims) if self.sample_of is None else Ragged(z0, self.sample_of)
 
     def forward(self, layout: Layout, modules: tuple) -> Settings:
         """Returns what the forward solve needs."""

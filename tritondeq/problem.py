@@ -15,7 +15,7 @@ from .cells import Cell
 from .held import Held, computed, hooked, parts_of
 from .kernels.dispatch import WholeSolve
 from .kernels.tails import PARTS, PLAIN, Tail
-from .layout import Layout, pytree
+from .layout import Layout, Ragged, pytree
 from .solvers.splitting import Splitting
 
 Parts = Callable[[Tensor], tuple[Tensor, ...]]
@@ -170,7 +170,7 @@ class HeldCell:
 
     def problem(self, layout: Layout, **known: Any) -> Problem:
         """Returns the problem, with what the cell declares of its forward."""
-        if not isinstance(self.cell, Cell):
+        if not isinstance(self.cell, Cell) or isinstance(layout, Ragged):
             return Problem(self, self.args, layout, opaque=self.opaque, cell=self, **known)
         tail = None if self.opaque else self._declared("tail")
         return Problem(

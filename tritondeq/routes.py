@@ -15,6 +15,7 @@ from .kernels import dispatch
 from .kernels.dispatch import CellOp, Op, WholeSolve
 from .kernels.rules import Rules
 from .kernels.tails import PLAIN
+from .layout import Ragged
 from .loop import Settings, drive, explain_no_room, iterate
 from .problem import Problem
 from .solution import Outcome, Route, Solution, failures
@@ -74,6 +75,8 @@ def replayed(
         return None, ""
     if settings.at or settings.callback:
         return None, "captured graphs give no states along the way"
+    if isinstance(problem.layout, Ragged):
+        return None, "samples are sets of rows, whose sizes no captured graph knows"
     op, _ = plan(problem.whole, problem, settings)
     if isinstance(op, Op):
         return None, ""

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from stacks import DropPath, StochasticDepth
 from torch import nn
 
@@ -102,7 +103,7 @@ def test_channels_and_samples_are_dropped_as_before():
 
 
 def test_a_share_of_0_stays():
-    cell = fix_dropout(Block(nn.Dropout(0.0), DropPath(None)))
+    cell = fix_dropout(Block(nn.Dropout(0.0), DropPath(None, scale_by_keep=False)))
     assert [drop.p for drop in cell.drops.values()] == [0.0, 0.0]
     x = torch.randn(3, 4)
     assert torch.equal(DEQ(cell)(x), DEQ(cell.eval())(x))
@@ -178,6 +179,25 @@ def test_the_error_of_a_solve_leads_here():
     with pytest.raises(RuntimeError, match=r"Dropout 'drops.first'.*FixedDropout, which fix_dropout\(cell\) puts"):
         deq(torch.randn(2, 4))
     fix_dropout(deq)(torch.randn(2, 4)).sum().backward()
+
+
+def test_attention_that_reads_the_share():
+    """A fused attention drops by a function: its solve raises, until the share is 0."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn_drop = nn.Dropout(0.2)
+
+        def forward(self, z, x):
+            p = self.attn_drop.p if self.training else 0.0
+            return 0.5 * F.scaled_dot_product_attention(z, z, z, dropout_p=p) + x
+
+    deq, x = DEQ(fix_dropout(Attention())), torch.randn(2, 3, 4)
+    with pytest.raises(RuntimeError, match="scaled_dot_product_attention with a dropout of 0.2"):
+        deq(x)
+    deq.cell.attn_drop.p = 0.0
+    assert deq.solve(x).converged.all()
 
 
 def test_layers_of_torch():

@@ -31,6 +31,13 @@ def test_dropout_has_one_mask_a_solve(dropout):
     assert torch.equal(layer(x), layer(x))
 
 
+def test_a_dropout_under_two_names_is_replaced_under_both():
+    block = MLP(dropout=0.2)
+    block.also = block.drop
+    cell = to_equilibrium([block]).deq.cell.block
+    assert isinstance(cell.drop, FixedDropout) and isinstance(cell.also, FixedDropout)
+
+
 def test_shares_are_averaged():
     stack = mlps(4)
     stack[0].drop = nn.Identity()
@@ -42,6 +49,8 @@ def test_shares_are_averaged():
     for drop, dims in ((StochasticDepth(0.2, "batch"), 0), (FixedDropout(0.2, dims=2), 2)):
         stack[2].drop = drop
         assert to_equilibrium(stack[2:3]).deq.cell.block.drop.dims == dims
+    stack[2].drop = type("SwinDropPath", (DropPath,), {})(0.2)  # as models of transformers call theirs
+    assert to_equilibrium(stack[2:3]).deq.cell.block.drop.dims == 1
     stack[2].drop = DropPath(0.2, scale_by_keep=False)
     with pytest.raises(ValueError, match="scale_by_keep"):
         to_equilibrium(stack[2:3])
@@ -129,7 +138,11 @@ def test_batch_norm_is_replaced():
         ({"unroll": 0}, ValueError, "steps"),
         ({"depth": 3}, TypeError, "depth"),
         ({"tol": -1.0}, ValueError, "tol"),
-        ({"stack": MLP()}, TypeError, "stack must be an nn.Sequential or nn.ModuleList.*MLP"),
+        ({"stack": MLP()}, TypeError, "stack must be a sequence of blocks, .* or a list, got MLP$"),
+        ({"stack": nn.ModuleDict({"a": MLP()})}, TypeError, "stack.*got ModuleDict of str$"),
+        ({"stack": [MLP(), None, 3]}, TypeError, "stack.*got list of MLP, NoneType, int$"),
+        ({"stack": nn.ModuleList()}, ValueError, "stack must have at least one block"),
+        ({"stack": []}, ValueError, "stack must have at least one block"),
     ],
 )
 def test_bad_arguments(options, error, message):

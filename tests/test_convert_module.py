@@ -32,6 +32,38 @@ def test_weights_come_from_the_stack_which_stays_as_it_is():
     assert to_equilibrium(half).deq.cell.block.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("of", [list, tuple, nn.ModuleList, iter, lambda stack: dict(stack.named_children()).values()])
+def test_any_sequence_of_blocks(of):
+    stack, x = mlps(5), torch.randn(4, 6).double()
+    want, layer = to_equilibrium(stack, prelude=1), to_equilibrium(of(stack), prelude=1)
+    assert layer[0] is stack[0] and len(layer) == 2
+    assert torch.equal(layer(x), want(x))
+
+
+@pytest.mark.parametrize("container", [nn.ModuleList, lambda blocks: nn.Sequential(*blocks)])
+@pytest.mark.parametrize("start", [0, 2])
+def test_a_slice_is_added_to_the_blocks_around_it(container, start):
+    blocks, x = container(mlps(6)), torch.randn(4, 6).double().requires_grad_()
+    whole = to_equilibrium(blocks, prelude=start, coda=1)
+    parts = blocks[:start] + to_equilibrium(blocks[start:5]) + blocks[5:]
+    assert type(parts) is type(blocks) and len(parts) == start + 2 and parts[-1] is blocks[5]
+    assert parts.state_dict().keys() == whole.state_dict().keys()
+    z = x
+    for block in parts:
+        z = block(z)
+    assert torch.equal(z, whole(x))
+    assert torch.equal(torch.autograd.grad(z.sum(), x)[0], torch.autograd.grad(whole(x).sum(), x)[0])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("of", [nn.ModuleList, list, lambda stack: stack[1:]])
+def test_the_mode_is_that_of_the_blocks(of, training):
+    stack = mlps(4, dropout=0.5).train(training)
+    layer, x = to_equilibrium(of(stack)), torch.randn(3, 6).double()
+    assert all(module.training is training for module in layer.modules())
+    assert torch.equal(layer(x), layer(x)) is not training
+
+
 def test_a_module_as_cell_is_taken_as_it_is():
     cell = MLP().double()
     assert to_equilibrium(mlps(), cell=cell, prelude=2).deq.cell.block is cell
@@ -67,6 +99,30 @@ def test_an_ordinary_module():
     assert "injection='add', norm='outer', gain=1.0" in repr(layer)
     assert not to_equilibrium(stack.eval()).deq.cell.block.training
     assert layer.deq.solve(layer[0](x), z0=torch.zeros_like(x)).value.shape == x.shape
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_state_dict_that_was_saved_of_another_stack_raises(strict):
+    saved = mlps(6).state_dict()
+    plain = "1 is an equilibrium, and the state dict has an explicit block there.*before to_equilibrium.*prelude="
+    for stack in (to_equilibrium(mlps(6), prelude=1, coda=1), mlps(6)[:1] + to_equilibrium(mlps(5))):
+        with pytest.raises(RuntimeError, match=plain):
+            stack.load_state_dict(saved, strict=strict)
+        with pytest.raises(RuntimeError, match=plain):
+            stack.load_state_dict(to_equilibrium(mlps(6), prelude=2).state_dict(), strict=strict)
+        model = nn.ModuleDict({"blocks": stack})
+        with pytest.raises(RuntimeError, match=r"blocks\.1 is an equilibrium"):
+            model.load_state_dict({f"blocks.{name}": value for name, value in saved.items()}, strict=strict)
+    with pytest.raises(RuntimeError, match="the layer is an equilibrium"):
+        to_equilibrium(mlps(6)).deq.load_state_dict(mlps(6)[0].state_dict(), strict=strict)
+
+
+def test_a_part_of_a_state_dict_loads_where_it_is_not_strict():
+    layer = to_equilibrium(mlps(6), prelude=1, coda=1)
+    new, state = torch.randn(12, 6).double(), layer.state_dict()
+    assert layer.load_state_dict({"1.cell.block.up.weight": new}, strict=False).unexpected_keys == []
+    assert torch.equal(layer.deq.cell.block.up.weight, new)
+    layer.load_state_dict({name: value for name, value in state.items() if name.startswith("0")}, strict=False)
 
 
 def test_trains():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tritondeq import to_equilibrium
+from tritondeq import FixedDropout, fix_dropout, to_equilibrium
 
 pytestmark = pytest.mark.slow
 TIGHT = {"tol": 1e-11, "max_steps": 300}
@@ -182,6 +182,51 @@ def test_stochastic_depth_and_attention_dropout_of_timm():
         out = layer(x)
         runs.append((out, *torch.autograd.grad(out.sin().sum(), block.parameters())))
     torch.testing.assert_close(*runs, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("make", [vit, gpt2], ids=lambda make: make.__name__)
+def test_the_dropout_of_adapters_is_fixed(make):
+    """LoRA in a converted model: its gradients are those of the weight-tied loop with the same masks."""
+    peft = pytest.importorskip("peft")
+    net, layer = converted(make, tight=True)
+    name, conv1d = ("qkv", False) if make is vit else ("c_attn", True)
+    config = peft.LoraConfig(target_modules=[name], lora_dropout=0.3, fan_in_fan_out=conv1d)
+    model = peft.get_peft_model(net.model, config).double()
+    for path, p in model.named_parameters():
+        if "lora_B" in path:  # 0 at first, as are the gradients of lora_A
+            nn.init.normal_(p, std=0.1)
+    x, inside = net.inputs.double() if net.inputs.is_floating_point() else net.inputs, layer.deq.cell.block
+    with pytest.raises(RuntimeError, match="Dropout 'block.attn.*lora_dropout.default'.*fix_dropout"):
+        net.call(model.train(), x)
+    assert fix_dropout(model) is model
+    wanted, runs = [p for p in model.parameters() if p.requires_grad], []
+    assert any(p.requires_grad for p in inside.parameters())
+    for steps in (None, 80):
+        layer.unrolled(steps)
+        torch.manual_seed(0)
+        out = net.call(model, x)
+        runs.append((out, *torch.autograd.grad(out.sin().sum(), wanted)))
+        if steps is None:
+            assert layer.last.converged.all() and not torch.equal(net.call(model, x), out), "each call draws its masks"
+    torch.testing.assert_close(*runs, **net.close)
+    assert all(grad.norm() > 0 for grad in runs[0][1:])
+
+
+def test_the_dropout_of_vision_models_is_fixed():
+    """DropPath and StochasticDepth of timm, transformers and torchvision."""
+    timm, torchvision = pytest.importorskip("timm"), pytest.importorskip("torchvision")
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    for model in (
+        timm.create_model("vit_tiny_patch16_224", depth=3, embed_dim=32, num_heads=2, drop_path_rate=0.5),
+        transformers.Dinov2Model(transformers.Dinov2Config(**sizes, drop_path_rate=0.5)),
+        torchvision.models.convnext_tiny(stochastic_depth_prob=0.5),
+    ):
+        before = [m for m in model.modules() if type(m).__name__.endswith(("DropPath", "StochasticDepth"))]
+        shares = sorted(p for m in before if (p := getattr(m, "drop_prob", getattr(m, "p", 0.0))))
+        after = [m for m in fix_dropout(model).modules() if isinstance(m, FixedDropout) and m.dims == 1]
+        assert shares[-1] == 0.5 and sorted(m.p for m in after if m.p) == shares
+        assert not {*map(type, before)} & {*map(type, model.modules())}
 
 
 def test_blocks_that_can_not_share_a_cell():

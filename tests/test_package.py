@@ -18,7 +18,7 @@ PUBLIC = {
     *("DEQ", "fixed_point", "Solution", "Status", "Route", "cells", "backend", "set_backend"),
     *("Picard", "Anderson", "Broyden", "PeacemanRachford", "ForwardBackward", "FixedDropout"),
     *("Implicit", "Neumann", "Phantom", "OneStep", "Unrolled"),
-    *("to_equilibrium", "jacobian_penalty", "spectral_radius", "diagnose", "plot", "Watch"),
+    *("to_equilibrium", "fix_dropout", "jacobian_penalty", "spectral_radius", "diagnose", "plot", "Watch"),
 }
 # A module imports what stands before it or lies in its folder.
 ORDER = "kernels checks row_kernels layout solution solvers held cells problem adjoints capture gradient loop guards"

@@ -6,6 +6,7 @@ from .adjoints import Neumann as Neumann
 from .adjoints import OneStep as OneStep
 from .adjoints import Phantom as Phantom
 from .adjoints import Unrolled as Unrolled
+from .convert import fix_dropout as fix_dropout
 from .convert import to_equilibrium as to_equilibrium
 from .deq import DEQ as DEQ
 from .fixed_point import fixed_point as fixed_point
@@ -47,6 +48,7 @@ __all__ = [
     "backend",
     "cells",
     "diagnose",
+    "fix_dropout",
     "fixed_point",
     "jacobian_penalty",
     "plot",

@@ -173,16 +173,16 @@ def _no_function(part: nn.Module) -> str | None:
                 "mixes the samples of a batch by their statistics, and moves its running ones at every step: call its "
                 "eval(), or use a GroupNorm or LayerNorm"
             )
-    elif part.training and _draws(part):
+    elif part.training and draws(part):
         return (
-            "draws another mask at every step, so that there is no fixed point: use tritondeq.FixedDropout, set its "
-            "dropout to 0, or call eval()"
+            "draws another mask at every step, so that there is no fixed point: use tritondeq.FixedDropout, which "
+            "fix_dropout(cell) puts in its place, set its dropout to 0, or call eval()"
         )
     return None
 
 
-def _draws(module: nn.Module) -> bool:
-    """Returns whether the module, none of ours, draws a mask at each call in train()."""
+def draws(module: nn.Module) -> bool:
+    """Returns whether the module, none of ours, draws a mask at each call in train(), whatever mode it is in."""
     if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ == "StochasticDepth":
         return bool(module.p)
     # the name in every DropPath; not by getattr, which is slow where a module lacks it

@@ -1,18 +1,17 @@
 """One block made of a stack of them: whether they are alike, their weights, their dropout and their norms."""
 
 import copy
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..held import FixedDropout
+from .dropout import fixed
 
 _GROUPS, _CHANNELS = 8, 4  # of the GroupNorm that takes a BatchNorm's place: groups at most, channels in one at least
 _ATTENTION_DROPOUT = ("attn_drop", "attn_dropout", "attention_dropout")  # read by attention as a number
 _PLACE = ("layer_idx", "layer_id", "layer_number")  # what blocks differ in because of where they stand
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, FixedDropout)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -71,7 +70,7 @@ def _description(block: nn.Module) -> dict[str, str]:
     description = {}
     for path, module in block.named_modules():
         prefix = f"{path}." if path else ""
-        if _dropout(module):
+        if fixed(module):
             continue
         description[path or "kind"] = type(module).__name__
         for name, value in vars(module).items():
@@ -94,27 +93,13 @@ def _average(block: nn.Module, blocks: list[nn.Module]) -> None:
             tensor.copy_(torch.stack([other[name].to(wide) for other in rest]).mean(0))
 
 
-def _dropout(module: Any) -> FixedDropout | nn.Identity | None:
-    """Returns the FixedDropout for what drops; nn.Identity, which stands for what drops nothing; else None."""
-    kind = type(module).__name__  # those of timm and torchvision are known by name
-    if kind == "DropPath" and not getattr(module, "scale_by_keep", True):
-        raise ValueError("DropPath with scale_by_keep=False has no FixedDropout: take scale_by_keep=True")
-    if kind == "DropPath":
-        return FixedDropout(module.drop_prob or 0.0, 1)
-    if kind == "StochasticDepth":
-        return FixedDropout(module.p, 0 if module.mode == "batch" else 1)
-    if type(module) in _DROPOUTS:
-        return FixedDropout(module.p, getattr(module, "dims", None if type(module) is nn.Dropout else 2))
-    return module if type(module) is nn.Identity else None
-
-
 def _fix_dropout(block: nn.Module, blocks: list[nn.Module]) -> None:
     """Replaces what drops by a FixedDropout of the mean share over `blocks`; attention's weights are not dropped."""
-    for path, module in list(block.named_modules()):
+    for path, module in list(block.named_modules(remove_duplicate=False)):
         for name in ("dropout",) if isinstance(module, nn.MultiheadAttention) else _ATTENTION_DROPOUT:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-        peers = [_dropout(other.get_submodule(path)) for other in blocks] if path and _dropout(module) else []
+        peers = [fixed(other.get_submodule(path)) for other in blocks] if path and fixed(module) else []
         if dropping := [peer for peer in peers if isinstance(peer, FixedDropout)]:
             attention = path.rpartition(".")[2] in _ATTENTION_DROPOUT
             share = 0.0 if attention else sum(peer.p for peer in dropping) / len(peers)

@@ -1,5 +1,6 @@
 """A stack of residual blocks as an equilibrium of one of them."""
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -7,14 +8,13 @@ from torch import Tensor, nn
 from ..cells import Cell
 from ..checks import integer, number
 from ..deq import DEQ
-from ..layout import describe
 from ..solution import Solution
 from .blocks import one_block, refuse_batch_norm
 from .midpoint import Call, ImplicitMidpoint
 
 
 def to_equilibrium(
-    stack: nn.Sequential | nn.ModuleList,
+    stack: Iterable[nn.Module],
     *,
     cell: str | nn.Module = "mean",
     prelude: int = 0,
@@ -42,17 +42,19 @@ def to_equilibrium(
     weights four times as large, encoders may not converge: watch `last.steps` as it trains, lower `gain`, or take
     Anderson. The layer does not compute what the stack did: a converted net has to be trained.
 
-    The returned container takes the stack's place, called or looped over. Further arguments of a call (masks,
-    positions) go to the block unchanged at every evaluation; their tensors get gradients. Further outputs of the block
-    are those at z*. A `DynamicCache` of transformers is filled with keys and values at z*, so that generation token by
-    token is right; other caches raise. A sample is an index of the first dim; nn.MultiheadAttention without batch_first
-    makes one of the whole batch. Forward hooks in the block see one call, at z*, and those of the block itself see it
-    go from x to z*, as the layer does; a hook that returns a value is part of F. In the cell, dropout and stochastic
-    depth become `FixedDropout`, and weights of attention are not dropped.
+    The returned container takes the stack's place, called or looped over. Where the stack is a slice, it is added to
+    the blocks around, of an nn.ModuleList or nn.Sequential: `blocks[:2] + to_equilibrium(blocks[2:10]) + blocks[10:]`.
+    Further arguments of a call (masks, positions) go to the block unchanged at every evaluation; their tensors get
+    gradients. Further outputs of the block are those at z*. A `DynamicCache` of transformers is filled with keys and
+    values at z*, so that generation token by token is right; other caches raise. A sample is an index of the first dim;
+    nn.MultiheadAttention without batch_first makes one of the whole batch. Forward hooks in the block see one call, at
+    z*, and those of the block itself see it go from x to z*, as the layer does; a hook that returns a value is part of
+    F. In the cell, dropout and stochastic depth become `FixedDropout`, and weights of attention are not dropped. A
+    state dict is loaded by a model that was converted alike; that of a plain stack raises, strict or not.
 
     Args:
-        stack: Blocks `forward(x, ...)` that return x's successor, or a tuple that begins with it. It stays as it is,
-            and the blocks before and behind are not copied.
+        stack: Blocks `forward(x, ...)` that return x's successor, or a tuple that begins with it, in any iterable. It
+            stays as it is, and the blocks before and behind are not copied.
         cell: "mean": F's parameters and floating-point buffers are the means over the blocks replaced; "first": those
             of the first of them. Or a module with a block's signature, taken as it is.
         prelude: How many blocks stay before the layer.
@@ -72,9 +74,7 @@ def to_equilibrium(
         TypeError: An argument is of the wrong kind.
         ValueError: An argument is out of range, or blocks to be replaced differ in shape, kind or settings.
     """
-    if not isinstance(stack, nn.Sequential | nn.ModuleList):
-        raise TypeError(f"stack must be an nn.Sequential or nn.ModuleList of blocks, got {describe(stack)}")
-    blocks = list(stack)
+    blocks = _blocks(stack)
     for name, value in (("prelude", prelude), ("coda", coda)):
         integer(name, value, least=0)
     if prelude + coda >= len(blocks):
@@ -92,8 +92,24 @@ def to_equilibrium(
     else:
         cell = one_block(blocks[prelude : len(blocks) - coda], cell, prelude, batch_norm)
     layer = EquilibriumLayer(ImplicitMidpoint(cell, injection, norm, gain, prelude), **options)
-    layer.train(stack.training)
-    return EquilibriumStack(*blocks[:prelude], layer.unrolled(unroll), *blocks[len(blocks) - coda :])
+    layer.train(blocks[prelude].training)  # a slice of a container forgets its mode
+    converted = EquilibriumStack(*blocks[:prelude], layer.unrolled(unroll), *blocks[len(blocks) - coda :])
+    converted.training = layer.training
+    return converted
+
+
+def _blocks(stack: Any) -> list[nn.Module]:
+    """Returns the blocks of any iterable of them."""
+    blocks = list(stack) if isinstance(stack, Iterable) else None
+    if blocks is None or not all(isinstance(block, nn.Module) for block in blocks):
+        of = " of " + ", ".join(sorted({type(block).__name__ for block in blocks})) if blocks else ""
+        raise TypeError(
+            "stack must be a sequence of blocks, such as an nn.Sequential, an nn.ModuleList, a slice of one or a list, "
+            f"got {type(stack).__name__}{of}"
+        )
+    if not blocks:
+        raise ValueError("stack must have at least one block, got none")
+    return blocks
 
 
 def _choice(name: str, value: Any, *names: str | None) -> None:
@@ -135,6 +151,16 @@ class EquilibriumLayer(DEQ):
             raise ValueError("graph=True takes no cache, which a replay would not fill: pass use_cache=False")
         z = self.solve(call).value
         return z if call.further is None else (z, *call.further)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        names = [name for name in state_dict if name.startswith(prefix)]
+        if names and not any(name.startswith(f"{prefix}cell.") for name in names):
+            *_, errors = args  # they raise, whether strict or not
+            errors.append(
+                f"{prefix.rstrip('.') or 'the layer'} is an equilibrium, and the state dict has an explicit block "
+                "there: load a plain stack before to_equilibrium, a converted one with its prelude= and coda="
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _solve(self, f: Any, x: Any, z0: Any, mask: Any, graphs: Any = None, **way: Any) -> Solution:
         solution, notes = super()._solve(f, x, z0, mask, graphs, **way), f.injection.notes

@@ -145,8 +145,10 @@ def ranks(tmp_path_factory) -> list[dict]:
 @functools.cache
 def alone(cell) -> tuple[torch.Tensor, dict]:
     """(losses, weights) of one process."""
-    model = net(cell)
+    model, threads = net(cell), torch.get_num_threads()
+    torch.set_num_threads(1)  # threads spend more time waiting for one another than they save on tensors this small
     losses, _ = trained(model, model[1], *data())
+    torch.set_num_threads(threads)
     return losses, model.state_dict()
 
 

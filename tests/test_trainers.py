@@ -379,9 +379,10 @@ def test_averaged_model_of_torch(kind):
     if kind == "ema":
         averaging = {"multi_avg_fn": get_ema_multi_avg_fn(0.9)}
     model = net(**TIGHT).double()
-    model(batches[0][0]).sum().backward()  # what a solve leaves behind is not copied
+    model(batches[0][0]).sum().backward()
     model.zero_grad()
     average, history, optimizer = AveragedModel(model, **averaging), [], adamw(model)
+    assert model[1].last.converged.all() and average.module[1].last is None  # a copy has not solved anything
     for x, y in batches:
         F.mse_loss(model(x), y).backward()
         optimizer.step()
@@ -415,6 +416,7 @@ def test_grad_scaler():
     optimizer.zero_grad()
     with pytest.warns(UserWarning, match="backward solve"):
         scaler.scale(1e38 * F.mse_loss(model(x), y)).backward()
+    assert all(p.grad.isnan().any() for p in model[1].parameters())  # what failed is not 0
     scaler.step(optimizer)
     scaler.update()
     assert scaler.get_scale() == 2.0**29

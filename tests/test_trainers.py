@@ -313,9 +313,10 @@ def test_peft_on_a_converted_model(tmp_path):
     [
         (Block, ["up", "down"]),
         (cells.Affine, ["input"]),
+        (cells.MLP, ["up", "down"]),
         (lambda width: cells.Transformer(width, heads=2), ["input", "qkv", "output", "up", "down"]),
     ],
-    ids=["block", "affine", "transformer"],
+    ids=["block", "affine", "mlp", "transformer"],
 )
 def test_peft_on_the_linear_layers_of_a_cell(cell, targets, tmp_path):
     x = data(4).tensors[0]

@@ -1,12 +1,15 @@
 """The MLP and the gated cell: equations, gradients, options."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import tritondeq as tdeq
 from tritondeq import DEQ
-from tritondeq.cells import MLP, Gated
+from tritondeq.cells import MLP, Gated, Monotone
 
 MLPS = [(form, activation) for form in ("post", "pre") for activation in ("relu", "gelu", "silu", "swiglu")]
 MAKE = {
@@ -91,3 +94,62 @@ def test_contraction_of_the_gated_cell_holds():
     gru = torch.func.vmap(torch.func.jacrev(lambda z, u: tdeq.kernels.formulas.gru(w, u.chunk(3), z[None])[2][0]))
     norms = torch.linalg.matrix_norm(gru(starts, u), 2)
     assert norms.max() <= 0.9 and torch.linalg.matrix_norm(cell.weight_c, 2) > 0.7
+
+
+class LowRank(nn.Module):
+    """A linear layer and a trainable product of low rank beside it, as adapters are."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.a = nn.Parameter(0.2 * torch.randn(2, base.in_features, dtype=base.weight.dtype))
+        self.b = nn.Parameter(0.2 * torch.randn(base.out_features, 2, dtype=base.weight.dtype))
+
+    def forward(self, x):
+        return self.base(x) + x @ self.a.T @ self.b.T
+
+
+@pytest.mark.parametrize("form", ["post", "pre"])
+@pytest.mark.parametrize("names", [("up",), ("down",), ("up", "gate", "down")], ids="-".join)
+def test_layers_that_were_replaced_are_called(form, names):
+    """The solution and its gradients are those of the cell into which the product is merged."""
+    cell = MLP(6, 4, form=form, activation="swiglu", dtype=torch.float64)
+    merged = copy.deepcopy(cell)
+    for name in names:
+        adapter = LowRank(getattr(cell, name))
+        setattr(cell, name, adapter)
+        with torch.no_grad():
+            getattr(merged, name).weight.add_(adapter.b @ adapter.a)
+    x, layers = torch.randn(3, 4, dtype=torch.float64), [DEQ(c, tol=1e-13, max_steps=500) for c in (cell, merged)]
+    values = [layer(x) for layer in layers]
+    torch.testing.assert_close(*values, rtol=1e-11, atol=1e-11)
+    for z in values:
+        z.square().sum().backward()
+    for name in names:
+        adapter, g = getattr(cell, name), getattr(merged, name).weight.grad
+        torch.testing.assert_close((adapter.b.grad, adapter.a.grad), (g @ adapter.a.T, adapter.b.T @ g))
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("form", ["post", "pre"])
+def test_hooks_on_layers_are_called_by_either_backend(form, device):
+    cell, x = MLP(6, 4, form=form).to(device), torch.randn(3, 4, device=device)
+    cell.up.register_forward_hook(lambda layer, args, out: 0.5 * out)
+    halved = copy.deepcopy(cell)
+    halved.up._forward_hooks.clear()
+    with torch.no_grad():
+        for p in halved.up.parameters():
+            p *= 0.5
+    found = [DEQ(halved, tol=1e-5)(x)]
+    for name in ("torch", "triton"):
+        with tdeq.backend(name):
+            found.append(DEQ(cell, tol=1e-5)(x))
+            torch.testing.assert_close(found[-1], found[0], rtol=0, atol=1e-4)
+
+
+def test_a_bound_is_not_made_of_an_input_layer_that_was_replaced():
+    cell = Monotone(4)
+    assert cell.lipschitz() > 0
+    cell.input = LowRank(cell.input)
+    with pytest.raises(ValueError, match="the norm of input is not known.*LowRank"):
+        cell.lipschitz()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..held import hooked
 from ..kernels.dispatch import WholeSolve
 from ..kernels.rules import EPS
 from ..kernels.tails import Tail
@@ -136,3 +137,8 @@ def one_of(name: str, value: str, options: Collection[str]) -> None:
     """Raises ValueError unless `value` is one of `options`."""
     if value not in options:
         raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}")
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Returns whether the layer is its weight and bias and nothing else, so that a cell may read these."""
+    return type(layer).forward is nn.Linear.forward and "forward" not in vars(layer) and not hooked(layer)

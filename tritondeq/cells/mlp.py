@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from ..checks import integer
 from ..kernels.dispatch import WholeSolve
-from ..kernels.formulas import RMS_EPS, hidden_slopes, mlp, mlp_inner, mlp_outer
+from ..kernels.formulas import RMS_EPS, hidden_slopes, mlp, mlp_inner, mlp_outer, rms_norm
 from ..kernels.formulas import hidden as hidden_layer
 from ..kernels.tails import Tail
 from ..row_kernels import kernel_options
-from .base import features_of, one_of
+from .base import features_of, is_linear, one_of
 from .rows import RowCell
 
 _SMALL = 0.3  # of nn.Linear's usual scale, for the last one at initialisation
@@ -33,7 +33,8 @@ class MLP(RowCell):
     On a GPU a solve by Picard or Anderson(memory <= 4) is one Triton launch, and so is its adjoint, as long as the
     bfloat16 terms of the weights, of which `Gated` gives the number, fit in a multiprocessor's shared memory. That is
     some 100,000 weights in one term on an H100, D and H rounded up to powers of two. Beyond that a solve takes the
-    loop, whose fused steps do the last sum, with its norm or decay, as they read.
+    loop, whose fused steps do the last sum, with its norm or decay, as they read. So does one whose `up`, `down` or
+    `gate` has a hook or is another module, such as a LoRA adapter: these are called, and not rounded to `operands`.
 
     Args:
         hidden: Width H of the hidden layer; None is 2 D.
@@ -83,12 +84,17 @@ class MLP(RowCell):
         features_of(x, self.inputs, self)
         layers = [layer for layer in (self.up, self.down, self.gate) if layer is not None]
         u = self.norm(self.input(x).to(self.norm.weight.dtype))  # autocast made it bfloat16
+        if not all(map(is_linear, layers)):
+            return u, (), (), self.scale
         weights, biases = (tuple(getattr(layer, name) for layer in layers) for name in ("weight", "bias"))
         return u, tuple(map(self.rounded, weights)), biases, self.scale
 
     def forward(self, z: Tensor, injection: tuple) -> Tensor:
         u, weights, biases, scale = injection
-        return mlp(self.form, self._act, weights, biases, scale, u, z)
+        if weights:
+            return mlp(self.form, self._act, weights, biases, scale, u, z)
+        u, last, z = self._parts(z, injection)
+        return rms_norm(z + (u + last), scale) if self.form == "post" else scale * z + (u + last)
 
     def tail(self, injection: tuple) -> tuple[Callable, Tail]:
         scale = injection[3]
@@ -97,15 +103,21 @@ class MLP(RowCell):
     def _parts(self, z: Tensor, injection: tuple) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the summands of f, with a z where the form is "pre", before the norm where it is "post"."""
         u, weights, biases, _ = injection
-        pre = mlp_inner(self.form, weights, biases, u, z)
-        return u, F.linear(hidden_layer(self._act, pre), weights[1], biases[1]), z
+        if weights:
+            pre = mlp_inner(self.form, weights, biases, u, z)
+            return u, F.linear(hidden_layer(self._act, pre), weights[1], biases[1]), z
+        x = z + u if self.form == "post" else rms_norm(z)
+        pre = tuple(layer(x) for layer in (self.up, self.gate) if layer is not None)
+        return u, self.down(hidden_layer(self._act, pre)), z
 
     @property
     def _act(self) -> str:
         return "silu" if self.activation == "swiglu" else self.activation
 
-    def whole_solve(self, injection: tuple) -> WholeSolve:
+    def whole_solve(self, injection: tuple) -> WholeSolve | None:
         u, weights, biases, scale = injection
+        if not weights:
+            return None
         dtype, narrow = self.precision(u, *weights)
         u, scale = u.detach().reshape(-1, self.features).to(dtype), scale.detach().to(dtype)
         biases = tuple(w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True))

@@ -10,7 +10,7 @@ from ..checks import number
 from ..solvers import PeacemanRachford, Solver
 from ..solvers.splitting import Splitting
 from .affine import Affine
-from .base import one_of
+from .base import is_linear, one_of
 from .contraction import norm_bound
 
 
@@ -88,5 +88,13 @@ class Monotone(Affine):
 
     @torch.no_grad()
     def lipschitz(self) -> Tensor:
-        """Returns a bound of ||z*(x) - z*(y)|| / ||x - y||, a scalar: ||U|| / m (Pabbaraju et al. 2021, theorem 1)."""
+        """Returns a bound of ||z*(x) - z*(y)|| / ||x - y||, a scalar: ||U|| / m (Pabbaraju et al. 2021, theorem 1).
+
+        Raises:
+            ValueError: `input` is another module or has a hook, such as a LoRA adapter, so that U is not known.
+        """
+        if not is_linear(self.input):
+            raise ValueError(
+                f"the norm of input is not known: it is no plain nn.Linear, but {type(self.input).__name__}"
+            )
         return norm_bound(self.input.weight) / self.margin

@@ -5,7 +5,6 @@
 An option is mapped, or refused with an error that names it: docs/from-torchdeq.md has the table.
 """
 
-import argparse
 import contextlib
 import inspect
 from collections.abc import Callable
@@ -17,15 +16,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..adjoints import Adjoint, Implicit, OneStep, Phantom, Unrolled
-from ..checks import integer, number
+from ..checks import integer
 from ..fixed_point import fixed_point
 from ..held import FixedDropout, Held, parts_of
 from ..inspect.jacobian import spectral_radius
 from ..layout import Layout, pytree
 from ..problem import modules_of
 from ..solution import Solution
-from ..solvers import Anderson, Broyden, Picard, Solver
-from .torchdeq_parts import DEQ, config
+from ..solvers import Solver
+from .torchdeq_options import DEQ, NOT_MAPPED, SOLVER_KWARGS, checked, config, marks, solver_named
+from .torchdeq_options import add_deq_args as add_deq_args
 from .torchdeq_parts import VariationalDropout as VariationalDropout
 from .torchdeq_parts import VariationalDropout1d as VariationalDropout1d
 from .torchdeq_parts import VariationalDropout2d as VariationalDropout2d
@@ -33,7 +33,6 @@ from .torchdeq_parts import VariationalDropout3d as VariationalDropout3d
 from .torchdeq_parts import VariationalDropToken1d as VariationalDropToken1d
 from .torchdeq_parts import VariationalDropToken2d as VariationalDropToken2d
 from .torchdeq_parts import VariationalDropToken3d as VariationalDropToken3d
-from .torchdeq_parts import add_deq_args as add_deq_args
 from .torchdeq_parts import apply_norm as apply_norm
 from .torchdeq_parts import fp_correction as fp_correction
 from .torchdeq_parts import jac_reg as jac_reg
@@ -44,17 +43,6 @@ from .torchdeq_parts import reset_deq as reset_deq
 from .torchdeq_parts import reset_dropout as reset_dropout
 from .torchdeq_parts import reset_norm as reset_norm
 
-_SOLVER_KWARGS = {
-    "fixed_point_iter": {"tau", "return_final"},
-    "simple_fixed_point_iter": {"tau"},
-    "anderson": {"m", "tau"},
-    "broyden": {"LBFGS_thres"},
-}
-_NOT_MAPPED = {
-    "lam": "it is an absolute ridge; tritondeq's is relative to each difference: f_solver=Anderson(memory, ridge=...)",
-    "ls": "one line search for a whole batch would tie its samples together: leave it out, or damp Picard",
-    "return_final": "the state with the lowest residual is returned: leave it out, or take simple_fixed_point_iter",
-}
 LARGE = 1e4  # a norm of a state up to which an absolute tolerance alone ends a solve
 NEVER = 1e-30  # a relative tolerance that is met at an exact fixed point only
 
@@ -64,7 +52,7 @@ def get_deq(args: Any = None, **kwargs: Any) -> "TorchDEQ":
 
     Args:
         args: An argparse.Namespace, whose other arguments belong to the program; or a dict, of torchdeq's options only.
-        **kwargs: Options; they take precedence. One of them is ours: `batch_dims=0` makes the whole state one sample, for
+        **kwargs: Options; they take precedence. `batch_dims=0`, which is ours, makes the whole state one sample, for
             states such as the nodes of a graph, whose rows depend on one another.
 
     Raises:
@@ -101,31 +89,17 @@ class TorchDEQ(nn.Module):
         super().__init__()
         if batch_dims not in (0, 1):
             raise ValueError(f"batch_dims must be 0 or 1, got {batch_dims!r}")
-        self.batch_dims = batch_dims
-        o = self.options = argparse.Namespace(**(DEQ | given))
-        for name, value in (("core", ("sliced", "indexing")), *((f"{x}_stop_mode", ("abs", "rel")) for x in "fb")):
-            if getattr(o, name) not in value:
-                raise ValueError(f"{name} must be {' or '.join(value)}, got {getattr(o, name)!r}")
-        for name in ("f_max_iter", "b_max_iter", "n_states"):
-            integer(name, getattr(o, name))
-        integer("eval_f_max_iter", o.eval_f_max_iter, least=None)
-        number("f_tol", o.f_tol, 0, closed=True)
-        number("b_tol", o.b_tol, 0)
-        number("eval_factor", o.eval_factor, 0)
-        number("tau", o.tau, 0)
-        if o.tau > 1:
-            raise ValueError(f"tau must be in (0, 1], got {o.tau!r}")
-        o.grad = [o.grad] if isinstance(o.grad, int) else list(o.grad)
-        o.indexing, o.sup_loc = list(o.indexing or ()), list(o.sup_loc or ())
-        for steps in o.grad:
-            integer("grad", steps)
-            if o.sup_gap > steps:
-                raise ValueError(f"sup_gap must be at most grad, or there is no state, got {o.sup_gap} and {steps}")
-        self.ift = bool(o.ift or o.hook_ift)
-        self._run(o.f_max_iter, {})
-        self.backward = Implicit(_solver("b_solver", o.b_solver, o.b_max_iter), float(o.b_tol), o.b_max_iter)
-        if len(o.grad) not in (1, len(self._marks(o.f_max_iter))):
-            raise ValueError(f"grad must have one entry, or one for each of the states, got {o.grad}")
+        self.batch_dims, self.options = batch_dims, checked(given)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.options, name) if name in DEQ else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an option, as `deq.f_tol = 1e-4`, or any other attribute."""
+        if name in DEQ:
+            self.options = checked({**vars(self.options), name: value})
+        else:
+            super().__setattr__(name, value)
 
     def forward(
         self,
@@ -146,8 +120,9 @@ class TorchDEQ(nn.Module):
 
         Returns:
             The states, each in the structure of z_init (a tuple becomes a list), and a dict of tensors, [B] each:
-            `abs_lowest` and `rel_lowest`, the residual of the solution; `nstep`, its evaluations; `sradius`; and by
-            f_stop_mode `abs_trace` or `rel_trace`, [B, evaluations]. The norm of f(z) is taken to be that of z.
+            `abs_lowest` and `rel_lowest`, the residual of the solution; `nstep`, its evaluations; `status`, a
+            `tritondeq.Status`; `sradius`; and by f_stop_mode `abs_trace` or `rel_trace`, [B, evaluations]. The norm of
+            f(z) is taken to be that of z.
 
         Raises:
             TypeError, ValueError: An argument or what func returned does not fit; the message names it.
@@ -157,14 +132,15 @@ class TorchDEQ(nn.Module):
         z = list(z_init) if f.many else z_init
         often = o.f_max_iter if self.training else o.eval_f_max_iter
         run = self._run(given.pop("f_max_iter", often if often > 0 else int(o.f_max_iter * o.eval_factor)), given)
-        b = self.backward
-        implicit = _Written(b.solver, b.tol, b.max_steps, writer=backward_writer) if backward_writer else b
+        b_solver = solver_named("b_solver", o.b_solver, o.b_max_iter)
+        implicit = _Written(b_solver, float(o.b_tol), o.b_max_iter, writer=backward_writer)
+        adjoint = implicit if o.ift or o.hook_ift else None
         held = Held(*_held_parts(func))
         with held.on(held.weights):
             if self.training:
-                states, solution = self._train(f, z, run, implicit if self.ift else None)
+                states, solution = self._train(f, z, run, adjoint)
             else:
-                solution = self._solve(f, z, run, implicit if self.ift else Phantom(o.grad[-1], o.tau))
+                solution = self._solve(f, z, run, adjoint or Phantom(o.grad[-1], o.tau))
                 states = [solution.value]
             flat = Layout(solution.value, self._batch_dims(z)).pack(solution.value).detach()
             size = torch.linalg.vector_norm(flat, dim=1)
@@ -176,14 +152,14 @@ class TorchDEQ(nn.Module):
 
     def _train(self, f: "_Map", z: Any, run: _Run, implicit: Adjoint | None) -> tuple[list[Any], Solution]:
         """Returns the states of torchdeq's core, and the solution that the last of them is made of."""
-        marks, states, along = self._marks(run.steps), list[Any](), tuple[Any, ...]()
-        grads = self.options.grad * (len(marks) if len(self.options.grad) == 1 else 1)
-        if self.options.core == "indexing" and len(marks) > 1:  # one solve; in "sliced" each begins where a state is
-            solution = self._solve(f, z, run, at=tuple(marks))
-            along = solution.states
-        for i, (before, mark, grad) in enumerate(zip([0, *marks], marks, grads, strict=False)):
-            z, steps = (along[i], 0) if along else (z, mark - before)
-            if implicit is not None and mark == marks[-1]:
+        ends, states, along = marks(self.options, run.steps), list[Any](), tuple[Any, ...]()
+        grads = self.options.grad * (len(ends) if len(self.options.grad) == 1 else 1)
+        if self.options.core == "indexing" and len(ends) > 1:  # one solve; in "sliced" each begins where a state is
+            solution = self._solve(f, z, run, at=tuple(ends))
+            along = *solution.states[:-1], solution.value
+        for i, (begin, end, grad) in enumerate(zip([0, *ends], ends, grads, strict=False)):
+            z, steps = (along[i], 0) if along else (z, end - begin)
+            if implicit is not None and end == ends[-1]:
                 solution = self._solve(f, z, run._replace(steps=steps + 1), implicit)
                 return [*states, solution.value], solution
             if not along:
@@ -224,48 +200,20 @@ class TorchDEQ(nn.Module):
                 states.append(z)
         return states if gap > 0 else [*states, z]
 
-    def _marks(self, most: int) -> list[int]:
-        """Returns after how many evaluations, counted from the start, there is a state."""
-        n, indexing = self.options.n_states, self.options.indexing
-        if n > most:
-            raise ValueError(f"n_states must be at most f_max_iter, got {n} and {most}")
-        if n > 1:
-            size = most // n
-            return [(size * n if self.options.core == "sliced" else most) - (n - k) * size for k in range(1, n + 1)]
-        marks = [*indexing, most]
-        if any(a >= b for a, b in zip([0, *marks], marks, strict=False)):
-            raise ValueError(f"indexing must increase from 1 to below f_max_iter, {most}, got {indexing}")
-        return marks
-
     def _run(self, steps: Any, given: dict[str, Any]) -> _Run:
         """Returns the forward solver with the options of one call."""
         integer("f_max_iter", steps)
         name = self.options.f_solver
         for option, value in given.items():
-            known = isinstance(name, str) and option in _SOLVER_KWARGS.get(name, ())
+            known = isinstance(name, str) and option in SOLVER_KWARGS.get(name, ())
             if not known and not (value is False and option in ("ls", "return_final")):
-                why = _NOT_MAPPED.get(option, f"f_solver={name!r} does not take it")
+                why = NOT_MAPPED.get(option, f"f_solver={name!r} does not take it")
                 raise TypeError(f"solver_kwargs has {option!r}: {why}")
         final = given.pop("return_final", False)
         given.pop("ls", None)
-        return _Run(_solver("f_solver", name, steps, **given), steps, bool(final) or name == "simple_fixed_point_iter")
-
-
-def _solver(
-    option: str, name: Any, most: int, *, m: int = 6, tau: float = 1.0, LBFGS_thres: int | None = None
-) -> Solver:
-    """Returns tritondeq's solver for one of torchdeq's names."""
-    if isinstance(name, Solver):
-        return name
-    if name == "fixed_point_iter" or (name == "simple_fixed_point_iter" and option == "f_solver"):
-        return Picard(tau)
-    if name == "anderson":
-        integer("m", m, least=2)
-        return Anderson(m - 1, tau)  # m iterates have m - 1 differences
-    if name == "broyden":
-        return Broyden(LBFGS_thres or most)
-    names = [known for known in _SOLVER_KWARGS if option == "f_solver" or known != "simple_fixed_point_iter"]
-    raise ValueError(f"{option} must be {', '.join(names)} or a solver of tritondeq such as Anderson(), got {name!r}")
+        return _Run(
+            solver_named("f_solver", name, steps, **given), steps, bool(final) or name == "simple_fixed_point_iter"
+        )
 
 
 class _Map:
@@ -314,12 +262,14 @@ def _info(solution: Solution, size: Tensor, mode: str, least: float = 0.0) -> di
     return {
         "abs_lowest": residual * scale,
         "rel_lowest": residual * scale / (size + 1e-9),
+        "status": solution.status.reshape(-1),
         "nstep": solution.steps.reshape(-1).to(residual.dtype),
         f"{mode}_trace": trace * least if mode == "abs" else trace,
     }
 
 
 _NO_COUNTERPART = {
+    "solver_stat_from_final_step": "read the info that the layer returns",
     "get_solver": "call tritondeq.fixed_point(f, z0, solver=Anderson())",
     "register_solver": "write a tritondeq.solvers.Solver and pass it as f_solver or b_solver",
     "register_deq": "call tritondeq.fixed_point in a module of yours",

@@ -1,8 +1,6 @@
-"""What torchdeq has around its layer: options, norms, dropout and losses. Import them from `torchdeq`, beside this."""
+"""What torchdeq has around its layer: norms, dropout and losses."""
 
-import argparse
-import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -12,52 +10,7 @@ from torch.nn.utils import parametrizations, parametrize
 from ..checks import number
 from ..held import FixedDropout
 from ..layout import describe
-
-DEQ: dict[str, Any] = {
-    "core": "sliced", "f_solver": "fixed_point_iter", "b_solver": "fixed_point_iter", "f_max_iter": 40,
-    "b_max_iter": 40, "f_tol": 1e-3, "b_tol": 1e-6, "f_stop_mode": "abs", "b_stop_mode": "abs", "eval_factor": 1.0,
-    "eval_f_max_iter": 0, "ift": False, "hook_ift": False, "n_states": 1, "indexing": [], "grad": [1], "tau": 1.0,
-    "sup_gap": -1, "sup_loc": [],
-}  # fmt: skip
-NORM: dict[str, Any] = {
-    "norm_type": "weight_norm", "norm_no_scale": False, "norm_clip": False, "norm_clip_value": 1.0,
-    "norm_target_norm": 1.0, "sn_n_power_iters": 1,
-}  # fmt: skip
-LOSS: dict[str, Any] = {
-    "gamma": 0.8, "jac_loss_weight": 0.0, "jac_loss_freq": 0.0, "jac_incremental": 0, "sradius_mode": False,
-}  # fmt: skip
-
-
-def config(args: Any, kwargs: dict[str, Any], *more: str) -> dict[str, Any]:
-    """Returns the options given, as one dict.
-
-    Raises:
-        TypeError: args is neither a Namespace nor a dict, or an option of the dict or of the keywords is unknown.
-    """
-    if not isinstance(args, argparse.Namespace | Mapping | None):
-        raise TypeError(f"args must be an argparse.Namespace or a dict, got {describe(args)}: pass vars(args)")
-    program, given = (vars(args), kwargs) if isinstance(args, argparse.Namespace) else ({}, {**(args or {}), **kwargs})
-    known = [*DEQ, *NORM, *LOSS, *more]
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, 2, 0.5)
-            hint = f"did you mean {' or '.join(near)}? " if near else ""
-            raise TypeError(
-                f"unknown option {name!r}: {hint}Pass a program's whole configuration as argparse.Namespace(**config)"
-            )
-    return {**program, **given}
-
-
-def add_deq_args(parser: argparse.ArgumentParser) -> None:
-    """Adds torchdeq's command line arguments, with its defaults."""
-    for name, default in (DEQ | NORM | LOSS).items():
-        if isinstance(default, bool):
-            parser.add_argument(f"--{name}", action="store_true")
-        elif isinstance(default, list):
-            parser.add_argument(f"--{name}", type=int, nargs="+", default=default)
-        else:
-            parser.add_argument(f"--{name}", type=type(default), default=default)
-
+from .torchdeq_options import config
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _WEIGHTS: dict[type, tuple[str, int]] = dict.fromkeys((nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d), ("weight", 0))

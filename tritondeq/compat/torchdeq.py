@@ -8,7 +8,7 @@ An option is mapped, or refused with an error that names it: docs/from-torchdeq.
 import contextlib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -160,8 +160,8 @@ class TorchDEQ(nn.Module):
         for i, (begin, end, grad) in enumerate(zip([0, *ends], ends, grads, strict=False)):
             z, steps = (along[i], 0) if along else (z, end - begin)
             if implicit is not None and end == ends[-1]:
-                solution = self._solve(f, z, run._replace(steps=steps + 1), implicit)
-                return [*states, solution.value], solution
+                final = self._solve(f, z, run._replace(steps=steps + 1), implicit)
+                return [*states, final.value], solution if along else final
             if not along:
                 solution = self._solve(f, z, run._replace(steps=steps))
                 z = solution.value
@@ -178,14 +178,15 @@ class TorchDEQ(nn.Module):
         tol, atol = (max(o.f_tol / LARGE, NEVER), o.f_tol) if o.f_stop_mode == "abs" else (max(o.f_tol, NEVER), 0.0)
         options: dict[str, Any] = {"solver": run.solver, "tol": tol, "atol": atol, "batch_dims": self._batch_dims(z)}
         graph, steps = adjoint is not None and torch.is_grad_enabled(), run.steps
-        if run.all:
-            with torch.no_grad():
-                solution = fixed_point(f, z, adjoint=Unrolled(steps), **options, **at)
-            if not graph:
-                return solution
-            z, steps = solution.value, 0
-        with torch.set_grad_enabled(graph):
-            return fixed_point(f, z, adjoint=adjoint or OneStep(), max_steps=steps + 1, trace=True, **options, **at)
+        if not run.all:
+            with torch.set_grad_enabled(graph):
+                return fixed_point(f, z, adjoint=adjoint or OneStep(), max_steps=steps + 1, trace=True, **options, **at)
+        with torch.no_grad():
+            solution = fixed_point(f, z, adjoint=Unrolled(steps), **options, **at)
+        if graph:
+            attached = fixed_point(f, solution.value, adjoint=adjoint, max_steps=1, **options)  # type: ignore[arg-type]
+            solution = replace(solution, value=attached.value)
+        return solution
 
     def _batch_dims(self, z: Any) -> int:
         return min(z.ndim, self.batch_dims) if isinstance(z, Tensor) else self.batch_dims

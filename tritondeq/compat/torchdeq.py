@@ -36,6 +36,7 @@ from .torchdeq_parts import VariationalDropToken3d as VariationalDropToken3d
 from .torchdeq_parts import apply_norm as apply_norm
 from .torchdeq_parts import fp_correction as fp_correction
 from .torchdeq_parts import jac_reg as jac_reg
+from .torchdeq_parts import mem_gc as mem_gc
 from .torchdeq_parts import mixed_init as mixed_init
 from .torchdeq_parts import register_norm_module as register_norm_module
 from .torchdeq_parts import remove_norm as remove_norm
@@ -277,7 +278,6 @@ _NO_COUNTERPART = {
     "register_norm": "register a parametrization by torch.nn.utils.parametrize.register_parametrization",
     "register_weight_func": "pass the function as fp_correction(weight_func=...)",
     "power_method": "tritondeq.spectral_radius(f, z), which is right for complex eigenvalues, too",
-    "mem_gc": "torch.utils.checkpoint.checkpoint(func, *in_args, use_reentrant=False)",
 }
 
 

@@ -6,9 +6,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
 
 from ..checks import number
-from ..held import FixedDropout
+from ..held import FixedDropout, _thread
 from ..layout import describe
 from .torchdeq_options import config
 
@@ -227,3 +228,17 @@ def jac_reg(f0: Tensor, z0: Tensor, vecs: int = 1, create_graph: bool = True) ->
 def mixed_init(z_shape: Any, device: Any = None) -> Tensor:
     """Returns normal numbers of which a random half is zero (Anil et al. 2022)."""
     return torch.randn(*z_shape, device=device) * torch.empty(*z_shape, device=device).bernoulli_(0.5)
+
+
+def mem_gc(func: Callable[..., Any], in_args: tuple = ()) -> Any:
+    """Returns func(*in_args), recomputed in the backward pass with the masks and weights of the solve around it."""
+    held = getattr(_thread, "held", None)
+
+    def again(*args: Any) -> Any:
+        before, _thread.held = getattr(_thread, "held", None), held
+        try:
+            return func(*args)
+        finally:
+            _thread.held = before
+
+    return checkpoint(again, *in_args, use_reentrant=False)

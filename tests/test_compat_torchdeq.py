@@ -238,7 +238,7 @@ def test_options_are_attributes_that_may_be_set():
     assert deq.f_tol == 1e-6 and before["abs_lowest"] > 1e-4 > 1e-6 >= after["abs_lowest"]
     with pytest.raises(ValueError, match="tau must be in"):
         deq.tau = 2.0
-    assert deq.tau == 1.0 and deq.grad == [1]
+    assert deq.tau == 1.0 and deq.grad == [1] and repr(deq) == "TorchDEQ(f_tol=1e-06)"
 
 
 def test_the_command_line_is_theirs(theirs):

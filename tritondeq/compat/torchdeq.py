@@ -53,7 +53,7 @@ def get_deq(args: Any = None, **kwargs: Any) -> "TorchDEQ":
 
     Args:
         args: An argparse.Namespace, whose other arguments belong to the program; or a dict, of torchdeq's options only.
-        **kwargs: Options; they take precedence. `batch_dims=0`, which is ours, makes the whole state one sample, for
+        **kwargs: Options; they take precedence. `batch_dims=0`, of tritondeq, makes the whole state one sample, for
             states such as the nodes of a graph, whose rows depend on one another.
 
     Raises:
@@ -150,6 +150,9 @@ class TorchDEQ(nn.Module):
             if sradius_mode and not self.training:
                 info["sradius"] = spectral_radius(f, solution.value, batch_dims=self._batch_dims(z)).reshape(-1)
         return states, info
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in vars(self.options).items() if value != DEQ[name])
 
     def _train(self, f: "_Map", z: Any, run: _Run, implicit: Adjoint | None) -> tuple[list[Any], Solution]:
         """Returns the states of torchdeq's core, and the solution that the last of them is made of."""

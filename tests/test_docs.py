@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 PAGES = [*DOCS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 WITH_CODE = [str(page.relative_to(ROOT)) for page in DOCS if "```python" in page.read_text()]
-SLOW = {"docs/replace-a-stack.md"}  # trains for minutes where its packages are
+SLOW = {"docs/replace-a-stack.md"}  # trains for most of a minute, where its packages are
 SOLVERS = (r"Picard\(damping=1.0\)", r"Picard\(damping=0.5\)", "Anderson")
 # A build that opens a connection fails.
 MKDOCS = "import socket; socket.socket.connect = None; from mkdocs.__main__ import cli; cli()"
@@ -34,9 +34,9 @@ def blocks(name):
 
 def lacking(code):
     """Returns what a block needs and this machine lacks: packages that it imports, and a GPU if a comment names it."""
-    imports = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import | ast.ImportFrom)]
-    names = [getattr(node, "module", None) or node.names[0].name for node in imports]
-    names += [alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names]
+    nodes = [*ast.walk(ast.parse(code))]
+    names = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    names += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     packages = sorted({name.partition(".")[0] for name in names})
     missing = [package for package in packages if find_spec(package) is None]
     return missing + ["a GPU"] * ("# needs a GPU" in code and not torch.cuda.is_available())
@@ -44,7 +44,7 @@ def lacking(code):
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in WITH_CODE])
 def test_every_block_runs(name, capsys):
-    """Blocks of one page build on one another. A page with a block that needs more than is here ends as skipped."""
+    """Blocks of one page build on one another. If one needs more than is here, its page ends as skipped, with why."""
     names, left_out = {}, []
     for line, code in blocks(name):
         if missing := lacking(code):
@@ -109,7 +109,8 @@ def test_figures_of_why_and_when_are_those_of_the_studies():
     measured = set(re.findall(r"(?<![\d.,])\d+(?:\.\d+)?(?![\d.,]*\d)", (ROOT / "bench/studies/README.md").read_text()))
     text = (ROOT / "docs/why.md").read_text().partition("## When it pays")[2]
     figures = re.findall(r"\d+(?:\.\d+)?", re.sub(r"\]\([^)]*\)", "", text))
-    assert len(figures) > 30 and not {*figures} - measured
+    assert len(figures) > 30
+    assert not {*figures} - measured
 
 
 class Built(HTMLParser):
@@ -156,7 +157,8 @@ def test_links_of_the_site_lead_somewhere(site):
             linked = (page.parent / path).resolve() if path else page
             if not linked.is_file() or (anchor and anchor not in site[linked].anchors):
                 broken.append(f"{page.name} links to {target}")
-    assert len(site) > 20 and not broken
+    assert len(site) > 20
+    assert not broken
 
 
 @pytest.mark.slow

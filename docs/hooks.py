@@ -3,7 +3,7 @@
 In the repository each link is relative to its file, as a forge's view of the file takes it.
 """
 
-import os
+import posixpath
 import re
 from pathlib import Path
 
@@ -29,10 +29,10 @@ def on_files(files: Files, config) -> Files:
 def on_page_markdown(markdown: str, page, config, files: Files) -> str:
     """Rewrites links of a page to files of the repository as links to where these are in the site."""
     there = {Path(file.abs_src_path).resolve(): file.src_uri for file in files if file.abs_src_path}
-    here = Path(page.file.abs_src_path).parent
+    here, folder = Path(page.file.abs_src_path).parent, posixpath.dirname(page.file.src_uri) or "."
 
     def rewritten(link: re.Match) -> str:
         uri = there.get((here / link["path"]).resolve())
-        return link[0] if uri is None else f"]({os.path.relpath(uri, Path(page.file.src_uri).parent)}{link['rest']})"
+        return link[0] if uri is None else f"]({posixpath.relpath(uri, folder)}{link['rest']})"
 
     return re.sub(r"\]\((?P<path>[^)#\s:]+)(?P<rest>[^)\s:]*)\)", rewritten, markdown)

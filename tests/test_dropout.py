@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tritondeq import DEQ, Anderson, FixedDropout, Implicit, Unrolled
+from tritondeq import DEQ, Anderson, FixedDropout, Implicit, OneStep, Unrolled
 
 
 class Block(nn.Module):
@@ -161,3 +161,31 @@ def test_one_place_each():
 
     with pytest.raises(ValueError, match="another FixedDropout at each place"):
         DEQ(Twice(FixedDropout(0.5)))(torch.zeros(3, 8))
+
+
+class Checkpointed(Block):
+    """A block that recomputes its linear layer and dropout in the backward pass."""
+
+    def forward(self, z, x):
+        return torch.tanh(checkpoint(lambda z: self.dropout(self.linear(z)), z, use_reentrant=False) + x)
+
+
+@pytest.mark.parametrize("adjoint", [Implicit(), OneStep()], ids=str)
+def test_a_checkpoint_within_the_cell_raises_where_it_would_draw_another_mask(adjoint, x):
+    deq = DEQ(Checkpointed(FixedDropout(0.4)).double(), adjoint=adjoint)
+    z = deq(x)
+    with pytest.raises(RuntimeError, match="checkpoint the layer, and not parts of its cell"):
+        z.sum().backward()
+    deq.eval()(x).sum().backward()  # without a mask there is nothing to draw
+
+
+def test_a_checkpoint_outside_of_a_solve_draws_the_mask_again(x):
+    """By torch's own state of random numbers, as with nn.Dropout."""
+    block = Checkpointed(FixedDropout(0.4)).double()
+    plain = Block(FixedDropout(0.4)).double()
+    plain.load_state_dict(block.state_dict())
+    grads = []
+    for net in (block, plain):
+        torch.manual_seed(3)
+        grads.append(torch.autograd.grad(net(x, x).square().sum(), list(net.parameters())))
+    torch.testing.assert_close(*grads)

@@ -11,7 +11,6 @@ from torch import nn
 
 import tritondeq as tdeq
 from tritondeq import DEQ, Anderson, Broyden, FixedDropout, Picard, fixed_point, guards
-from tritondeq.problem import modules_of
 
 MODES = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 WIDTH = 6
@@ -147,7 +146,48 @@ def test_a_function_holds_the_masks_and_weights_of_its_modules():
     for f in (lambda z: cell(z, x), functools.partial(cell, x=x)):
         one, two = (fixed_point(f, torch.zeros_like(x), tol=1e-5) for _ in range(2))
         assert one.converged.all() and not torch.equal(one.value, two.value)
-    assert modules_of(lambda z: cell(z, x)) == modules_of(cell.forward) == modules_of(cell) == (cell,)
+
+
+class Model(nn.Module):
+    """A model that solves within its forward: its stem is no function of a state, and is not called by the map."""
+
+    def __init__(self, stem, part=None):
+        super().__init__()
+        self.stem, self.block = stem, nn.Sequential(nn.Linear(WIDTH, WIDTH), part or nn.Identity())
+        nn.init.normal_(self.block[0].weight, std=0.05)
+
+    def forward(self, x):
+        u = self.stem(x)
+        return fixed_point(lambda z: torch.tanh(self.block(z) + u), torch.zeros_like(u), tol=1e-5)
+
+    def step(self, z):
+        return torch.tanh(self.block(z))
+
+
+@pytest.mark.parametrize("stem", [nn.BatchNorm1d(WIDTH), nn.Dropout(0.5)], ids=str)
+def test_modules_that_a_function_reaches_and_does_not_call_may_be_anything(stem):
+    model, x = Model(stem), torch.randn(4, WIDTH)
+    assert model(x).converged.all()
+    assert fixed_point(model.step, torch.zeros(4, WIDTH), tol=1e-5).converged.all()
+
+
+def test_modules_that_a_function_calls_may_not():
+    model, x = Model(nn.Identity(), nn.Dropout(0.5)), torch.randn(4, WIDTH)
+    for solve in (lambda: model(x), lambda: fixed_point(model.step, torch.zeros(4, WIDTH))):
+        with pytest.raises(RuntimeError, match="Dropout.* draws another mask at every step"):
+            solve()
+
+
+def test_masks_hold_behind_functions_that_call_functions():
+    block = Model(nn.Identity(), FixedDropout(0.5)).block
+
+    def inner(z):
+        return torch.tanh(block(z))
+
+    def outer(z):
+        return inner(z) + 0.1
+
+    assert fixed_point(outer, torch.zeros(4, WIDTH), tol=1e-5).converged.all()
 
 
 # samples that act on one another

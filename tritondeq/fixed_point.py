@@ -93,8 +93,8 @@ def fixed_point(
     boolean("has_aux", has_aux)
 
     def make(layout: Layout) -> Problem:
-        modules = modules_of(f)
-        held = None if isinstance(adjoint, Unrolled) else Held(*modules)
+        modules, called = modules_of(f)
+        held = None if isinstance(adjoint, Unrolled) else Held(*modules, called=called)
 
         def with_held(z: Any, *args: Any) -> Any:
             with held.on(held.weights):  # type: ignore[union-attr]

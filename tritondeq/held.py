@@ -5,6 +5,7 @@ Both belong to the solve, and lie in thread-local storage while it evaluates its
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -21,9 +22,10 @@ class FixedDropout(nn.Module):
     """`nn.Dropout` whose mask is drawn once a solve (variational dropout; Gal and Ghahramani 2016, Bai et al. 2019).
 
     A mask that changes from step to step leaves no fixed point. In a cell of a `DEQ` that trains, every step of a
-    solve, its gradient, and what checkpointing recomputes use one mask; the next solve draws another. Outside of a
-    solve each call draws a new mask, and in eval() there is none. For Monte Carlo dropout, call train() of this module
-    alone.
+    solve, its gradient, and what `Unrolled(checkpoint=True)` recomputes use one mask; the next solve draws another.
+    Outside of a solve each call draws a new mask, and in eval() there is none. For Monte Carlo dropout, call train() of
+    this module alone. torch.utils.checkpoint around the layer draws the same mask again; around a part of its cell it
+    would draw another one in the backward pass, and raises.
 
     Args:
         p: Share of elements that become zero, in [0, 1); the others are scaled by 1 / (1 - p).
@@ -32,6 +34,7 @@ class FixedDropout(nn.Module):
 
     Raises:
         TypeError, ValueError: An option does not fit, or the shape changed within a solve.
+        RuntimeError: A checkpoint within the cell recomputes it in a backward pass.
     """
 
     def __init__(self, p: float = 0.5, dims: int | None = None):
@@ -48,6 +51,8 @@ class FixedDropout(nn.Module):
         held = getattr(_thread, "held", None)
         drawn = None if held is None else held[0].get(self)
         if drawn is None:
+            if self in _in_cells and torch._C._current_graph_task_id() != -1:
+                raise RuntimeError(_RECOMPUTED)
             return F.dropout(x, self.p) if self.dims is None else x * F.dropout(x.new_ones(shape), self.p)
         if not drawn:
             drawn.append(F.dropout(torch.ones_like(x) if self.dims is None else x.new_ones(shape), self.p))
@@ -63,10 +68,21 @@ class FixedDropout(nn.Module):
         return f"p={self.p}" if self.dims is None else f"p={self.p}, dims={self.dims}"
 
 
+_in_cells: weakref.WeakSet[FixedDropout] = weakref.WeakSet()  # those that a solve has held
+_RECOMPUTED = (
+    "a checkpoint within a cell recomputes it in the backward pass, where no solve holds the masks of FixedDropout, so "
+    "that the gradient would be of another mask: checkpoint the layer, and not parts of its cell"
+)
+
+
 class Held:
     """The dropout masks and the parametrized tensors of one solve that evaluates these modules.
 
     What the solve around it holds, where there is one, stays as it is.
+
+    Args:
+        modules: Those that the cell may reach.
+        called: Those that it may call, which must be functions of the state alone. None is all.
 
     Attributes:
         masks: The mask of each `FixedDropout` that drops, in a list that is empty until the first evaluation.
@@ -77,7 +93,8 @@ class Held:
         RuntimeError: A module draws another mask, or takes other statistics of the batch, at every step.
     """
 
-    def __init__(self, *modules: nn.Module):
+    def __init__(self, *modules: nn.Module, called: tuple[nn.Module, ...] | None = None):
+        may_call = None if called is None else {*parts_of(called)}
         masks, values = getattr(_thread, "held", None) or ({}, {})
         self.masks: dict[FixedDropout, list[Tensor]] = dict(masks)
         self._values: dict[nn.Module, Tensor] = dict(values)
@@ -87,8 +104,10 @@ class Held:
             if isinstance(part, FixedDropout):
                 if part.training and part.p > 0:
                     self.masks.setdefault(part, [])
+                    _in_cells.add(part)
             elif part.training or isinstance(part, nn.modules.batchnorm._NormBase):
-                _refuse(part, modules)
+                if may_call is None or part in may_call:
+                    _refuse(part, modules)
             if "parametrizations" in part._modules and parametrize.is_parametrized(part):
                 for name, made_of in part.parametrizations.items():  # type: ignore[union-attr, operator]
                     if type(made_of) is parametrize.ParametrizationList:

@@ -206,16 +206,36 @@ def _is_about(kind: type[Cell], name: str) -> bool:
     return depth[0] <= depth[1]
 
 
-def modules_of(f: Any) -> tuple[nn.Module, ...]:
-    """Returns the modules that a callable uses, as far as its closure, globals, arguments and object show."""
-    parts: list[Any] = [f, *f.args, *f.keywords.values(), f.func] if isinstance(f, functools.partial) else [f]
-    parts += [getattr(part, "__self__", None) for part in parts]
-    for function in [part for part in parts if inspect.isfunction(part)]:
-        for cell in function.__closure__ or ():
-            with contextlib.suppress(ValueError):  # a variable that is not bound yet
-                parts.append(cell.cell_contents)
-        parts += [function.__globals__.get(name) for name in function.__code__.co_names]
-    return tuple({id(part): part for part in parts if isinstance(part, nn.Module)}.values())
+def modules_of(f: Any) -> tuple[tuple[nn.Module, ...], tuple[nn.Module, ...]]:
+    """Returns the modules that a callable reaches, and those that it may call, as far as its code shows.
+
+    It reaches those in its closure, globals, arguments and object, and in these of the functions there that are of the
+    same file. Of a module whose parts it names, as `self.block(z)` does, it may call these parts.
+    """
+    found: dict[int, Any] = {}
+    names: set[str] = set()
+    stack: list[Any] = [f]
+    while stack:
+        part = stack.pop()
+        if id(part) in found:
+            continue
+        found[id(part)] = part
+        if isinstance(part, functools.partial):
+            stack += [part.func, *part.args, *part.keywords.values()]
+        elif inspect.ismethod(part):
+            stack += [part.__self__, part.__func__]
+        elif isinstance(part, list | tuple):
+            stack += [leaf for leaf in part if isinstance(leaf, nn.Module)]
+        elif inspect.isfunction(part):
+            names.update(part.__code__.co_names)
+            for cell in part.__closure__ or ():
+                with contextlib.suppress(ValueError):  # a variable that is not bound yet
+                    stack.append(cell.cell_contents)
+            others = [part.__globals__.get(name) for name in part.__code__.co_names]
+            stack += [x for x in others if not inspect.isroutine(x) or x.__module__ == part.__module__]
+    modules = [part for part in found.values() if isinstance(part, nn.Module)]
+    called = [[m._modules[name] for name in names if m._modules.get(name)] or [m] for m in modules]
+    return tuple(modules), tuple(sum(called, []))  # type: ignore[arg-type]
 
 
 def leaves_that_require_grad(*trees: Any) -> tuple[Tensor, ...]:

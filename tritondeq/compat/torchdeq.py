@@ -5,8 +5,6 @@
 An option is mapped, or refused with an error that names it: docs/from-torchdeq.md has the table.
 """
 
-import contextlib
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -232,17 +230,11 @@ class _Map:
 
 
 def _held_parts(func: Callable[..., Any]) -> list[nn.Module]:
-    """Returns the dropout and the parametrized modules that func reaches, by functions in its closure, too.
+    """Returns the dropout and the parametrized modules that func reaches.
 
     No other module is held, which would refuse those that func reaches by `self` and does not call.
     """
-    functions: list[Any] = [func]
-    for function in functions:  # it grows
-        for cell in getattr(function, "__closure__", None) or ():
-            with contextlib.suppress(ValueError):  # a variable that is not bound yet
-                if inspect.isroutine(cell.cell_contents) and cell.cell_contents not in functions:
-                    functions.append(cell.cell_contents)
-    modules = parts_of(module for function in functions for module in modules_of(function))
+    modules = parts_of(modules_of(func)[0])
     return [part for part in modules if isinstance(part, FixedDropout) or parametrize.is_parametrized(part)]
 
 

@@ -10,7 +10,7 @@ from .adjoints import Adjoint, Implicit, Unrolled
 from .checks import boolean, integer
 from .cuda_graphs import Graphs
 from .gradient import Point, attach
-from .guards import Watched, compare, flush, leaves_something, refuse_tangents, refuse_transforms
+from .guards import Watched, compare, flush, leaves_something, refuse_export, refuse_tangents, refuse_transforms, uncompiled
 from .held import Held
 from .layout import Layout
 from .options import Options
@@ -96,8 +96,11 @@ def solve_problem(
     make: Callable[[Layout], Problem], z0: Any, batch_dims: int, options: Options, graphs: Graphs | None = None
 ) -> Solution:
     """Solves the problem that `make` returns for the layout of z0."""
-    if torch.compiler.is_compiling():  # a compiler can't see through the loop, and need not
-        return torch.compiler.disable(_solve_problem)(make, z0, batch_dims, options, graphs)
+    plain = isinstance(options.adjoint, Unrolled) and not options.throw  # a net without questions to the host
+    if torch.compiler.is_dynamo_compiling():
+        return (_solve_normal if plain else _solve_in_python)(make, z0, batch_dims, options, graphs)
+    if not plain:
+        refuse_export()
     return _solve_problem(make, z0, batch_dims, options, graphs)
 
 
@@ -108,6 +111,9 @@ def _solve_problem(
         with torch.inference_mode(False), torch.no_grad():
             return _solve_normal(make, z0, batch_dims, options, graphs)
     return _solve_normal(make, z0, batch_dims, options, graphs)
+
+
+_solve_in_python = uncompiled(_solve_problem)
 
 
 def _solve_normal(

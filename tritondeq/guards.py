@@ -1,5 +1,6 @@
 """What the library notices of a map that is not what a fixed-point problem needs, and how it reports it."""
 
+import inspect
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -91,12 +92,34 @@ class _NoDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def uncompiled(work: Callable) -> Callable:
+    """Returns `work` as a function that torch.compile calls and does not trace; with fullgraph=True, it says why."""
+    known = "reason" in inspect.signature(torch.compiler.disable).parameters  # from torch 2.7 on
+    return torch.compiler.disable(work, **({"reason": _NO_GRAPH} if known else {}))
+
+
+def refuse_export() -> None:
+    """Raises RuntimeError where this thread traces for torch.export."""
+    if torch.compiler.is_compiling():  # here or in another thread
+        from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+        if get_proxy_mode() is not None:
+            raise RuntimeError(_NO_GRAPH)
+
+
+_NO_GRAPH = (
+    "a tritondeq solve takes as many steps as its residuals ask for, and one graph can't hold that: export or compile "
+    "layer.unrolled(steps) (adjoint=Unrolled(steps) of fixed_point; throw=False), or compile without fullgraph=True, "
+    "which leaves the solve to Python, and its cell by DEQ(compile=True)"
+)
+
+
 def refuse_transforms() -> None:
     """Raises RuntimeError inside a transform of torch.func."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise RuntimeError(
             "transforms of torch.func (grad, vmap, vjp, jvp, ...) around a fixed point are not supported: take "
-            "torch.autograd and batches, or Unrolled(steps)"
+            "layer.unrolled(steps) or adjoint=Unrolled(steps), which they transform, or torch.autograd and batches"
         )
 
 
@@ -202,7 +225,7 @@ def flush(wait: bool = False) -> None:
 
     With `wait` it waits for the rest.
     """
-    while _later and not torch.cuda.is_current_stream_capturing():
+    while not torch.compiler.is_dynamo_compiling() and _later and not torch.cuda.is_current_stream_capturing():
         try:
             event, host, text = _later.popleft()
         except IndexError:  # another thread took it

@@ -100,7 +100,7 @@ class Held:
 
     @property
     def empty(self) -> bool:
-        return not self.masks and not self._values and not self.weights
+        return not (self.masks or self._values or len(self.weights))
 
     @property
     def drawn(self) -> bool:

@@ -1,5 +1,6 @@
 """How a state, any nesting of tensors that share their first dims, lies in one [B, N] matrix."""
 
+import math
 from typing import Any
 
 import torch
@@ -51,8 +52,8 @@ class Layout:
         self.shapes = [leaf.shape for leaf in leaves]
         self.dtypes = [leaf.dtype for leaf in leaves]
         self.dtype = torch.float64 if torch.float64 in self.dtypes else torch.float32
-        self.batch = self.batch_shape.numel()
-        self.sizes = [leaf.shape[dims:].numel() for leaf in leaves]
+        self.batch = math.prod(self.batch_shape)
+        self.sizes = [math.prod(leaf.shape[dims:]) for leaf in leaves]
         self.width = sum(self.sizes)
         self.channels_last = [dims == 1 and _channels_last(leaf) for leaf in leaves]
         self.flat = self.single and first.shape == (self.batch, self.width) and first.dtype == self.dtype

@@ -12,6 +12,7 @@ from .checks import boolean
 from .cuda_graphs import Graphs
 from .fixed_point import solve_problem
 from .generation import Cache, past_of
+from .held import ready
 from .layout import Layout, describe
 from .options import Options
 from .problem import HeldCell, Problem, leaves_that_require_grad
@@ -97,6 +98,7 @@ class DEQ(nn.Module):
         self._unrolled: Unrolled | None = None
         self._token = object()
         self.last: Solution | None = None
+        ready(cell)
 
     def forward(self, x: Any, z0: Any = None, mask: Any = None) -> Any:
         """Returns the fixed point alone."""
@@ -113,6 +115,7 @@ class DEQ(nn.Module):
             TypeError, ValueError: An option is of the wrong kind or out of range.
         """
         self._unrolled = None if steps is None else Unrolled(steps, checkpoint)
+        ready(self.cell)
         return self
 
     def solve(self, x: Any, z0: Any = None, mask: Any = None) -> Solution:

@@ -10,7 +10,16 @@ from .adjoints import Adjoint, Implicit, Unrolled
 from .checks import boolean, integer
 from .cuda_graphs import Graphs
 from .gradient import Point, attach
-from .guards import Watched, compare, flush, leaves_something, refuse_export, refuse_tangents, refuse_transforms, uncompiled
+from .guards import (
+    Watched,
+    compare,
+    flush,
+    leaves_something,
+    refuse_export,
+    refuse_tangents,
+    refuse_transforms,
+    uncompiled,
+)
 from .held import Held
 from .layout import Layout
 from .options import Options
@@ -80,14 +89,16 @@ def fixed_point(
     boolean("has_aux", has_aux)
 
     def make(layout: Layout) -> Problem:
+        if isinstance(adjoint, Unrolled):
+            return Problem(f, args, layout, has_aux=has_aux)
         modules = modules_of(f)
-        held = None if isinstance(adjoint, Unrolled) else Held(*modules)
+        held = Held(*modules)
 
         def with_held(z: Any, *args: Any) -> Any:
-            with held.on(held.weights):  # type: ignore[union-attr]
+            with held.on(held.weights):
                 return f(z, *args)
 
-        return Problem(f if held is None or held.empty else with_held, args, layout, has_aux=has_aux, modules=modules)
+        return Problem(f if held.empty else with_held, args, layout, has_aux=has_aux, modules=modules)
 
     return solve_problem(make, z0, batch_dims, options)
 

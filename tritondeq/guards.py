@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from .kernels import devices
 from .kernels.rules import EPS, SHARE
-from .layout import Layout, pytree
+from .layout import Layout, pytree, transformed
 from .loop import Settings
 from .problem import Parts
 from .solution import Outcome, Route, Status
@@ -108,15 +108,15 @@ def refuse_export() -> None:
 
 
 _NO_GRAPH = (
-    "a tritondeq solve takes as many steps as its residuals ask for, and one graph can't hold that: export or compile "
-    "layer.unrolled(steps) (adjoint=Unrolled(steps) of fixed_point; throw=False), or compile without fullgraph=True, "
-    "which leaves the solve to Python, and its cell by DEQ(compile=True)"
+    "the solve of a DEQ takes as many steps as its residuals ask for, which no single graph holds: export or compile "
+    "layer.unrolled(steps), or fixed_point with adjoint=Unrolled(steps), and throw=False; or compile without "
+    "fullgraph=True, which leaves the solve outside, and its cell by DEQ(compile=True)"
 )
 
 
 def refuse_transforms() -> None:
     """Raises RuntimeError inside a transform of torch.func."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if transformed():
         raise RuntimeError(
             "transforms of torch.func (grad, vmap, vjp, jvp, ...) around a fixed point are not supported: take "
             "layer.unrolled(steps) or adjoint=Unrolled(steps), which they transform, or torch.autograd and batches"

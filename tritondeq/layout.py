@@ -15,6 +15,11 @@ def describe(x: Any) -> str:
     return f"{type(x).__name__} {x!r}"[:120]
 
 
+def transformed() -> bool:
+    """Returns whether a transform of torch.func is at work in this thread."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 class Layout:
     """Packs states of one structure into [B, N] matrices and back; differentiable both ways.
 
@@ -148,5 +153,5 @@ _FORMS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 def _channels_last(leaf: Tensor) -> bool:
     """Returns whether each sample is channels last and not in the plain format too; samples may lie apart."""
-    form = _FORMS.get(leaf.ndim)
+    form = None if transformed() else _FORMS.get(leaf.ndim)  # vmap can't ask for the format
     return form is not None and leaf[:1].is_contiguous(memory_format=form) and not leaf[:1].is_contiguous()

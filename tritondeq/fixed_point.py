@@ -18,7 +18,6 @@ from .guards import (
     refuse_export,
     refuse_tangents,
     refuse_transforms,
-    uncompiled,
 )
 from .held import Held
 from .layout import Layout
@@ -109,7 +108,11 @@ def solve_problem(
     """Solves the problem that `make` returns for the layout of z0."""
     plain = isinstance(options.adjoint, Unrolled) and not options.throw  # a net without questions to the host
     if torch.compiler.is_dynamo_compiling():
-        return (_solve_normal if plain else _solve_in_python)(make, z0, batch_dims, options, graphs)
+        if plain:
+            return _solve_normal(make, z0, batch_dims, options, graphs)
+        from .outside import outside
+
+        return outside(_solve_problem, make, z0, batch_dims, options, graphs)
     if not plain:
         refuse_export()
     return _solve_problem(make, z0, batch_dims, options, graphs)
@@ -122,9 +125,6 @@ def _solve_problem(
         with torch.inference_mode(False), torch.no_grad():
             return _solve_normal(make, z0, batch_dims, options, graphs)
     return _solve_normal(make, z0, batch_dims, options, graphs)
-
-
-_solve_in_python = uncompiled(_solve_problem)
 
 
 def _solve_normal(

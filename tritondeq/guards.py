@@ -1,6 +1,5 @@
 """What the library notices of a map that is not what a fixed-point problem needs, and how it reports it."""
 
-import inspect
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -92,22 +91,16 @@ class _NoDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def uncompiled(work: Callable) -> Callable:
-    """Returns `work` as a function that torch.compile calls and does not trace; with fullgraph=True, it says why."""
-    known = "reason" in inspect.signature(torch.compiler.disable).parameters  # from torch 2.7 on
-    return torch.compiler.disable(work, **({"reason": _NO_GRAPH} if known else {}))
-
-
 def refuse_export() -> None:
     """Raises RuntimeError where this thread traces for torch.export."""
     if torch.compiler.is_compiling():  # here or in another thread
         from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
         if get_proxy_mode() is not None:
-            raise RuntimeError(_NO_GRAPH)
+            raise RuntimeError(NO_GRAPH)
 
 
-_NO_GRAPH = (
+NO_GRAPH = (
     "the solve of a DEQ takes as many steps as its residuals ask for, which no single graph holds: export or compile "
     "layer.unrolled(steps), or fixed_point with adjoint=Unrolled(steps), and throw=False; or compile without "
     "fullgraph=True, which leaves the solve outside, and its cell by DEQ(compile=True)"

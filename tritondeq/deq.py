@@ -115,7 +115,6 @@ class DEQ(nn.Module):
             TypeError, ValueError: An option is of the wrong kind or out of range.
         """
         self._unrolled = None if steps is None else Unrolled(steps, checkpoint)
-        ready(self.cell)
         return self
 
     def solve(self, x: Any, z0: Any = None, mask: Any = None) -> Solution:

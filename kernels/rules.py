@@ -121,7 +121,7 @@ class Rules:
             size = xp.maximum(s if self.relative == 1 else self.relative * s, size)
         rel = s * 0.0 + r / size
         self._r, self._s, self._rel = r, s, rel
-        if self.left == len(r):
+        if self.left == r.shape[0]:
             self._together += 1
         else:
             self._evaluated.append(self._active)

@@ -12,6 +12,7 @@ from .checks import boolean
 from .cuda_graphs import Graphs
 from .fixed_point import solve_problem
 from .generation import Cache, past_of
+from .held import ready
 from .layout import Layout, describe
 from .options import Options
 from .problem import HeldCell, Problem, leaves_that_require_grad
@@ -97,6 +98,7 @@ class DEQ(nn.Module):
         self._unrolled: Unrolled | None = None
         self._token = object()
         self.last: Solution | None = None
+        ready(cell)
 
     def forward(self, x: Any, z0: Any = None, mask: Any = None, **kwargs: Any) -> Any:
         """Returns the fixed point alone; the arguments are those of `solve`."""

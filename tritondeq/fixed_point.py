@@ -10,7 +10,15 @@ from .adjoints import Adjoint, Implicit, Unrolled
 from .checks import boolean, integer
 from .cuda_graphs import Graphs
 from .gradient import Point, attach
-from .guards import Watched, compare, flush, leaves_something, refuse_tangents, refuse_transforms
+from .guards import (
+    Watched,
+    compare,
+    flush,
+    leaves_something,
+    refuse_export,
+    refuse_tangents,
+    refuse_transforms,
+)
 from .held import Held
 from .layout import Layout
 from .loop import Settings
@@ -93,14 +101,16 @@ def fixed_point(
     boolean("has_aux", has_aux)
 
     def make(layout: Layout) -> Problem:
+        if isinstance(adjoint, Unrolled):
+            return Problem(f, args, layout, has_aux=has_aux)
         modules, called = modules_of(f)
-        held = None if isinstance(adjoint, Unrolled) else Held(*modules, called=called)
+        held = Held(*modules, called=called)
 
         def with_held(z: Any, *args: Any) -> Any:
-            with held.on(held.weights):  # type: ignore[union-attr]
+            with held.on(held.weights):
                 return f(z, *args)
 
-        return Problem(f if held is None or held.empty else with_held, args, layout, has_aux=has_aux, modules=modules)
+        return Problem(f if held.empty else with_held, args, layout, has_aux=has_aux, modules=modules)
 
     return solve_problem(make, z0, batch_dims, options)
 
@@ -109,8 +119,15 @@ def solve_problem(
     make: Callable[[Layout], Problem], z0: Any, batch_dims: int, options: Options, graphs: Graphs | None = None
 ) -> Solution:
     """Solves the problem that `make` returns for the layout of z0."""
-    if torch.compiler.is_compiling():  # a compiler can't see through the loop, and need not
-        return torch.compiler.disable(_solve_problem)(make, z0, batch_dims, options, graphs)
+    plain = isinstance(options.adjoint, Unrolled) and not (options.throw or options.callback)  # asks the host nothing
+    if torch.compiler.is_dynamo_compiling():
+        if plain:
+            return _solve_normal(make, z0, batch_dims, options, graphs)
+        from .outside import outside
+
+        return outside(_solve_problem, make, z0, batch_dims, options, graphs)
+    if not plain:
+        refuse_export()
     return _solve_problem(make, z0, batch_dims, options, graphs)
 
 

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from .kernels import devices
 from .kernels.rules import EPS, SHARE
-from .layout import Layout, pytree
+from .layout import Layout, pytree, transformed
 from .loop import Settings
 from .problem import Parts
 from .solution import Outcome, Route, Status
@@ -91,12 +91,28 @@ class _NoDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def refuse_export() -> None:
+    """Raises RuntimeError where this thread traces for torch.export."""
+    if torch.compiler.is_compiling():  # here or in another thread
+        from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+        if get_proxy_mode() is not None:
+            raise RuntimeError(NO_GRAPH)
+
+
+NO_GRAPH = (
+    "the solve of a DEQ takes as many steps as its residuals ask for, which no single graph holds: export or compile "
+    "layer.unrolled(steps), or fixed_point with adjoint=Unrolled(steps), and throw=False; or compile without "
+    "fullgraph=True, which leaves the solve outside, and its cell by DEQ(compile=True)"
+)
+
+
 def refuse_transforms() -> None:
     """Raises RuntimeError inside a transform of torch.func."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if transformed():
         raise RuntimeError(
             "transforms of torch.func (grad, vmap, vjp, jvp, ...) around a fixed point are not supported: take "
-            "torch.autograd and batches, or Unrolled(steps)"
+            "layer.unrolled(steps) or adjoint=Unrolled(steps), which they transform, or torch.autograd and batches"
         )
 
 
@@ -202,7 +218,7 @@ def flush(wait: bool = False) -> None:
 
     With `wait` it waits for the rest.
     """
-    while _later and not torch.cuda.is_current_stream_capturing():
+    while not torch.compiler.is_dynamo_compiling() and _later and not torch.cuda.is_current_stream_capturing():
         try:
             event, host, text = _later.popleft()
         except IndexError:  # another thread took it

@@ -7,6 +7,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -110,8 +111,7 @@ class Held:
                     _refuse(part, modules)
             if "parametrizations" in part._modules and parametrize.is_parametrized(part):
                 for name, made_of in part.parametrizations.items():  # type: ignore[union-attr, operator]
-                    if type(made_of) is parametrize.ParametrizationList:
-                        made_of.__class__ = _HeldList
+                    _let_hold(made_of)
                     if made_of not in self._values:
                         self._lists.append(made_of)
                         weights.append(getattr(part, name))
@@ -119,7 +119,7 @@ class Held:
 
     @property
     def empty(self) -> bool:
-        return not self.masks and not self._values and not self.weights
+        return not (self.masks or self._values or len(self.weights))
 
     @property
     def drawn(self) -> bool:
@@ -150,6 +150,18 @@ class _HeldList(parametrize.ParametrizationList):
         held = getattr(_thread, "held", None)
         value = None if held is None else held[1].get(self)
         return super().forward() if value is None else value
+
+
+def _let_hold(made_of: Any) -> None:
+    if type(made_of) is parametrize.ParametrizationList:
+        made_of.__class__ = _HeldList
+
+
+def ready(module: nn.Module) -> None:
+    """Prepares what is parametrized in a module for solves, which a compiler that traces one can't do."""
+    for part in module.modules():
+        if isinstance(part, parametrize.ParametrizationList):
+            _let_hold(part)
 
 
 def parts_of(modules: Iterable[nn.Module]) -> list[nn.Module]:

@@ -1,5 +1,6 @@
 """How a state, any nesting of tensors that share their first dims, lies in one [B, N] matrix."""
 
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,11 @@ def describe(x: Any) -> str:
     if isinstance(x, Tensor):
         return f"a {str(x.dtype).removeprefix('torch.')} tensor of shape {tuple(x.shape)} on {x.device}"
     return f"{type(x).__name__} {x!r}"[:120]
+
+
+def transformed() -> bool:
+    """Returns whether a transform of torch.func is at work in this thread."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 class Layout:
@@ -51,8 +57,8 @@ class Layout:
         self.shapes = [leaf.shape for leaf in leaves]
         self.dtypes = [leaf.dtype for leaf in leaves]
         self.dtype = torch.float64 if torch.float64 in self.dtypes else torch.float32
-        self.batch = self.batch_shape.numel()
-        self.sizes = [leaf.shape[dims:].numel() for leaf in leaves]
+        self.batch = math.prod(self.batch_shape)
+        self.sizes = [math.prod(leaf.shape[dims:]) for leaf in leaves]
         self.width = sum(self.sizes)
         self.channels_last = [dims == 1 and _channels_last(leaf) for leaf in leaves]
         self.flat = self.single and first.shape == (self.batch, self.width) and first.dtype == self.dtype
@@ -196,5 +202,5 @@ _FORMS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 def _channels_last(leaf: Tensor) -> bool:
     """Returns whether each sample is channels last and not in the plain format too; samples may lie apart."""
-    form = _FORMS.get(leaf.ndim)
+    form = None if transformed() else _FORMS.get(leaf.ndim)  # vmap can't ask for the format
     return form is not None and leaf[:1].is_contiguous(memory_format=form) and not leaf[:1].is_contiguous()

@@ -55,7 +55,7 @@ class Problem:
     def __call__(self, flat: Tensor) -> Tensor:
         """Returns f(z) as [B, N], for z [B, N]; RuntimeError where f changes z."""
         layout = self.layout
-        if not layout.single or self.has_aux:
+        if not layout.single or self.has_aux or torch.compiler.is_dynamo_compiling():
             return layout.pack(self.evaluate(flat, self.args)[0])
         f, args = self.f, self.args
         if self.cell is f and self.cell.held.empty and not self.cell.kwargs:
@@ -97,6 +97,8 @@ class Problem:
         return parts, tail
 
     def _unchanged(self, f: Callable[..., Any], flat: Tensor, args: tuple) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # which reads no version counters: f gets a copy, and may change it
+            return f(self.layout.unpack(flat.clone()), *args)
         state = self.layout.unpack(flat)
         leaves = pytree.tree_leaves(state)
         versions = [leaf._version for leaf in leaves]

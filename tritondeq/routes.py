@@ -98,6 +98,8 @@ def unroll(problem: Problem, z: Tensor, settings: Settings, adjoint: Unrolled) -
     callback, states = settings.callback, {}
 
     def again(z: Tensor) -> Tensor:
+        if torch.compiler.is_dynamo_compiling():  # which takes torch, and can't set a variable of the context
+            return problem(z)
         with dispatch.backend(backend):  # which a backward pass in another thread would not have
             return problem(z)
 

@@ -92,7 +92,7 @@ class Affine(RowCell):
         w, u, narrow = self._operands(injection)
         half = injection[1].dtype.itemsize < 4 or torch.is_autocast_enabled(w.device.type)
         return WholeSolve(
-            **affine_problem(w, len(u), self.activation, half),
+            **affine_problem(w, u.shape[0], self.activation, half),
             operands=(w, u),
             at=lambda z: (w, torch.addmm(u, z, w.mT)),
             options=lambda tol: kernel_options(self.activation, tol, narrow),

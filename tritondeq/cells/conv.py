@@ -10,6 +10,7 @@ from torch.nn.utils.parametrizations import weight_norm as weight_normed
 
 from ..checks import integer
 from ..held import FixedDropout
+from ..layout import transformed
 from .base import Cell, floating
 from .norm import GroupNorm
 
@@ -121,7 +122,7 @@ class Block(nn.Module):
 
 def as_channels_last(x: Tensor) -> Tensor:
     """Returns an image in the memory format that is fastest for convolutions; a sequence as it is."""
-    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 and not transformed() else x
 
 
 def image_of(x: Any, channels: int, dims: int, cell: nn.Module) -> None:

@@ -101,7 +101,7 @@ class MultiScale(Cell):
 
     def initial(self, x: Tensor, injection: Tensor) -> State:
         sizes = _sizes(x.shape[2:], len(self.channels))
-        shapes = [(len(x), c, *size) for c, size in zip(self.channels, sizes, strict=True)]
+        shapes = [(x.shape[0], c, *size) for c, size in zip(self.channels, sizes, strict=True)]
         like: dict[str, Any] = {"dtype": x.dtype, "device": x.device}
         return tuple(torch.empty(s, memory_format=torch.channels_last, **like).zero_() for s in shapes)
 

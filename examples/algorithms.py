@@ -1,7 +1,7 @@
 """Parity of every prefix, learnt on 20 bits and tested on up to 160: an equilibrium goes on for longer, a stack can't.
 
 Run:  python examples/algorithms.py
-@@
+Takes 36 s of processor time on one core, by `time`, with torch 2.14.
 """
 
 import argparse

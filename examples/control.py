@@ -1,7 +1,7 @@
 """A policy learns to swing a pendulum up and to balance it, by gradients through simulation and equilibrium.
 
 Run:  python examples/control.py
-@@
+Takes about 60 s of processor time on one core (100 steps took 102 s), by `time`, with torch 2.14.
 """
 
 import argparse
@@ -33,7 +33,7 @@ class Policy(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.core = tdeq.DEQ(tdeq.cells.Affine(FEATURES, 3))
+        self.core = tdeq.DEQ(tdeq.cells.Affine(FEATURES, 3, contraction=0.9))  # one equilibrium, from any start
         self.head = nn.Linear(FEATURES, 1)
 
     def forward(self, state: Tensor, z0: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -62,7 +62,7 @@ def main() -> None:
     torch.set_num_threads(1)  # a second thread costs such small nets more than it gains
     torch.manual_seed(args.seed)
     policy = Policy().to(args.device)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=5e-3)
     tests = hanging(200, args.device)
     began = time.process_time()
     for step in range(args.steps + 1):
@@ -89,7 +89,7 @@ def flags() -> argparse.Namespace:
     """Parses the command line."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False)
-    parser.add_argument("--steps", type=int, default=100, help="training steps (default: 100)")
+    parser.add_argument("--steps", type=int, default=60, help="training steps (default: 60)")
     parser.add_argument("--device", choices=devices, default=devices[-1], help="cpu, or cuda where there is a GPU")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -108,7 +108,7 @@ def main() -> None:
     rows = []
     for name in ("equilibrium", f"{DEPTH} unrolled steps"):
         torch.manual_seed(args.seed)
-        adjoint = tdeq.Implicit(tol=1e-2, max_steps=100)
+        adjoint = tdeq.Phantom(steps=5, damping=0.8)  # cheap, and never fails while training is young
         layer = tdeq.DEQ(ProximalStep(), solver=tdeq.Anderson(), adjoint=adjoint).to(args.device)
         clean = pictures(32, args.device)
         y = seen(layer, clean)

@@ -14,7 +14,7 @@ import torch
 FOLDER = Path(__file__).parent.parent / "examples"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
 LM = ("--features", "16", "--length", "16", "--batch", "4")
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 def command(name: str, *flags: object, launcher: tuple[str, ...] = ()) -> tuple[list[str], dict]:
@@ -48,7 +48,7 @@ def test_classify_digits():
 
 
 def test_algorithms():
-    """Trained on 6 bits, the equilibrium has most strings of 48 right in every bit, for which it takes more evaluations."""
+    """Trained on 6 bits, the equilibrium has most strings of 48 right in every bit, by more evaluations."""
     text = run("algorithms", "--steps", 60, "--bits", 6)
     (_, short, few, *_, long, many), rival = numbers(text, "equilibrium"), numbers(text, "stack of 10 blocks")
     assert short > 80 and long > 80 and many > 2 * few

@@ -124,20 +124,11 @@ def test_a_save_that_is_cut_off_leaves_the_old_checkpoint(tmp_path, monkeypatch)
     assert torch.load(path) == {"step": 1}
 
 
-def same(one: Path, other: Path, **tolerance: float) -> None:
-    """Two checkpoints agree, to the bit if no tolerance is given."""
-    one, other = torch.load(one), torch.load(other)
-    assert one["step"] == other["step"]
-    for name, p in one["net"].items():
-        torch.testing.assert_close(p, other["net"][name], **(tolerance or {"rtol": 0, "atol": 0}))
-    assert one["loss"] == (pytest.approx(other["loss"], rel=1e-4) if tolerance else other["loss"])
-
-
 @pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
     """To the bit: the last loss and every parameter."""
     flags = (*LM, "--steps", 24, "--every", 4)
-    whole = run("train_lm", *flags, "--checkpoint", tmp_path / "whole.pt")
+    text = run("train_lm", *flags, "--checkpoint", tmp_path / "whole.pt")
     broken = tmp_path / "broken.pt"
     line, options = command("train_lm", *flags, "--checkpoint", broken)
     with subprocess.Popen(line, **options) as process:
@@ -149,8 +140,10 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
     reached = torch.load(broken)["step"]
     assert 8 <= reached < 24
     rest = run("train_lm", *flags, "--checkpoint", broken)
-    assert rest.startswith(f"goes on after step {reached} of ") and rest.splitlines()[-2:] == whole.splitlines()[-2:]
-    same(tmp_path / "whole.pt", broken)
+    assert rest.startswith(f"goes on after step {reached} of ") and rest.splitlines()[-2:] == text.splitlines()[-2:]
+    whole, resumed = torch.load(tmp_path / "whole.pt"), torch.load(broken)
+    assert whole["step"] == resumed["step"] == 24 and whole["loss"] == resumed["loss"]
+    assert all(torch.equal(p, resumed["net"][name]) for name, p in whole["net"].items())
 
     line, options = command("train_lm", *flags, "--seed", "5", "--checkpoint", broken)
     refused = subprocess.run(line, **options)
@@ -167,4 +160,4 @@ def test_two_ranks_train_as_one_process_does(tmp_path):
     text = run("train_lm", *flags, "--checkpoint", two, launcher=TORCHRUN)
     assert sorted(re.findall(r"rank \d of 2 .*", text)) == ["rank 0 of 2 equals rank 0", "rank 1 of 2 equals rank 0"]
     for name, p in torch.load(alone)["net"].items():
-        torch.testing.assert_close(p, torch.load(two)["net"][name], rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(p, torch.load(two)["net"][name], rtol=1e-3, atol=1e-4)

@@ -1,6 +1,6 @@
 """One causal transformer block, run to its equilibrium, learns to write Python from the standard library's sources.
 
-Run:  [torchrun --nproc-per-node 2] examples/train_lm.py [--checkpoint FILE, which a later run goes on from]
+Run:  python examples/train_lm.py [--checkpoint FILE], or torchrun --nproc-per-node 2 examples/train_lm.py
 Takes 40 s of processor time on one core, by `time`, with torch 2.14.
 """
 

@@ -74,7 +74,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(built):
 def test_the_sdist_holds_tests_documents_and_benchmarks(built):
     with tarfile.open(built["sdist"]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    expected = files(built["tree"], "tests", "docs", "bench", "kernels", "tritondeq", ".ci")
+    expected = files(built["tree"], "tests", "docs", "examples", "bench", "kernels", "tritondeq", ".ci")
     assert expected | {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE"} <= names
 
 

@@ -17,7 +17,7 @@ import tritondeq
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
-PAGES = [*DOCS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES = [*DOCS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "examples/README.md"]
 WITH_CODE = [str(page.relative_to(ROOT)) for page in DOCS if "```python" in page.read_text()]
 SLOW = {"docs/replace-a-stack.md"}  # trains for most of a minute, where its packages are
 SOLVERS = (r"Picard\(damping=1.0\)", r"Picard\(damping=0.5\)", "Anderson")

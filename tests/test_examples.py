@@ -38,6 +38,7 @@ def numbers(text: str, start: str) -> list[float]:
     return [float(number) for number in re.findall(r"-?\d[\d,]*\.?\d*", line[len(start) :].replace(",", ""))]
 
 
+@pytest.mark.slow
 def test_classify_digits():
     """Both nets read most digits, and the equilibrium has a fraction of the weights."""
     text = run("classify_digits", "--steps", 40)
@@ -47,6 +48,7 @@ def test_classify_digits():
     assert 1 < least < mean < most <= 50
 
 
+@pytest.mark.slow
 def test_algorithms():
     """Trained on 6 bits, the equilibrium has most strings of 48 right in every bit, by more evaluations."""
     text = run("algorithms", "--steps", 60, "--bits", 6)
@@ -55,6 +57,7 @@ def test_algorithms():
     assert rival[1] > 80 and rival[-2] < 20, "a stack sees 20 positions"
 
 
+@pytest.mark.slow
 def test_graph():
     """Beyond four edges the stack has a third of the nodes right, by chance, and the equilibrium all."""
     text = run("graph", "--steps", 20)
@@ -63,6 +66,7 @@ def test_graph():
     assert text.endswith("CONVERGED\n")
 
 
+@pytest.mark.slow
 def test_deblur():
     """Trained for a moment, the equilibrium restores more than it was given, and goes on to do so at 128 steps."""
     text = run("deblur", "--steps", 16)
@@ -72,6 +76,7 @@ def test_deblur():
     assert ours[-1] > blurred + 0.3 and ours[0] < ours[3] < ours[6], text
 
 
+@pytest.mark.slow
 def test_control():
     """The cost falls, and a solve that starts from the last moment's equilibrium takes fewer evaluations."""
     text = run("control", "--steps", 6)
@@ -83,6 +88,7 @@ def test_control():
     assert warm < cold - 1 and same == pytest.approx(cost, rel=0.05)
 
 
+@pytest.mark.slow
 def test_train_lm():
     """Far fewer bits than the seven of a symbol of ASCII, and 200 symbols are written beside the prompt."""
     text = run("train_lm", "--features", 32, "--length", 32, "--batch", 4, "--steps", 30, "--every", 10)

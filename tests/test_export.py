@@ -108,7 +108,7 @@ def exported(net, x, strict):
     return torch.export.export(net, (x,), strict=strict, dynamic_shapes={name: {0: torch.export.Dim("batch")}}).module()
 
 
-@pytest.mark.parametrize("name", slow_but(NETS | OPTIONS, "Affine", "weight norm"))
+@pytest.mark.parametrize("name", slow_but(NETS | OPTIONS, "weight norm"))
 def test_fullgraph_is_eager_to_the_bit(name):
     net, x = (NETS | OPTIONS)[name](), drawn(name)
     same(results(torch.compile(net, fullgraph=True, backend="aot_eager"), net, x), results(net, net, x))

@@ -95,7 +95,7 @@ def test_an_ensemble(name):
     close(gradients, {key: torch.stack([one[key] for one in each]) for key in each[0]})
 
 
-@pytest.mark.parametrize("name", ["a user's cell", "Affine"])
+@pytest.mark.parametrize("name", [pytest.param("a user's cell", marks=pytest.mark.slow), "Affine"])
 def test_derivatives_by_the_input(name):
     layer, x = made(name), drawn(name)
     functional, v = torch.autograd.functional, torch.randn_like(x)

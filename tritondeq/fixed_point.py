@@ -198,7 +198,8 @@ def _finish(problem: Problem, outcome: Outcome, flat: Tensor, options: Options, 
     beside = flat.requires_grad and not unrolled and leaves_something(problem.modules)
     if problem.has_aux or beside:
         aux = problem.evaluate(flat, problem.args)[1]
-    solution = as_solution(outcome, problem, problem.layout.unpack(flat), aux, record)
+    value = flat if problem.layout.flat else problem.layout.unpack(flat)  # FSDP warns of a view
+    solution = as_solution(outcome, problem, value, aux, record)
     if options.throw:
         solution.raise_if_failed()
     return solution

@@ -205,7 +205,9 @@ class DEQ(nn.Module):
             z0 = torch.zeros_like(x)
         limits = (tol, self.atol, self.max_steps)
         options = Options(solver, adjoint, *limits, mask, self.trace, self.group, self.throw, **way)
-        inputs = leaves_that_require_grad(f.args, [*f.parameters.values()]) if torch.is_grad_enabled() else ()
+        inputs: tuple[Tensor, ...] = ()
+        if torch.is_grad_enabled() and not isinstance(adjoint, Unrolled):
+            inputs = leaves_that_require_grad(f.args, [*f.parameters.values()])
 
         def make(layout: Layout) -> Problem:
             return f.problem(layout, inputs=inputs, has_aux=self.has_aux, modules=(cell,))

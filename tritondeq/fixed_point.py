@@ -11,6 +11,7 @@ from .checks import boolean, integer
 from .cuda_graphs import Graphs
 from .gradient import Point, attach
 from .guards import (
+    TRACEABLE,
     Watched,
     compare,
     flush,
@@ -121,7 +122,7 @@ def solve_problem(
     """Solves the problem that `make` returns for the layout of z0."""
     plain = isinstance(options.adjoint, Unrolled) and not (options.throw or options.callback)  # asks the host nothing
     if torch.compiler.is_dynamo_compiling():
-        if plain:
+        if plain and TRACEABLE:
             return _solve_normal(make, z0, batch_dims, options, graphs)
         from .outside import outside
 

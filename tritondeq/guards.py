@@ -100,10 +100,11 @@ def refuse_export() -> None:
             raise RuntimeError(NO_GRAPH)
 
 
+TRACEABLE = torch.__version__ >= "2.14"  # whether torch's compiler can follow an unrolled net
 NO_GRAPH = (
     "the solve of a DEQ takes as many steps as its residuals ask for, which no single graph holds: export or compile "
-    "layer.unrolled(steps), or fixed_point with adjoint=Unrolled(steps), and throw=False; or compile without "
-    "fullgraph=True, which leaves the solve outside, and its cell by DEQ(compile=True)"
+    "layer.unrolled(steps), or fixed_point with adjoint=Unrolled(steps), and throw=False (torch 2.14); or compile "
+    "without fullgraph=True, which leaves the solve outside, and its cell by DEQ(compile=True)"
 )
 
 

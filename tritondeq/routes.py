@@ -93,12 +93,13 @@ def replayed(
 def unroll(problem: Problem, z: Tensor, settings: Settings, adjoint: Unrolled) -> Outcome:
     """Takes `steps` damped steps, the last ones under autograd; the residual is that of the last evaluation."""
     mask, damping = settings.mask, getattr(settings.solver, "damping", 1.0)
-    residuals, backend, grad = [], dispatch.chosen(), torch.is_grad_enabled()
+    residuals, grad = [], torch.is_grad_enabled()
+    backend = None if torch.compiler.is_dynamo_compiling() else dispatch.chosen()  # which it can't trace
     first = 0 if adjoint.last is None else adjoint.steps - adjoint.last  # steps without a gradient
     callback, states = settings.callback, {}
 
     def again(z: Tensor) -> Tensor:
-        if torch.compiler.is_dynamo_compiling():  # which takes torch, and can't set a variable of the context
+        if backend is None:
             return problem(z)
         with dispatch.backend(backend):  # which a backward pass in another thread would not have
             return problem(z)

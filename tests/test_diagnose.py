@@ -542,3 +542,8 @@ def test_bad_input():
         diagnose(tdeq.cells.Affine(4), torch.randn(3, 4))
     with pytest.raises(ValueError, match="x must hold at least one sample"):
         diagnose(DEQ(tdeq.cells.Affine(4)), torch.randn(0, 4))
+
+
+def test_a_parametrized_cell_has_the_name_of_its_class():
+    report = str(diagnose(DEQ(tdeq.cells.Monotone(4)), torch.randn(3, 4)))
+    assert report.startswith("DEQ of Monotone: PeacemanRachford(")

@@ -85,6 +85,8 @@ def counter(cell, y):
 
 REFUSED = {
     "F.dropout": lambda cell, y: F.dropout(y, 0.2, cell.training),
+    "F.dropout1d": lambda cell, y: F.dropout1d(y, p=0.2, training=cell.training),
+    "F.alpha_dropout": lambda cell, y: F.alpha_dropout(y, 0.2, training=cell.training),
     "attention": lambda cell, y: F.scaled_dot_product_attention(y, y, y, dropout_p=0.2 * cell.training),
     "nn.Dropout": lambda cell, y: cell.drop(y),
 }

@@ -44,7 +44,7 @@ class DEQ(nn.Module):
             {"dynamic": True}. Second derivatives then raise. Whole-solve kernels are taken all the same.
         graph: Whether solves on CUDA are captured as CUDA graphs and replayed, once for each shape of what goes in (the
             last 8 are held). The cell may use only its parameters, its buffers and x, and nothing may depend on values
-            that the host reads. Second derivatives then raise. Not yet run on a GPU: see README.
+            that the host reads. Second derivatives then raise. Not yet run on a GPU.
 
     Attributes:
         last: The `Solution` of the last call without its value (None before it): status, steps, residual per sample.

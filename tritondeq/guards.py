@@ -72,6 +72,11 @@ def generator_state(device: torch.device) -> Tensor:
     return torch.default_generator.get_state()
 
 
+# Functions that drop, with their default for `training`.
+_DROPOUTS = {**dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d), True), F.alpha_dropout: False}
+_DROPOUTS[F.feature_alpha_dropout] = False
+
+
 class _NoDropout(TorchFunctionMode):
     """Raises where a map drops by a function that it calls, which no module shows."""
 
@@ -80,7 +85,7 @@ class _NoDropout(TorchFunctionMode):
         share = 0.0
         if func is F.scaled_dot_product_attention:
             share = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
-        elif func is F.dropout and kwargs.get("training", args[2] if len(args) > 2 else True):
+        elif func in _DROPOUTS and kwargs.get("training", args[2] if len(args) > 2 else _DROPOUTS[func]):
             share = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
         if share > 0:
             raise RuntimeError(

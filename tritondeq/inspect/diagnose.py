@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..adjoints import Implicit, Unrolled
 from ..deq import DEQ
@@ -186,7 +187,7 @@ class _Trials:
         target = "auto" if layer.tol is None else f"{layer.tol:g}"
         options = f"{_shown(layer.solver)}, {_shown(layer.adjoint)}, tol {target}, max_steps {layer.max_steps}"
         return Diagnosis(
-            layer=f"DEQ of {type(layer.cell).__name__}: {options}",
+            layer=f"DEQ of {_kind(layer.cell).__name__}: {options}",
             solution=replace(solution, value=None, aux=None),
             adjoint=solution.adjoint and replace(solution.adjoint, value=None),
             cosine=cosine,
@@ -332,3 +333,8 @@ def _outcome(solution: Solution) -> str:
 def _spread(values: Tensor, form: str) -> str:
     values = values.double()
     return f"median {values.median().item():{form}}, most {values.max().item():{form}}"
+
+
+def _kind(cell: nn.Module) -> type:
+    """Returns the class of a cell, and not the one that torch.nn.utils.parametrize makes of it."""
+    return type(cell).__bases__[0] if parametrize.is_parametrized(cell) else type(cell)

@@ -101,7 +101,11 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="names of cases, or beginnings of them; all where there are none")
     parser.add_argument("--chips", type=int, nargs="+", default=[80, 90], help="capabilities, times ten")
     parser.add_argument("--schedules", nargs="+", default=["lockstep", "1", "2"], help="lockstep, or seeds of an order")
-    parser.add_argument("--quick", action="store_true", help="the last schedule alone, but for cases of every test run")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="fewer schedules, as test runs take",
+    )
     parser.add_argument("--json", type=Path, help="where to write the outcomes")
     parser.add_argument("--cache", help="a folder for compiled kernels; by default one that is deleted")
     parser.add_argument("--until", type=Path, help="end with the first case that finds what this file has not")
@@ -122,8 +126,8 @@ def main() -> int:
             driver = Driver(chip, Options(raise_races=False), cache_dir=args.cache or folder).activate()
             for one in chosen:
                 schedules = args.schedules[: one.most]
-                if args.quick and not one.smoke:
-                    schedules = schedules[-1:]
+                if args.quick:
+                    schedules = schedules[1 if one.smoke else -1 :] or schedules
                 outcomes.append(run(one, driver, schedules))
                 if len(outcomes) == 1:
                     _print({name: name for name in WIDTHS})

@@ -547,3 +547,16 @@ def test_bad_input():
 def test_a_parametrized_cell_has_the_name_of_its_class():
     report = str(diagnose(DEQ(tdeq.cells.Monotone(4)), torch.randn(3, 4)))
     assert report.startswith("DEQ of Monotone: PeacemanRachford(")
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_another_equilibrium_is_found_from_one_at_zero_too(scale):
+    """z = tanh(3/2 z) has three; the distance is relative to the larger of the two."""
+
+    class Pitchfork(nn.Module):
+        def forward(self, z, x):
+            return torch.tanh(1.5 * z)
+
+    x = torch.full((4, 1), scale)
+    diagnosis = diagnose(DEQ(Pitchfork(), adjoint=OneStep()), x, z0=x)
+    assert diagnosis.apart == pytest.approx(1.0 if scale == 0 else 2.0, rel=1e-3)

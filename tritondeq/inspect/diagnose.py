@@ -291,9 +291,11 @@ class _Trials:
         layout = Layout(finest.value, getattr(self.layer.cell, "batch_dims", 1))
         flat = layout.pack(finest.value)
         torch.manual_seed(SEED + 1)
-        start = torch.randn_like(flat) * flat.square().mean(dim=1, keepdim=True).sqrt().clamp(min=TINY)
+        size = flat.square().mean(dim=1, keepdim=True).sqrt()
+        start = torch.randn_like(flat) * torch.where(size > TINY, size, 1.0)
         other = self.solve(layout.unpack(start), **changes | self.patient | {"tol": TINY})
-        distance = (layout.pack(other.value) - flat).norm(dim=1) / flat.norm(dim=1).clamp(min=TINY)
+        found = layout.pack(other.value)
+        distance = (found - flat).norm(dim=1) / torch.maximum(found.norm(dim=1), flat.norm(dim=1)).clamp(min=TINY)
         both = (torch.maximum(finest.residual, other.residual) < 1e-2).flatten()
         return distance[both].max().item() if both.any() else math.nan
 

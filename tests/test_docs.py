@@ -130,13 +130,13 @@ class Built(HTMLParser):
         if tag == "a" and "href" in given:
             self.links.append(given["href"])
         elif tag in ("link", "script", "img", "iframe"):
-            self.loads += [given[name] for name in ("href", "src") if given.get(name)]
+            self.loads += [given[name] for name in ("href", "src") if given.get(name, "data:")[:5] != "data:"]
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """Returns the pages of the site, by path, after a strict build that finds nothing to warn of."""
-    for package in ("mkdocs", "material", "mkdocstrings_handlers.python"):
+    for package in ("mkdocs", "material", "mkdocstrings_handlers.python", "mkdocs_jupyter"):
         pytest.importorskip(package)
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-c", MKDOCS, "build", "--strict", "--site-dir", str(folder)]

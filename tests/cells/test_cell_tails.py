@@ -73,7 +73,7 @@ def test_activations_are_applied_by_the_step(solver, activation, forwards):
     [
         *((name, Picard()) for name in CELLS),
         ("outer", Anderson(memory=3)),
-        ("damped", Broyden(10)),
+        pytest.param("damped", Broyden(10), marks=pytest.mark.slow),
         ("pre", Anderson(2)),
     ],
     ids=str,

@@ -222,7 +222,7 @@ def test_best_iterate_is_returned(device, way):
         (Whole, "small", 17, 37, 0, 60),
         (Whole, "small", 17, 37, 2, 60),
         (Whole, "small", 256, 18, 0, 8),
-        (Steps, "small", 70, 37, 0, 10),
+        pytest.param(Steps, "small", 70, 37, 0, 10, marks=pytest.mark.slow),
         pytest.param(Steps, "split", 70, 37, 0, 60, marks=pytest.mark.slow),
     ],
 )

@@ -73,7 +73,7 @@ def slow(kind, device, features=32, batch=5):
     return w.to(device), 0.3 * torch.randn(batch, features).to(device)
 
 
-@pytest.mark.parametrize("kind", ["symmetric", "skew"])
+@pytest.mark.parametrize("kind", ["symmetric", pytest.param("skew", marks=pytest.mark.slow)])
 def test_anderson(device, kind):
     w, u = slow(kind, device)
     settings = options(tol=1e-5, max_steps=400)
@@ -102,7 +102,7 @@ def test_anderson_adjoint(device, features, batch):
 
 
 @nonfinite
-@pytest.mark.parametrize("memory", [0, 4])
+@pytest.mark.parametrize("memory", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_lanes_take_new_rows(device, monkeypatch, memory):
     """Rows of many depths, of which some are solved again, leave nothing of that to the row that takes their lane."""
     w, u = restless(16, device, batch=50)

@@ -190,7 +190,9 @@ def test_memory_of_a_solve(device, backward):
     assert wide < 300 + 128 and size <= 4 * 4 * u.numel() + 2 * 2 * 600 * wide + 2 * 2 * wide**2 + 100
 
 
-@pytest.mark.parametrize("options", [{}, {"activation": "gelu", "operands": "bf16"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"activation": "gelu", "operands": "bf16"}, marks=pytest.mark.slow)], ids=str
+)
 def test_a_layer_and_its_gradients(device, monkeypatch, options):
     choose_tile(monkeypatch, "split")
     layer = DEQ(Affine(300, 20, **options), tol=1e-5, max_steps=100).to(device)

@@ -133,8 +133,12 @@ def test_the_best_iterate_is_returned_whenever_it_was_seen(solver, width, device
 
 @nonfinite
 @torch.no_grad()
-@pytest.mark.parametrize("width", [8, SPLIT])
-@pytest.mark.parametrize("solver", FUSED, ids=str)
+@pytest.mark.parametrize(
+    "solver, width",
+    [*((solver, 8) for solver in FUSED), (FUSED[0], SPLIT)]
+    + [pytest.param(solver, SPLIT, marks=pytest.mark.slow) for solver in FUSED[1:]],
+    ids=str,
+)
 def test_each_sample_ends_as_it_must(solver, width, device):
     """Converged at once, converged, not moving at a floor, growing, NaN from the third evaluation, NaN at once."""
     gain = torch.tensor([0.0, 0.5, -1.0, 1.0, 0.5, 0.5], device=device)[:, None]

@@ -18,8 +18,8 @@ import tritondeq
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 PAGES = [*DOCS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "examples/README.md"]
+ELSEWHERE = {"docs/replace-a-stack.md"}  # runs in tests/test_convert_real.py and tests/test_convert_saved.py
 WITH_CODE = [str(page.relative_to(ROOT)) for page in DOCS if "```python" in page.read_text()]
-SLOW = {"docs/replace-a-stack.md"}  # trains for most of a minute, where its packages are
 SOLVERS = (r"Picard\(damping=1.0\)", r"Picard\(damping=0.5\)", "Anderson")
 # A build that opens a connection fails.
 MKDOCS = "import socket; socket.socket.connect = None; from mkdocs.__main__ import cli; cli()"
@@ -42,7 +42,7 @@ def lacking(code):
     return missing + ["a GPU"] * ("# needs a GPU" in code and not torch.cuda.is_available())
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in WITH_CODE])
+@pytest.mark.parametrize("name", [name for name in WITH_CODE if name not in ELSEWHERE])
 def test_every_block_runs(name, capsys):
     """Blocks of one page build on one another. If one needs more than is here, its page ends as skipped, with why."""
     names, left_out = {}, []

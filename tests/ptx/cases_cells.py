@@ -133,7 +133,9 @@ def gated_new_rows(**options):
 def _ships(op, shapes, terms, memory=0) -> None:
     device = torch.device("cpu")
     limits = {"shared": devices.shared_memory(device), "chip": devices.chip(device)}
-    assert launch.parameters(op, batch=5, shapes=shapes, terms=terms, memory=memory, **limits), "it does not fit"
+    assert launch.parameters(op, batch=5, shapes=tuple(map(tuple, shapes)), terms=terms, memory=memory, **limits), (
+        "it does not fit"
+    )
 
 
 @case(

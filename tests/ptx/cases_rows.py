@@ -162,7 +162,7 @@ def affine_plateau():
 def affine_shipped(features, terms, memory, large):
     """The launch parameters of the pure function; those for large batches on a smaller one, by the same kernel."""
     device = torch.device("cpu")
-    problem = {"batch": launch.LARGE + 1 if large else 1, "shapes": [(features, features)], "terms": terms}
+    problem = {"batch": launch.LARGE + 1 if large else 1, "shapes": ((features, features),), "terms": terms}
     limits = {"shared": devices.shared_memory(device), "chip": devices.chip(device)}
     config = launch.parameters("rows.affine", **problem, memory=memory, **limits)
     choice = {name: config[name] for name in ("BLOCK_B", "STREAM", "num_warps", "REFILL")}

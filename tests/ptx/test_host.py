@@ -9,10 +9,10 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 # Torch operations and calls of Python functions at most, of a forward pass and of a training step.
 MOST = {
-    "Affine": ((3, 480), (78, 1050)),
-    "MLP": ((11, 560), (150, 1340)),
-    "Gated": ((4, 550), (130, 1260)),
-    "Monotone": ((25, 580), (82, 1250)),
+    "Affine": ((3, 300), (53, 700)),
+    "MLP": ((11, 360), (125, 950)),
+    "Gated": ((4, 310), (105, 780)),
+    "Monotone": ((25, 400), (88, 850)),
 }
 
 

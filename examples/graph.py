@@ -34,7 +34,7 @@ def chains(count: int, shortest: int, longest: int, device: str) -> tuple[Graph,
 class GraphConv(tdeq.cells.Cell):
     """f(z, x) = tanh(0.95 A z W + x U) with ||W|| = 1: contractive on every graph, for ||A|| = 1.
 
-    All nodes are one sample, since each depends on its neighbours: that is what `batch_dims = 0` says.
+    All nodes are one sample, since each depends on its neighbours; hence `batch_dims = 0`.
     """
 
     batch_dims = 0

@@ -1,4 +1,4 @@
-"""The Jacobian penalty stabilises what plain training loses: a shorter run of what bench/stability.py measures."""
+"""The Jacobian penalty stabilises what plain training loses, as bench/stability.py measures it."""
 
 from statistics import mean
 
@@ -10,12 +10,11 @@ from tritondeq.bench import stability
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:a backward solve")  # some are cut short, on purpose
 def test_the_penalty_stabilises_training():
-    plain = [stability.train(seed, steps=150) for seed in range(4)]
-    stable = [stability.train(seed, steps=150, weight=lambda step: 3.0) for seed in range(4)]
+    plain = [stability.train(seed) for seed in range(4)]
+    stable = [stability.train(seed, weight=lambda step: 3.0) for seed in range(4)]
     assert max(o.radius for o in stable) < 0.9 and 1 < max(o.radius for o in plain)
     assert 5 * mean(o.failed for o in stable) < mean(o.failed for o in plain)
-    # 1.99 on an Intel Xeon, and above 2 on an AMD EPYC
-    assert 1.5 * mean(o.steps for o in stable) < mean(o.steps for o in plain)
+    assert 2 * mean(o.steps for o in stable) < mean(o.steps for o in plain)
     assert min(o.accuracy for o in stable) > mean(o.accuracy for o in plain)
 
 

@@ -264,12 +264,10 @@ def _rescaled(g: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Te
     samples but those that are so much smaller that their squares would underflow: where samples depend on one another,
     other scales would make another system of it. It is None, for 1, on a CPU where all norms are far from both.
     """
-    if g.device.type == "cpu" and mask is None:
-        norm = torch.linalg.vector_norm(g, dim=1)
-        if norm.numel() and all(SAFE[0] < size.item() < SAFE[1] for size in norm.aminmax()):
-            return g, None, norm
     if not g.numel():
         return g, None, g.new_ones(g.shape[0])
+    if (norm := _safe_norm(g, mask)) is not None:
+        return g, None, norm
     peak = torch.linalg.vector_norm(g, torch.inf, dim=1, keepdim=True).nan_to_num_(0.0, 0.0)
     top = peak.max()
     peak = torch.where(peak < SMALL * top, peak, top)
@@ -279,10 +277,21 @@ def _rescaled(g: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Te
     return g, scale, torch.where(norm > 0, norm, 1.0)
 
 
+def _safe_norm(g: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Returns the norms [B] where it costs no wait to see that their squares are far from underflow and overflow."""
+    if g.device.type != "cpu" or mask is not None:
+        return None
+    norm = torch.linalg.vector_norm(g, dim=1)
+    return norm if all(SAFE[0] < size.item() < SAFE[1] for size in norm.aminmax()) else None
+
+
 def _normalised(g: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Returns (g / scale, scale), such that the elements that count have norm 1, sample by sample."""
     if not g.numel():
         return g, g.new_ones(g.shape[0], 1)
+    if (norm := _safe_norm(g, mask)) is not None:
+        norm = norm.unsqueeze(1)
+        return g / norm, norm
     tiny = torch.finfo(g.dtype).tiny
     scale = torch.linalg.vector_norm(g, torch.inf, dim=1, keepdim=True).clamp_(min=tiny)  # squares may not overflow
     g = g / scale

@@ -45,9 +45,7 @@ def mlp(
         inputs = weights, scale, saved, torch.randn(batch, features)
     else:
         inputs = weights, biases, scale, u, *([0.5 * z] if start else [])
-    # the path of Anderson hangs on bf16 differences, and an end lies tol / (1 - 0.6) from the solution
-    slack = FAST.get(options["activation"], 0.0) + (2.5 * options["tol"] if options.get("memory") else 0.0)
-    return _solve(op, "rows.mlp", inputs, adjoint, choice, options, terms, late, slack)
+    return _solve(op, "rows.mlp", inputs, adjoint, choice, options, terms, late, FAST.get(options["activation"], 0.0))
 
 
 def gated(batch=5, features=20, *, adjoint=False, start=False, terms=2, choice=None, change=None, late=1, **options):

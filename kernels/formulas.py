@@ -1,10 +1,12 @@
-"""Formulas in torch that cells and the references of kernels share: activations with their slopes, and the RMS norm."""
+"""Formulas in torch that the library and the references of kernels share: activations, norms, residuals."""
 
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import rules
 
 RMS_EPS = 1e-6
 
@@ -102,3 +104,27 @@ def gru(weights: Sequence[Tensor], inputs: Sequence[Tensor], z: Tensor) -> tuple
 def gru_slopes(z: Tensor, r: Tensor, s: Tensor, c: Tensor) -> tuple[Tensor, ...]:
     """Returns (1 - s, r, ks, kc, kr): see rows/gated.py."""
     return 1 - s, r, (c - z) * (2 * s - 1) * (1 - s), s * (1 - c * c), z * r * (1 - r)
+
+
+def unit(g: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Returns (g / scale [B, N], scale [B, 1]): samples whose elements where the mask is True have norm 1, or 0."""
+    scale = torch.linalg.vector_norm(g, torch.inf, dim=1, keepdim=True)
+    scale.masked_fill_(scale == 0, 1.0)
+    g = g / scale  # whose squares neither overflow nor underflow
+    norm = torch.linalg.vector_norm(g if mask is None else torch.where(mask, g, 0.0), dim=1, keepdim=True)
+    norm.masked_fill_(norm == 0, 1.0)
+    return g / norm, scale * norm
+
+
+def residual(y: Tensor, z: Tensor, base: Tensor | None, start: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Returns the residual [B] of z [B, N] whose image is y, as rules.py has it with `relative` 1.
+
+    Without `base`, the least of what it is relative to, that is found from the start in place of its image.
+    """
+    g = y - z
+    if mask is not None:
+        g, y, start = (torch.where(mask, x, 0.0) for x in (g, y, start))
+    r, s = (torch.linalg.vector_norm(x, dim=1) for x in (g, y))
+    if base is None:
+        base = (rules.SHARE * torch.linalg.vector_norm(start, dim=1)).clamp_(min=max(scale, rules.EPS))
+    return r / torch.maximum(s, base)

@@ -204,7 +204,7 @@ SHAPES: dict[str, Callable[..., dict | None]] = {
     **dict.fromkeys(("rows.affine", "rows.mlp", "rows.gated"), rows),
     **dict.fromkeys(("steps.picard", "steps.anderson", "steps.broyden"), steps),
     "steps.affine": affine_steps,
-    "norms.residual_rms": whole_rows,
+    **dict.fromkeys(("norms.residual_rms", "norms.residual", "norms.unit"), whole_rows),
     "norms.group_norm": group_norm,
 }
 

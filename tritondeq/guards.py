@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .kernels import devices
-from .kernels.rules import EPS, SHARE
+from .kernels import devices, dispatch, formulas
 from .layout import Layout, pytree, transformed
 from .loop import Settings
 from .problem import Parts
@@ -156,14 +155,14 @@ def leaves_something(modules: tuple[nn.Module, ...]) -> bool:
 
 def compare(image: Tensor, outcome: Outcome, settings: Settings, start: Tensor, layout: Layout) -> None:
     """Warns where the residual of the evaluation at the solution, `image` [B, N], is far above the reported one."""
-    g, image = image.detach() - outcome.value, image.detach()
-    if settings.mask is not None:
-        g, image = (torch.where(settings.mask, x, 0.0) for x in (g, image))
-    r, s = (torch.linalg.vector_norm(x, dim=1) for x in (g, image))
-    base = outcome.base
-    if base is None:
-        base = (SHARE * torch.linalg.vector_norm(start, dim=1)).clamp_(min=max(settings.scale, EPS))
-    _warn_above(r / torch.maximum(s, base), outcome, settings, layout)
+    y, z, base, mask = image.detach(), outcome.value, outcome.base, settings.mask
+    op, _ = dispatch.pick("norms.residual", y.device, y=y)
+    if op is None:
+        _warn_above(formulas.residual(y, z, base, start, mask, settings.scale), outcome, settings, layout)
+    else:
+        factor, least = _far(outcome, settings, layout)
+        rules: dict[str, float] = {"scale": settings.scale, "factor": factor, "least": least}
+        warn_if(op.run(y, z, base, start, mask, outcome.residual, **rules), _NOT_A_FUNCTION)  # type: ignore[union-attr]
 
 
 def compare_last(outcome: Outcome, settings: Settings, layout: Layout) -> None:
@@ -179,11 +178,16 @@ def compare_last(outcome: Outcome, settings: Settings, layout: Layout) -> None:
 
 
 def _warn_above(residual: Tensor, outcome: Outcome, settings: Settings, layout: Layout) -> None:
-    far = NEAR if outcome.route in (Route.TORCH, Route.FUSED) else FAR
-    least = far * settings.tol + blur(layout)
+    factor, least = _far(outcome, settings, layout)
     if residual.device.type == "cpu" and residual.numel() and residual.max() <= least:
         return
-    warn_if(residual > (far * outcome.residual).clamp_(min=least), _NOT_A_FUNCTION)
+    warn_if(residual > (factor * outcome.residual).clamp_(min=least), _NOT_A_FUNCTION)
+
+
+def _far(outcome: Outcome, settings: Settings, layout: Layout) -> tuple[float, float]:
+    """Returns (factor, least): a residual above factor times the reported one, and above least, is worth a warning."""
+    factor = NEAR if outcome.route in (Route.TORCH, Route.FUSED) else FAR
+    return factor, factor * settings.tol + blur(layout)
 
 
 def blur(layout: Layout) -> float:

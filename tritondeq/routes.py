@@ -11,7 +11,7 @@ from torch import Tensor
 from .adjoints import Jacobian, Unrolled
 from .cuda_graphs import Call, Captured, CapturedPoint, Graphs
 from .guards import FAR, Watched, blur, compare_last, flush, warn_if
-from .kernels import dispatch
+from .kernels import dispatch, formulas
 from .kernels.dispatch import CellOp, Op, WholeSolve
 from .kernels.rules import Rules
 from .kernels.tails import PLAIN
@@ -205,7 +205,7 @@ class Backward:
                 unit, scale = _normalised(g, settings.mask)
                 outcome = _by_kernels(op, why, op.adjoint, (*problem.whole.at(self.z), unit), problem.whole, settings)
         u = self._judged(outcome) - unit
-        return g + (u if scale is None else u * scale)  # to the bit g, where J is 0
+        return g + u if scale is None else torch.addcmul(g, u, scale)  # to the bit g, where J is 0
 
     def tangent(self, at: Any, w: Tensor) -> Tensor:
         """Returns v = J v + w."""
@@ -245,7 +245,7 @@ class Backward:
             return u
         if self.throw and (failed := failures(status, advice=False)):
             raise RuntimeError(f"{_FAILED}: {failed}")
-        warn_if(~(residual <= self.allowed), _FAILED)
+        warn_if(residual > self.allowed, _FAILED)
         return torch.where((residual == torch.inf).unsqueeze(1), torch.nan, u)
 
 
@@ -289,16 +289,13 @@ def _normalised(g: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Returns (g / scale, scale), such that the elements that count have norm 1, sample by sample."""
     if not g.numel():
         return g, g.new_ones(g.shape[0], 1)
+    op, _ = dispatch.pick("norms.unit", g.device, g=g)
+    if op is not None:
+        return op.run(g, mask)  # type: ignore[union-attr]
     if (norm := _safe_norm(g, mask)) is not None:
         norm = norm.unsqueeze(1)
         return g / norm, norm
-    tiny = torch.finfo(g.dtype).tiny
-    scale = torch.linalg.vector_norm(g, torch.inf, dim=1, keepdim=True).clamp_(min=tiny)  # squares may not overflow
-    g = g / scale
-    counted = g if mask is None else torch.where(mask, g, 0.0)
-    norm = torch.linalg.vector_norm(counted, dim=1, keepdim=True)
-    norm = torch.where(norm > 0, norm, 1.0)
-    return g / norm, scale * norm
+    return formulas.unit(g, mask)
 
 
 def as_solution(outcome: Outcome, problem: Problem, value: Any, aux: Any = None, record: Any = None) -> Solution:

@@ -213,6 +213,22 @@ def residual_rms(
     residual_rms(empty(batch, features, dtype=a), empty(batch, features, dtype=b), gamma, weight, 1e-6, keep_sum)
 
 
+def unit(*, features: int, masked: bool, batch: int = 64) -> None:
+    """Launches what scales samples to norm 1."""
+    from tritondeq.kernels.norms.unit import unit
+
+    unit(empty(batch, features), empty(batch, features, dtype="bool") if masked else None)
+
+
+def residual(*, features: int, masked: bool, batch: int = 64, based: bool = True) -> None:
+    """Launches what compares residuals."""
+    from tritondeq.kernels.norms.residual import far
+
+    z, vector = empty(batch, features), empty(batch)
+    mask = empty(batch, features, dtype="bool") if masked else None
+    far(z, z, vector if based else None, z, mask, vector, scale=0.0, factor=1.1, least=1e-3)
+
+
 def group_norm(
     *, pixels: int, width: int, dtype: str, relu: str | None, batch: int = 2, groups: int = 2, sum: bool = True
 ) -> None:

@@ -112,6 +112,8 @@ def norms():
     made = cases("residual_rms", features=(1, 100, 1024, MOST), a=("float32",), b=("float32",))
     made |= cases("residual_rms", (80, 90, 100), features=(64, MOST), a=("float32",), b=("bfloat16",))
     made |= cases("residual_rms", features=(MOST,), a=("bfloat16",), b=("bfloat16",))
+    made |= cases("unit", features=(64, MOST), masked=BOTH)
+    made |= cases("residual", (80, 90, 100), features=(64, MOST), masked=(True,), based=BOTH)
     made |= cases("group_norm", pixels=(1024,), width=(4,), dtype=("float32", "bfloat16"), relu=("before", "after"))
     made |= cases("group_norm", pixels=(1 << 16,), width=(15,), dtype=("float32",), relu=("after",))
     made |= cases("group_norm", (80, 90, 100), pixels=(1 << 12,), width=(32,), dtype=("float32",), relu=("before",))
@@ -127,6 +129,8 @@ QUICK = [
     "sm90 affine_steps batch=16 terms=2 adjoint=False features=512 activation=tanh start=False",
     *(name for name in CASES if name.startswith("sm90 fused_steps") and "width=1048576" in name and "'tanh'" in name),
     "sm90 residual_rms features=1024 a=float32 b=float32",
+    "sm90 unit features=8192 masked=True",
+    "sm90 residual features=8192 masked=True based=False",
     "sm90 group_norm pixels=65536 width=15 dtype=float32 relu=after",
     "sm90 group_norm pixels=1 width=8192 dtype=bfloat16 relu=after",
 ]
@@ -243,6 +247,14 @@ def test_residual_rms(compiled, name):
     assert kernel.shared <= 16384  # through which a bf16 b comes into the layout of an fp32 a
     if CASES[name][2]["features"] % 16 == 0:
         assert kernel.total["LDG"] <= 4 * 16 * 4 // 16 and kernel.total["STG"] <= 2 * 16 * 4 // 16
+
+
+@each("unit", "residual")
+def test_ends(compiled, name):
+    """No spills, and room for a second program on a multiprocessor."""
+    (kernel,) = compiled[name]
+    assert local(kernel.total) == 0
+    assert kernel.registers * kernel.warps * 32 <= REGISTERS // 2
 
 
 @each("group_norm")

@@ -6,7 +6,7 @@ import torch
 
 from tritondeq.kernels import devices, dispatch, formulas, launch
 
-from .cases import Outcome, case, contraction, in_terms, solved
+from .cases import Outcome, case, contraction, double, in_terms, solved
 
 FORMS = {
     f"{form}{'_gate' if gate else ''}{'_adjoint' if adjoint else ''}": dict(form=form, gate=gate, adjoint=adjoint)
@@ -17,11 +17,17 @@ FORMS = {
 FAST = {"fast_gelu": 1e-3, "fast_silu": 0.0}  # by which a formula is off, whose tanh is exact here
 
 
-def _solve(op, name, inputs, adjoint, choice, options, terms, late, slack=0.0) -> Outcome:
+def _solve(op, name, fixed, start, adjoint, choice, options, terms, late, slack=0.0) -> Outcome:
+    """Solves from `start`, () or (z0,); of an adjoint there is none."""
     run, reference = (op.adjoint, op.adjoint_ref) if adjoint else (op.solve, op.solve_ref)
     with launch.override(name, choice) if choice else nullcontext():
-        got = run(*inputs, terms=terms, **options)
-    return solved(got, reference, inputs, options, rounds=1, late=late, slack=slack)
+        got = run(*fixed, *start, terms=terms, **options)
+
+    def again(z):
+        return reference(*double(fixed), z, **options | {"max_steps": 1})[2]
+
+    again = again if options.get("memory") and not adjoint else None
+    return solved(got, reference, (*fixed, *start), options, rounds=1, late=late, slack=slack, again=again)
 
 
 def mlp(
@@ -42,10 +48,12 @@ def mlp(
         pre = formulas.mlp_inner(form, weights, biases, u, z)
         at = formulas.mlp_outer(form, options["activation"], weights, biases, u, z, pre) if form == "post" else z
         saved = at, *formulas.hidden_slopes(options["activation"], pre)
-        inputs = weights, scale, saved, torch.randn(batch, features)
+        fixed = weights, scale, saved, torch.randn(batch, features)
     else:
-        inputs = weights, biases, scale, u, *([0.5 * z] if start else [])
-    return _solve(op, "rows.mlp", inputs, adjoint, choice, options, terms, late, FAST.get(options["activation"], 0.0))
+        fixed = weights, biases, scale, u
+    start = (0.5 * z,) if start and not adjoint else ()
+    slack = FAST.get(options["activation"], 0.0)
+    return _solve(op, "rows.mlp", fixed, start, adjoint, choice, options, terms, late, slack)
 
 
 def gated(batch=5, features=20, *, adjoint=False, start=False, terms=2, choice=None, change=None, late=1, **options):
@@ -57,11 +65,12 @@ def gated(batch=5, features=20, *, adjoint=False, start=False, terms=2, choice=N
     if change:
         change(inputs[1])
     if adjoint:
-        inputs = weights, formulas.gru_slopes(z, *formulas.gru(weights, inputs, z)), torch.randn(batch, features)
+        fixed = weights, formulas.gru_slopes(z, *formulas.gru(weights, inputs, z)), torch.randn(batch, features)
     else:
-        inputs = weights, inputs, *([z] if start else [])
+        fixed = weights, inputs
     options = {"tol": 1e-6, "max_steps": 25} | options
-    return _solve(op, "rows.gated", inputs, adjoint, choice, options, terms, late)
+    start = (z,) if start and not adjoint else ()
+    return _solve(op, "rows.gated", fixed, start, adjoint, choice, options, terms, late)
 
 
 def poisoned(u):

@@ -1,12 +1,14 @@
-"""Cases of norms/group_norm.py and norms/residual_rms.py."""
+"""Cases of the ops on whole rows and groups: norms/*.py."""
 
 from contextlib import nullcontext
 
 import torch
 
-from tritondeq.kernels import dispatch, launch
+from tritondeq.kernels import dispatch, formulas, launch
 
-from .cases import Outcome, case, double
+from .cases import Outcome, case, off
+
+DTYPES = (torch.float32, torch.float64)
 
 
 def compared(op, inputs, rest, choice=None, sharp=False) -> Outcome:
@@ -17,15 +19,16 @@ def compared(op, inputs, rest, choice=None, sharp=False) -> Outcome:
     run = dispatch.load(op)
     with launch.override(op, choice) if choice else nullcontext():
         got = run.run(*inputs, *rest)
-    single = [x if x is None else x.float() for x in inputs]
-    eager, exact = run.ref(*single, *rest), run.ref(*[x if x is None else double(x) for x in inputs], *rest)
+    single, wide = ([x if x is None or x.dtype == torch.bool else x.to(d) for x in inputs] for d in DTYPES)
+    eager, exact = run.ref(*single, *rest), run.ref(*wide, *rest)
     eager = exact if sharp else eager
     pairs = [(got, eager, exact)] if isinstance(got, torch.Tensor) else zip(got, eager, exact, strict=True)
     outcome = Outcome(())
     for one, near, true in pairs:
         if one is not None:
             outcome.bits += (one,)
-            outcome.compare(*(x.reshape(-1, x.shape[-1]) if x.dim() == 2 else x for x in (one, near, true)))
+            one, near, true = (x.reshape(-1, x.shape[-1]) if x.dim() == 2 else x for x in (one, near, true))
+            outcome.compare(one, off(near, true), true)
         elif near is not None:
             outcome.wrong.append("a result is missing")
     return outcome
@@ -100,3 +103,44 @@ def residual_rms(
     a, b = torch.randn(rows, features).to(dtype), torch.randn(rows, features).to(b_dtype)
     vectors = [torch.randn(features).to(dtype) if there else None for there in (gamma, weight)]
     return compared("norms.residual_rms", (a, b, *vectors), (1e-6, keep), choice)
+
+
+@case(
+    smoke="masked",
+    one={"width": 1, "batch": 1},
+    some={},
+    masked={"masked": True},
+    warps={"choice": {"BLOCK_R": 8, "num_warps": 4}},
+    wide={"width": 1025, "batch": 2},
+    widest={"width": 8192, "batch": 2, "masked": True},
+)
+def unit(batch=37, width=100, *, masked=False, choice=None):
+    """Samples of all sizes that float32 has; one is zero."""
+    g = torch.randn(batch, width).clamp(-4, 4) * 10.0 ** torch.linspace(-37, 37, batch)[:, None]
+    g[batch // 2] = 0.0 if batch > 2 else 1.0
+    return compared("norms.unit", (g, torch.rand(batch, width) > 0.3 if masked else None), (), choice)
+
+
+@case(
+    smoke="masked",
+    one={"width": 1, "batch": 1},
+    based={"based": True},
+    masked={"masked": True},
+    warps={"choice": {"BLOCK_R": 8, "num_warps": 4}},
+    wide={"width": 1025, "batch": 2},
+    widest={"width": 8192, "batch": 2, "masked": True, "based": True},
+)
+def residual_far(batch=37, width=100, *, masked=False, based=False, choice=None):
+    """Residuals that are reported as half of what they are, or twice; some samples are small beside their start."""
+    op = dispatch.load("norms.residual")
+    y, start = (torch.randn(batch, width) for _ in range(2))
+    y[: batch // 3] *= 1e-6
+    z, mask = y + 1e-2 * torch.randn(batch, width), torch.rand(batch, width) > 0.3 if masked else None
+    base = torch.rand(batch) if based else None
+    far = torch.arange(batch) % 2 == 0
+    reported = formulas.residual(y, z, base, start, mask, 1e-13) * torch.where(far, 0.5, 2.0) / 3
+    with launch.override("norms.residual", choice) if choice else nullcontext():
+        got = op.run(y, z, base, start, mask, reported, scale=1e-13, factor=3.0, least=0.0)
+    outcome = Outcome((got,))
+    outcome.expect(got == far, "whether the residual is far", got, far)
+    return outcome

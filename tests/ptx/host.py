@@ -23,7 +23,7 @@ from . import Driver
 
 CELLS = {"Affine": cells.Affine, "MLP": cells.MLP, "Gated": cells.Gated, "Monotone": cells.Monotone}
 ROWS, WIDTH = 64, 64
-OUTPUTS = ("z_ptr", "steps_ptr", "residual_ptr", "status_ptr")
+OUTPUTS = ("z_ptr", "steps_ptr", "residual_ptr", "status_ptr", "far_ptr", "unit_ptr", "scale_ptr")
 
 
 class Silent(Driver):

@@ -49,6 +49,8 @@ CASES = {
     ],
     "norms/group_norm.py": ["group_norm_whole", "group_norm_split"],
     "norms/residual_rms.py": ["residual_rms"],
+    "norms/residual.py": ["residual_far"],
+    "norms/unit.py": ["unit"],
 }
 ORDERLESS = "the host reads the count when the launch has ended, and no other access is ordered by it"
 # By file, mutation, and how the lines from the call to the one after it begin: why the PTX differs and nothing else.

@@ -1,7 +1,8 @@
 """Host time: what a call of a small layer costs beside its evaluations, which is what small nets wait for.
 
 A layer over tanh(Linear(64)) on 4 rows makes six evaluations, and its gradient six products; beside it are as many by
-hand, and torchdeq. `python -m tritondeq.bench.host` prints the table alone. By the torch backend.
+hand, and torchdeq. `python -m tritondeq.bench.host` prints the table alone, by the torch backend; with `--compiled` it
+also has the explicit net of six evaluations by torch.compile, which takes a minute and a C++ compiler.
 """
 
 import sys
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 import tritondeq as tdeq
 from tritondeq.toolbox import one_thread
 
-from . import measure
+from . import measure, rivals
 from .machine import installed
 from .measure import Record
 
@@ -26,6 +27,21 @@ TOL = 1e-9  # of torchdeq, never reached
 WIDE = 2048  # features of a construction
 
 WORK = ("forward", "training step, OneStep", "training step, Implicit")
+
+
+class Loop(nn.Module):
+    """The explicit net of six evaluations, which by torch.compile is what a user has who wants no solver."""
+
+    def __init__(self, cell: nn.Module):
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the last state, [B, D]."""
+        z = torch.zeros_like(x)
+        for _ in range(EVALUATIONS):
+            z = self.cell(z, x)
+        return z
 
 
 class Cell(nn.Module):
@@ -67,9 +83,7 @@ def loss(y: Tensor) -> Tensor:
 def by_hand(cell: nn.Module, x: Tensor, products: int) -> None:
     """Makes the evaluations and products of a training step, and none of what watches over them."""
     with torch.no_grad():
-        z = torch.zeros_like(x)
-        for _ in range(EVALUATIONS):
-            z = cell(z, x)
+        z = Loop(cell)(x)
     z = z.requires_grad_()
     y = cell(z, x)
     loss(y)
@@ -79,15 +93,7 @@ def by_hand(cell: nn.Module, x: Tensor, products: int) -> None:
     y.backward(u)
 
 
-def bare(cell: nn.Module, x: Tensor) -> None:
-    """Makes the evaluations of a forward pass."""
-    with torch.no_grad():
-        z = torch.zeros_like(x)
-        for _ in range(EVALUATIONS):
-            z = cell(z, x)
-
-
-def contestants(work: str, device: torch.device) -> dict[str, Callable[[], Any]]:
+def contestants(work: str, device: torch.device, compiled: bool = False) -> dict[str, Callable[[], Any]]:
     """Returns the calls by name; "by hand" is what the others are measured by."""
     torch.manual_seed(0)
     cell, x = Cell().to(device), torch.randn(ROWS, WIDTH, device=device)
@@ -95,8 +101,11 @@ def contestants(work: str, device: torch.device) -> dict[str, Callable[[], Any]]
     layers = {"tritondeq": layer(exact, cell, x)}
     if installed("torchdeq"):
         layers["torchdeq"] = torchdeq_layer(exact, cell)
+    if compiled:
+        layers["compiled loop"] = rivals.compiled(Loop(cell), graphs=False)
     if work == WORK[0]:
-        return {"by hand": partial(bare, cell, x)} | {n: torch.no_grad()(partial(f, x)) for n, f in layers.items()}
+        nets = {"by hand": Loop(cell)} | layers
+        return {name: torch.no_grad()(partial(net, x)) for name, net in nets.items()}
     calls = {name: lambda f=f: loss(f(x)).backward() for name, f in layers.items()}
     return {"by hand": partial(by_hand, cell, x, EVALUATIONS if exact else 0)} | calls
 
@@ -139,16 +148,17 @@ def counts(call: Callable[[], Any]) -> Record:
     return {"ops": ops.total, "frames": frames}
 
 
-def run(device: torch.device, seconds: float, width: int = WIDE) -> Iterator[Record]:
+def run(device: torch.device, seconds: float, width: int = WIDE, compiled: bool = False) -> Iterator[Record]:
     """Yields a record for each contestant of each work; `over_hand` is the ratio of medians to what is done by hand.
 
     Args:
         device: Where layers are called; cells are constructed on the CPU, three times each.
         seconds: Of measuring, for each layer.
         width: Of the cells that are constructed.
+        compiled: Whether to measure the compiled loop too.
     """
     for work in WORK:
-        calls = contestants(work, device)
+        calls = contestants(work, device, compiled)
         counted = {name: counts(call) for name, call in calls.items()}
         yield from _records(work, measure.clock(calls, device, seconds), counted)
     timed = {}
@@ -179,7 +189,7 @@ def main() -> None:
     from .report import markdown
 
     with one_thread(), tdeq.backend("torch"):
-        print(markdown(table(list(run(torch.device("cpu"), 1.0)))))
+        print(markdown(table(list(run(torch.device("cpu"), 1.0, compiled="--compiled" in sys.argv)))))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Memory of a training step against the number of steps, and states that a forward solve holds beside the cell."""
+"""Memory of a training step against the number of steps, and states that a forward solve holds beside the cell.
+
+`python -m tritondeq.bench.memory` prints what a training step of the Transformer cell holds on a CPU, beside what one
+block by hand does.
+"""
 
 import math
 import warnings
@@ -9,7 +13,7 @@ import torch
 from torch import nn
 
 import tritondeq as tdeq
-from tritondeq.toolbox import PeakMemory
+from tritondeq.toolbox import PeakMemory, one_thread
 
 from . import blocks, rivals, shapes
 from .measure import Record
@@ -128,3 +132,43 @@ def peak(call: Callable[[], Any], device: torch.device) -> int:
     with PeakMemory(device) as memory:
         call()
     return memory.peak
+
+
+def training(steps: int) -> dict[str, Callable[[], torch.Tensor]]:
+    """Returns losses of one block by hand and of a layer that takes so many steps, by name."""
+    torch.manual_seed(0)
+    batch, tokens, features, heads = blocks.SIZES["cpu"]
+    cell = tdeq.cells.Transformer(features, heads=heads, causal=True, rotary=1e4, wiring="damped")
+    x, z = torch.randn(2, batch, tokens, features)
+    layer = tdeq.DEQ(cell, solver=tdeq.Picard(), tol=1e-12, max_steps=steps)
+    nets = {"one block": lambda: cell(z, cell.inject(x)), f"{steps} steps": lambda: layer(x)}
+    return {name: lambda net=net: net().square().sum() for name, net in nets.items()}
+
+
+def held(loss: Callable[[], torch.Tensor]) -> tuple[int, int, int]:
+    """Returns bytes that a forward pass on a CPU keeps, bytes at the peak of a training step, and its allocations."""
+    loss().backward()  # gradients, and what is allocated once
+    with PeakMemory(torch.device("cpu")) as memory:
+        value = loss()
+        kept = memory.bytes
+        value.backward()
+    return kept, memory.peak, memory.allocations
+
+
+def main() -> None:
+    """Prints the table."""
+    from .report import markdown
+
+    rows = [["a training step of", "kept by the forward pass", "peak", "allocations"]]
+    for steps in (4, 16, 64):
+        for name, loss in training(steps).items():
+            kept, peak, allocations = held(loss)
+            row = [name, *(f"{n / 2**20:.2f} MiB" for n in (kept, peak)), str(allocations)]
+            rows += [] if row in rows else [row]
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    with one_thread(), tdeq.backend("torch"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "a backward solve")
+        main()

@@ -95,6 +95,17 @@ def test_memory_is_flat_in_steps_and_that_of_explicit_nets_is_not():
             assert many <= 1.1 * few if name in memory.FLAT else many > 1.4 * few, (net, name)
 
 
+@pytest.mark.filterwarnings("ignore:a backward solve")
+def test_a_training_step_keeps_one_block_and_three_states_whatever_its_steps():
+    """Three: the solution, the one with a gradient, and the image there. What each sample has is beside them."""
+    few, many = ([memory.held(loss) for loss in memory.training(steps).values()] for steps in (4, 16))
+    (block, *_), (kept, peak, allocations) = few
+    batch, tokens, features, _ = memory.blocks.SIZES["cpu"]
+    state = 4 * batch * tokens * features
+    assert kept <= block + 3 * state + 4096
+    assert abs(many[1][0] - kept) < 4096 and abs(many[1][1] - peak) < 4096 and many[1][2] > allocations
+
+
 def test_a_memory_that_grows_is_a_fault(monkeypatch):
     sizes = iter(range(10**6, 10**8, 10**5))
     monkeypatch.setattr(memory, "of_net", lambda net, x: next(sizes))

@@ -39,7 +39,7 @@ def test_the_table():
         assert record["over_hand"] > 0 and (record["contestant"] != "by hand" or record["over_hand"] == 1)
 
 
-@pytest.mark.parametrize("name", ["Affine", "Gated", "MLP"])
+@pytest.mark.parametrize("name", ["Affine", "Gated", "MLP", "Monotone"])
 def test_no_cell_is_decomposed_as_it_is_constructed(name, monkeypatch):
     """Of a wide cell: a decomposition takes seconds, and drawing the weights a fraction of one."""
 
@@ -48,7 +48,7 @@ def test_no_cell_is_decomposed_as_it_is_constructed(name, monkeypatch):
 
     for function in ("svdvals", "svd", "eigh", "matrix_norm", "eigvalsh"):
         monkeypatch.setattr(torch.linalg, function, decompose)
-    bounded = {} if name == "MLP" else {"contraction": 0.9}
+    bounded = {"contraction": 0.9} if name in ("Affine", "Gated") else {}
     for options in ({}, bounded):
         getattr(cells, name)(300, **options)
 

@@ -78,14 +78,15 @@ class PeakMemory(TorchDispatchMode):
     """Measures in `peak` the bytes at the peak of what is allocated under it, beside all that existed before.
 
     On CUDA the caching allocator counts, and `peak` is known when the block has ended. On a CPU the storages of tensors
-    that operations return are counted; what an operation uses inside itself does not show.
+    that operations return are counted, and how many there were is in `allocations`; what an operation uses inside
+    itself does not show.
     """
 
     def __init__(self, device: torch.device):
         super().__init__()
         self.cuda = device if device.type == "cuda" else None
         self.live: dict[int, int] = {}  # bytes by storage
-        self.bytes = self.peak = 0
+        self.bytes = self.peak = self.allocations = 0
 
     def __enter__(self) -> "PeakMemory":
         if self.cuda is None:
@@ -108,6 +109,7 @@ class PeakMemory(TorchDispatchMode):
             if key not in old and key not in self.live:
                 self.live[key] = storage.nbytes()
                 self.bytes += storage.nbytes()
+                self.allocations += 1
                 weakref.finalize(storage, self._free, key)
         self.peak = max(self.peak, self.bytes)
         return out

@@ -11,7 +11,7 @@ ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh}
 SPLITTINGS = [PeacemanRachford(), PeacemanRachford(0.3), PeacemanRachford(2.0), ForwardBackward()]
 
 
-def expansive(features=12, activation="relu", margin=0.5, gain=3.0, dtype=torch.float64):
+def expansive(features=12, activation="relu", margin=0.5, gain=4.0, dtype=torch.float64):
     """A cell whose ||W|| is above 1."""
     cell = Monotone(features, activation=activation, margin=margin, dtype=dtype)
     with torch.no_grad():
@@ -51,6 +51,31 @@ def test_assigning_a_weight_keeps_the_nearest_monotone_one():
     torch.testing.assert_close(cell.weight, inside, rtol=1e-12, atol=1e-12)
     cell.weight = 2 * torch.eye(6, dtype=torch.float64)
     torch.testing.assert_close(cell.weight, 0.6 * torch.eye(6, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("margin", [0.1, 0.5, 1.0, 3.0])
+def test_every_row_of_a_and_b_can_learn(margin):
+    """At initialisation, and after a weight was assigned whose symmetric part is cut off in half of the directions."""
+    cell, x = Monotone(64, margin=margin), torch.randn(100, 64)
+    for weight in (None, torch.randn(64, 64) / 8):
+        if weight is not None:
+            cell.weight = weight
+        cell.zero_grad()
+        DEQ(cell, tol=1e-5)(x).square().sum().backward()
+        for part in (cell.parametrizations.weight.original0, cell.parametrizations.weight.original1):
+            assert part.grad.norm(dim=1).min() > 1e-6 * part.grad.norm(dim=1).max()
+
+
+@pytest.mark.parametrize("features", [64, 512])
+@pytest.mark.parametrize("margin", [0.1, 0.5, 1.0, 3.0])
+def test_a_weight_begins_as_large_as_that_of_affine(margin, features):
+    """Both parts have the spectral norm 0.9 / sqrt 2 of the parts of a normal matrix of norm 0.9, or what m allows."""
+    w = Monotone(features, margin=margin).weight.detach().double()
+    half, g = (w - w.mT) / 2, 0.9 / 2**0.5
+    assert 0.85 * g < torch.linalg.matrix_norm(half, 2) < 1.1 * g
+    values = torch.linalg.eigvalsh((w + w.mT) / 2)
+    assert values[-1] <= min(g * 1.15, 1 - margin) + 1e-6
+    assert abs(values[0] - (min(1 - margin, 0) - g)) < 0.15 * g
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -104,7 +129,7 @@ def test_second_derivatives(solver):
 
 @pytest.mark.parametrize("forward, backward", [(Picard(), PeacemanRachford()), (PeacemanRachford(), Anderson(8))])
 def test_forward_and_backward_solvers_may_differ(forward, backward):
-    cell, x = expansive(gain=2.0), torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
+    cell, x = expansive(gain=2.5), torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
     if isinstance(forward, Picard):
         cell = Monotone(12).double()
     exact = DEQ(cell, tol=1e-12, max_steps=5000)(x)

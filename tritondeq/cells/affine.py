@@ -17,7 +17,7 @@ from .contraction import SpectralBound, draw
 from .rows import RowCell
 
 _SLOPES = {"gelu": 1.1289}  # largest |act'|, where it is not 1
-_GAIN = 0.9  # of the Lipschitz bound at initialisation
+GAIN = 0.9  # of the Lipschitz bound at initialisation
 
 
 class Affine(RowCell):
@@ -65,7 +65,7 @@ class Affine(RowCell):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws W anew, normal and scaled to its norm, and U and b as nn.Linear does."""
-        norm = _GAIN / _SLOPES.get(self.activation, 1.0)
+        norm = GAIN / _SLOPES.get(self.activation, 1.0)
         if parametrize.is_parametrized(self, "weight"):
             w = torch.empty_like(self.weight)
             draw(w, norm)

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 from ..checks import number
 from ..solvers import PeacemanRachford, Solver
 from ..solvers.splitting import Splitting
-from .affine import Affine
+from .affine import GAIN, Affine
 from .base import is_linear, one_of
 from .contraction import norm_bound
 
@@ -28,9 +28,26 @@ class MonotoneForm(nn.Module):
 
     def right_inverse(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (A, B) of the nearest W in this set: the excess of its symmetric part over 1 - m is cut off."""
+        if not w.any():  # as at construction: a decomposition of a wide matrix takes a second
+            return max(1 - self.margin, 0.0) ** 0.5 * torch.eye(len(w), dtype=w.dtype, device=w.device), w
         values, vectors = torch.linalg.eigh((w + w.mT) / 2)
-        a = (1 - self.margin - values).clamp_min(0).sqrt().unsqueeze(1) * vectors.mT
+        least = torch.finfo(w.dtype).eps  # a row of A that is zero would have a gradient of zero for ever
+        a = (1 - self.margin - values).clamp_min(least).sqrt().unsqueeze(1) * vectors.mT
         return a, (w - w.mT) / 4
+
+    @torch.no_grad()
+    def draw(self, a: Tensor, b: Tensor) -> None:
+        """Draws A and B such that W is about as large as a normal matrix of norm GAIN.
+
+        The parts of that have norm g = GAIN / sqrt 2. Here B - B' has it, and for m at most 1 the eigenvalues of the
+        symmetric part are between -g and min(g, 1 - m): A = s I + X + X', and has its own between the roots of
+        1 - m - g (or 0) and of 1 - m + g.
+        """
+        n, g = len(a), GAIN / 2**0.5
+        low, high = max(1 - self.margin - g, 0.0) ** 0.5, (max(1 - self.margin, 0.0) + g) ** 0.5
+        x = torch.empty_like(a).normal_(std=(high - low) / (32 * n) ** 0.5)
+        torch.add(x, x.mT, out=a).diagonal().add_((high + low) / 2)
+        b.normal_(std=GAIN / (4 * n**0.5))
 
 
 class Monotone(Affine):
@@ -38,7 +55,7 @@ class Monotone(Affine):
 
     The symmetric part of I - W is m I + A'A, so the equilibrium exists and is unique for every value of the parameters,
     also where ||W|| > 1 and plain iteration diverges. `PeacemanRachford`, this cell's default solver in a DEQ, always
-    reaches it. At initialisation with m at most 1, W is the nearest to `Affine`'s.
+    reaches it. At initialisation with m at most 1, W is about as large as `Affine`'s.
 
     Up to 256 features, and on a GPU, a solve is one Triton launch, and so is its adjoint: by PeacemanRachford or
     ForwardBackward (with tanh at alpha = 1 only), Picard or Anderson(memory <= 4).
@@ -68,6 +85,17 @@ class Monotone(Affine):
         )
         self.margin = float(margin)
         parametrize.register_parametrization(self, "weight", MonotoneForm(self.margin), unsafe=True)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws A and B anew, normal around a multiple of I and around 0, and U and b as nn.Linear does."""
+        if not parametrize.is_parametrized(self, "weight"):
+            self.weight.zero_()
+            return
+        made: Any = self.parametrizations
+        made.weight[0].draw(made.weight.original0, made.weight.original1)
+        self.input.reset_parameters()
 
     def splitting(self, injection: tuple[Tensor, Tensor]) -> Splitting:
         w, u, narrow = self._operands(injection)

@@ -1,12 +1,10 @@
-"""Formulas in torch that the library and the references of kernels share: activations, norms, residuals."""
+"""Formulas in torch that the library and the references of kernels share: activations and norms."""
 
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from . import rules
 
 RMS_EPS = 1e-6
 
@@ -114,17 +112,3 @@ def unit(g: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     norm = torch.linalg.vector_norm(g if mask is None else torch.where(mask, g, 0.0), dim=1, keepdim=True)
     norm.masked_fill_(norm == 0, 1.0)
     return g / norm, scale * norm
-
-
-def residual(y: Tensor, z: Tensor, base: Tensor | None, start: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Returns the residual [B] of z [B, N] whose image is y, as rules.py has it with `relative` 1.
-
-    Without `base`, the least of what it is relative to, that is found from the start in place of its image.
-    """
-    g = y - z
-    if mask is not None:
-        g, y, start = (torch.where(mask, x, 0.0) for x in (g, y, start))
-    r, s = (torch.linalg.vector_norm(x, dim=1) for x in (g, y))
-    if base is None:
-        base = (rules.SHARE * torch.linalg.vector_norm(start, dim=1)).clamp_(min=max(scale, rules.EPS))
-    return r / torch.maximum(s, base)

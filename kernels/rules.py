@@ -55,6 +55,20 @@ CONVERGED, PLATEAU, MAX_STEPS, GROWING, NONFINITE = range(5)
 _IN_NUMPY = {torch.float32: numpy.float32, torch.float64: numpy.float64}
 
 
+def residual(y: Tensor, z: Tensor, base: Tensor | None, start: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Returns the residual [B] of z [B, N] whose image is y, with `relative` 1.
+
+    Without `base`, the least of what it is relative to, that is found from the start in place of its image.
+    """
+    g = y - z
+    if mask is not None:
+        g, y, start = (torch.where(mask, x, 0.0) for x in (g, y, start))
+    r, s = (torch.linalg.vector_norm(x, dim=1) for x in (g, y))
+    if base is None:
+        base = (SHARE * torch.linalg.vector_norm(start, dim=1)).clamp_(min=max(scale, EPS))
+    return r / torch.maximum(s, base)
+
+
 @numpy.errstate(all="ignore")
 def _quietly(update: Callable, k: int, r: Any, s: Any) -> Any:
     return update(k, r, s)  # norms may overflow, and residuals be NaN

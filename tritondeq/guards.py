@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .kernels import devices, dispatch, formulas
+from .kernels import devices, dispatch, rules
 from .layout import Layout, pytree, transformed
 from .loop import Settings
 from .problem import Parts
@@ -158,11 +158,11 @@ def compare(image: Tensor, outcome: Outcome, settings: Settings, start: Tensor, 
     y, z, base, mask = image.detach(), outcome.value, outcome.base, settings.mask
     op, _ = dispatch.pick("norms.residual", y.device, y=y)
     if op is None:
-        _warn_above(formulas.residual(y, z, base, start, mask, settings.scale), outcome, settings, layout)
+        _warn_above(rules.residual(y, z, base, start, mask, settings.scale), outcome, settings, layout)
     else:
         factor, least = _far(outcome, settings, layout)
-        rules: dict[str, float] = {"scale": settings.scale, "factor": factor, "least": least}
-        warn_if(op.run(y, z, base, start, mask, outcome.residual, **rules), _NOT_A_FUNCTION)  # type: ignore[union-attr]
+        limits: dict[str, float] = {"scale": settings.scale, "factor": factor, "least": least}
+        warn_if(op.run(y, z, base, start, mask, outcome.residual, **limits), _NOT_A_FUNCTION)  # type: ignore[union-attr]
 
 
 def compare_last(outcome: Outcome, settings: Settings, layout: Layout) -> None:

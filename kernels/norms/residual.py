@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .. import bound, launch, rules
 from ..dispatch import RowOp, register
-from ..formulas import residual
 from ..tl_common import SHARE, product
 
 MOST = 8192  # elements of a sample that fit in the registers of a program
@@ -25,7 +24,7 @@ def far_ref(
     *, scale: float, factor: float, least: float,
 ) -> Tensor:  # fmt: skip
     """Returns `far` in torch."""
-    return residual(y, z, base, start, mask, scale) > (factor * reported).clamp_(min=least)
+    return rules.residual(y, z, base, start, mask, scale) > (factor * reported).clamp_(min=least)
 
 
 @triton.jit

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import torch
 
-from tritondeq.kernels import dispatch, formulas, launch
+from tritondeq.kernels import dispatch, launch, rules
 
 from .cases import Outcome, case, off
 
@@ -138,7 +138,7 @@ def residual_far(batch=37, width=100, *, masked=False, based=False, choice=None)
     z, mask = y + 1e-2 * torch.randn(batch, width), torch.rand(batch, width) > 0.3 if masked else None
     base = torch.rand(batch) if based else None
     far = torch.arange(batch) % 2 == 0
-    reported = formulas.residual(y, z, base, start, mask, 1e-13) * torch.where(far, 0.5, 2.0) / 3
+    reported = rules.residual(y, z, base, start, mask, 1e-13) * torch.where(far, 0.5, 2.0) / 3
     with launch.override("norms.residual", choice) if choice else nullcontext():
         got = op.run(y, z, base, start, mask, reported, scale=1e-13, factor=3.0, least=0.0)
     outcome = Outcome((got,))

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-# Launches, and torch operations and calls of Python functions at most, of a forward pass and of a training step. A solve
-# is one launch and one of its weights' terms; one scales a right-hand side, and one compares residuals of other solvers
-# than those of Monotone.
+# Launches, and torch operations and Python calls at most, of a forward pass and of a training step. A solve is one
+# launch and one of its weights' terms; one scales a right-hand side, and one compares residuals unless a solver splits.
 MOST = {
     "Affine": ((2, 3, 300), (6, 28, 720)),
     "MLP": ((2, 11, 360), (6, 100, 960)),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .held import parts_of
 from .kernels import devices, dispatch, rules
 from .layout import Layout, pytree, transformed
 from .loop import Settings
@@ -139,17 +140,18 @@ def leaves_something(modules: tuple[nn.Module, ...]) -> bool:
     That is, by a forward hook, or in an attribute that has a graph. Hooks of FSDP do not count, nor does the weight
     that the old weight_norm and spectral_norm compute.
     """
-    for module in modules:
-        for part in module.modules():
-            if part._forward_hooks and not any(c.__name__ == "FSDPModule" for c in type(part).__mro__):
+    for part in parts_of(modules):
+        if part._forward_hooks and not any(c.__name__ == "FSDPModule" for c in type(part).__mro__):
+            return True
+        for name, value in vars(part).items():
+            if name[0] == "_" or not isinstance(value, Tensor | list | tuple | dict):
+                continue
+            if name in {getattr(hook, "name", None) for hook in part._forward_pre_hooks.values()}:
+                continue
+            values: Any = (value,) if isinstance(value, Tensor) else value
+            values = values.values() if isinstance(values, dict) else values
+            if any(isinstance(leaf, Tensor) and leaf.grad_fn is not None for leaf in values):
                 return True
-            computed = {getattr(hook, "name", None) for hook in part._forward_pre_hooks.values()}
-            for name, value in vars(part).items():
-                if name not in computed and isinstance(value, Tensor | list | tuple | dict) and name[0] != "_":
-                    values: Any = (value,) if isinstance(value, Tensor) else value
-                    values = values.values() if isinstance(values, dict) else values
-                    if any(isinstance(leaf, Tensor) and leaf.grad_fn is not None for leaf in values):
-                        return True
     return False
 
 

@@ -199,4 +199,21 @@ def _norms() -> list[Problem]:
         _norm("norms.group_norm", "", ("y",), (a, b, *vectors), 3, 1e-5, "before"),
         _norm("norms.group_norm", " split", ("y",), (a, b, *vectors), 3, 1e-5, "after", BLOCK_P=32),
         _norm("norms.residual_rms", "", ("s", "n"), rows, 1e-6),
+        _norm("norms.unit", "", ("unit", "scale"), rows[:1]),
+        _far(rows[0], rows[1]),
     ]
+
+
+def _far(y: Tensor, start: Tensor) -> Problem:
+    """Residuals that are reported as half of what they are, or twice, of z = y (1 + 2^-6)."""
+    reported = 2.0**-6 * torch.tensor([0.5, 2.0] * len(y))[: len(y)]
+    limits = {"scale": 0.0, "factor": 1.0, "least": 0.0}
+
+    def solve(device: torch.device, dtype: torch.dtype, kernel: bool, tol: float) -> Result:
+        one = dispatch.load("norms.residual")
+        image, begin, residuals = placed((y, start, reported), device, dtype)
+        run = one.run if kernel else one.ref
+        far = run(image, image * (1 + 2.0**-6), None, begin, None, residuals, **limits)
+        return {"1 + far": 1 + far.to(dtype)[:, None]}
+
+    return Problem("norms.residual", "norms.residual", solve)

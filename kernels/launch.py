@@ -153,6 +153,11 @@ def whole_rows(*, features, BLOCK_R=None, num_warps=None) -> dict | None:
     return {"BLOCK_R": BLOCK_R, "BLOCK_D": block_d, "num_warps": num_warps or warps}
 
 
+def samples(*, features) -> dict | None:
+    """Parameters of an op on whole samples, of which a solve has one; nothing to tune, it is short beside the solve."""
+    return whole_rows(features=features)
+
+
 def affine_steps(*, batch, features, terms, start=False, shared=SHARED, TILE=None, num_warps=None) -> dict | None:
     """Parameters of a step of the affine cell with its GEMM.
 
@@ -204,7 +209,8 @@ SHAPES: dict[str, Callable[..., dict | None]] = {
     **dict.fromkeys(("rows.affine", "rows.mlp", "rows.gated"), rows),
     **dict.fromkeys(("steps.picard", "steps.anderson", "steps.broyden"), steps),
     "steps.affine": affine_steps,
-    **dict.fromkeys(("norms.residual_rms", "norms.residual", "norms.unit"), whole_rows),
+    **dict.fromkeys(("norms.residual", "norms.unit"), samples),
+    "norms.residual_rms": whole_rows,
     "norms.group_norm": group_norm,
 }
 
@@ -212,6 +218,7 @@ _WARPS = (1, 2, 4, 8, 16)
 TUNABLE: dict[Callable, dict[str, tuple]] = {
     rows: {"BLOCK_B": (16, 32, 64), "STREAM": (False, True), "num_warps": _WARPS},
     steps: {"BLOCK_N": tuple(128 << i for i in range(6)), "num_warps": _WARPS},
+    samples: {},
     whole_rows: {"BLOCK_R": tuple(1 << i for i in range(13)), "num_warps": _WARPS},
     group_norm: {"BLOCK_P": tuple(1 << i for i in range(15)), "num_warps": _WARPS},
     affine_steps: {"TILE": tuple(dict.fromkeys((*sum(TILES.values(), ()), *MORE_TILES))), "num_warps": _WARPS},

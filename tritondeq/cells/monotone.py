@@ -19,7 +19,7 @@ class MonotoneForm(nn.Module):
 
     def __init__(self, margin: float):
         super().__init__()
-        self.margin = margin
+        self.margin, self.drawn = margin, False
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         with torch.autocast(a.device.type, enabled=False):
@@ -28,8 +28,8 @@ class MonotoneForm(nn.Module):
 
     def right_inverse(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (A, B) of the nearest W in this set: the excess of its symmetric part over 1 - m is cut off."""
-        if not w.any():  # as at construction: a decomposition of a wide matrix takes a second
-            return max(1 - self.margin, 0.0) ** 0.5 * torch.eye(len(w), dtype=w.dtype, device=w.device), w
+        if not self.drawn:  # as torch registers this; to decompose a wide matrix would take a second
+            return w, w.clone()
         values, vectors = torch.linalg.eigh((w + w.mT) / 2)
         least = torch.finfo(w.dtype).eps  # a row of A that is zero would have a gradient of zero for ever
         a = (1 - self.margin - values).clamp_min(least).sqrt().unsqueeze(1) * vectors.mT
@@ -43,6 +43,7 @@ class MonotoneForm(nn.Module):
         symmetric part are between -g and min(g, 1 - m): A = s I + X + X', and has its own between the roots of
         1 - m - g (or 0) and of 1 - m + g.
         """
+        self.drawn = True
         n, g = len(a), GAIN / 2**0.5
         low, high = max(1 - self.margin - g, 0.0) ** 0.5, (max(1 - self.margin, 0.0) + g) ** 0.5
         x = torch.empty_like(a).normal_(std=(high - low) / (32 * n) ** 0.5)

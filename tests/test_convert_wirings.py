@@ -1,5 +1,7 @@
 """How residual stacks begin as equilibria: the command, and what the docstring of `to_equilibrium` promises of it."""
 
+import pytest
+
 from tritondeq.bench import wirings
 from tritondeq.bench.machine import installed
 
@@ -11,6 +13,7 @@ def numbers(cell: str) -> tuple[float, float]:
     return float(low), float(high)
 
 
+@pytest.mark.slow
 def test_stacks_as_they_are_drawn_are_contractions(capsys):
     wirings.main(["--seeds", "1", "--blocks", "3"])
     printed = capsys.readouterr().out

@@ -137,7 +137,9 @@ IN_BACKWARD = {
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("threads", [True, False], ids=["device threads", "one thread"])
+@pytest.mark.parametrize(
+    "threads", [pytest.param(True, marks=pytest.mark.slow), False], ids=["device threads", "one thread"]
+)
 @pytest.mark.parametrize("name", IN_BACKWARD)
 def test_a_with_block_holds_in_backward_passes_of_other_threads(monkeypatch, device, name, threads):
     """Of first and second derivatives: a thread that takes them has no block, and on CUDA autograd has its own."""

@@ -119,7 +119,9 @@ def test_gradients_are_those_of_the_dense_system(solver, activation):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("solver", [PeacemanRachford(), ForwardBackward()], ids=repr)
+@pytest.mark.parametrize(
+    "solver", [PeacemanRachford(), pytest.param(ForwardBackward(), marks=pytest.mark.slow)], ids=repr
+)
 def test_second_derivatives(solver):
     cell, x = expansive(4, "tanh", gain=4.0), torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
     layer = DEQ(cell, solver=solver, tol=1e-13, max_steps=20_000)
@@ -213,6 +215,7 @@ def test_kernels_agree_with_torch(solver, activation):
 
 
 @pytest.mark.kernels
+@pytest.mark.slow
 def test_wide_cells_take_steps_that_hold_the_product():
     cell, x, results = Monotone(260), torch.randn(2, 260), []
     for name in ("torch", "triton"):

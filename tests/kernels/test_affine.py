@@ -27,8 +27,10 @@ CASES = [(Whole, "small", *case) for case in [(5, 1, "tanh", 2), (15, 7, "relu",
 CASES += [(Whole, "small", *case) for case in [(17, 64, "identity", 3), (1, 65, "gelu", 2), (3, 128, "sin", 3)]]
 CASES += [(Whole, "small", *case) for case in [(2, 256, "relu", 1), (17, 256, "tanh", 2), (3, 256, "identity", 3)]]
 CASES += [(Steps, "small", *case) for case in [(5, 1, "tanh", 2), (15, 7, "relu", 2), (17, 33, "gelu", 1)]]
-CASES += [(Steps, "small", *case) for case in [(33, 64, "sin", 2), (16, 65, "identity", 3), (150, 33, "tanh", 2)]]
-CASES += [(Steps, "split", *case) for case in [(65, 70, "tanh", 2), (1, 129, "gelu", 2), (2, 257, "sin", 1)]]
+CASES += [(Steps, "small", *case) for case in [(33, 64, "sin", 2), (16, 65, "identity", 3)]]
+CASES += [(Steps, "split", *case) for case in [(1, 129, "gelu", 2), (2, 257, "sin", 1)]]
+LONG = [(Steps, "small", 150, 33, "tanh", 2), (Steps, "split", 65, 70, "tanh", 2)]
+CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in LONG]
 
 
 @pytest.fixture(params=WAYS)
@@ -168,8 +170,14 @@ def test_growing(device, small):
 
 
 @nonfinite
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("kind, memory", [(Whole, 0), (Whole, 2), (Steps, 0)])
+@pytest.mark.parametrize(
+    "kind, memory, bad",
+    [
+        *((Whole, memory, bad) for memory in (0, 2) for bad in (math.nan, math.inf)),
+        (Steps, 0, math.nan),
+        pytest.param(Steps, 0, math.inf, marks=pytest.mark.slow),
+    ],
+)
 def test_nonfinite_row_stays_alone(device, monkeypatch, kind, memory, bad):
     choose_tile(monkeypatch, "small")
     w, u = problem(18, kind.features, device)
@@ -221,7 +229,7 @@ def test_best_iterate_is_returned(device, way):
     [
         (Whole, "small", 17, 37, 0, 60),
         (Whole, "small", 17, 37, 2, 60),
-        (Whole, "small", 256, 18, 0, 8),
+        pytest.param(Whole, "small", 256, 18, 0, 8, marks=pytest.mark.slow),
         pytest.param(Steps, "small", 70, 37, 0, 10, marks=pytest.mark.slow),
         pytest.param(Steps, "split", 70, 37, 0, 60, marks=pytest.mark.slow),
     ],

@@ -240,7 +240,7 @@ def test_any_state(data):
         assert (b - a).norm() <= 4e-3 * (1 + a.norm())
 
 
-@pytest.mark.parametrize("solver", FUSED, ids=str)
+@pytest.mark.parametrize("solver", [*FUSED[:-1], pytest.param(FUSED[-1], marks=pytest.mark.slow)], ids=str)
 def test_gradients(solver, device):
     """The adjoint's steps are fused as well; second derivatives too."""
     grads = []

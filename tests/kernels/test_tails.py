@@ -117,7 +117,7 @@ class Ended(tdeq.cells.Cell):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("tokens, features", [(3, 7), (9, 129)])
+@pytest.mark.parametrize("tokens, features", [(3, 7), pytest.param(9, 129, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("solver", SOLVERS, ids=str)
 def test_solvers(solver, tokens, features, device):
     """The same solutions, masked and not, without a call of f itself."""

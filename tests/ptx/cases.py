@@ -7,6 +7,7 @@ The functions load kernels by `dispatch.load`, so that the names of all cases ca
 
 import functools
 import importlib
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from tritondeq.kernels.rules import CONVERGED, NONFINITE
 
+CHIPS = (80, 90)  # capabilities, times ten
 FACTOR = 3.0  # a row may be this much further from float64 than that of the reference in its own dtype
 MOVED = 4  # times that a reference is run on inputs that differ by a rounding
 # Relative error that a kernel may have whatever the reference's is: a few roundings of its results.
@@ -35,6 +37,7 @@ class Case:
         smoke: Whether every run of the tests has it.
         notes: Whether lanes of one warp may store different values in one place, of which nothing may come.
         most: How many of the schedules it runs under at most, where all take too long.
+        chip: The one of `CHIPS` for which test runs have it under more schedules, or alone.
     """
 
     name: str
@@ -42,6 +45,10 @@ class Case:
     smoke: bool = False
     notes: bool = False
     most: int | None = None
+
+    @property
+    def chip(self) -> int:
+        return CHIPS[zlib.crc32(self.name.encode()) % len(CHIPS)]
 
 
 CASES: dict[str, Case] = {}

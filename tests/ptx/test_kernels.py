@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +17,9 @@ import pytest
 from tritondeq.kernels import dispatch
 
 from . import mutations
-from .cases import load
+from .cases import CHIPS, load
 
 ROOT = Path(__file__).parent.parent.parent
-CHIPS = (80, 90)
 LEAST = (3, 6)  # of Triton, whose older releases give PTX that the emulator was not written for
 CASES = load()
 TL_STEPS = "steps/tl_steps.py"
@@ -32,7 +30,7 @@ pytestmark = pytest.mark.kernels
 def run(chip: int, names: list[str], folder: Path) -> dict[str, dict]:
     """Runs these cases for a chip in a process of its own; returns what each found, by name.
 
-    Cases of every run do so under two random schedules, and the others under one.
+    Cases of every run do so under two random schedules for their chip, and under one for the other.
     """
     file = folder / f"{chip}.json"
     command = [sys.executable, "-m", "tests.ptx", "--quick", "--chips", str(chip), "--json", str(file), *names]
@@ -58,7 +56,7 @@ def outcomes(request, tmp_path_factory):
 def each():
     """Returns (name, chip) of the cases: those of every run for both chips, and the slow others for one, by name."""
     for name, case in CASES.items():
-        for chip in CHIPS if case.smoke else (CHIPS[zlib.crc32(name.encode()) % 2],):
+        for chip in CHIPS if case.smoke else (case.chip,):
             yield pytest.param(name, chip, marks=[] if case.smoke else pytest.mark.slow, id=f"{name}-{chip}")
 
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from .. import bound, launch
 from ..dispatch import RowOp, register
 from ..formulas import unit as unit_ref
-from ..tl_common import product
+from ..tl_common import constant, product
 
 MOST = 8192  # elements of a sample that fit in the registers of a program
+LESS, MORE = constant(2.0**-32), constant(2.0**32)
 
 
 @triton.jit
@@ -39,13 +40,14 @@ def _unit_kernel(
     g = tl.load(g_ptr + offs, mask=mask, other=0.0)
     scale = tl.max(tl.abs(g), 1)
     scale = tl.where(scale == 0.0, 1.0, scale)
-    g = tl.div_rn(g, scale[:, None])  # the plain quotient is 0 where it divides by more than 2^126
+    shift = tl.where(scale > 1.0, LESS, MORE)  # a quotient is exact to 2 ulps for divisors from 2^-126 to 2^126
+    g = (g * shift[:, None]) / (scale * shift)[:, None]
     counted = g
     if HAS_MASK:
         counted = tl.where(tl.load(mask_ptr + offs, mask=mask, other=0) != 0, g, 0.0)
     norm = tl.sqrt(tl.sum(product(counted, counted), 1))
     norm = tl.where(norm == 0.0, 1.0, norm)
-    tl.store(unit_ptr + offs, tl.div_rn(g, norm[:, None]), mask=mask)
+    tl.store(unit_ptr + offs, g / norm[:, None], mask=mask)
     tl.store(scale_ptr + rows, scale * norm, mask=rows < B)
 
 

@@ -54,7 +54,9 @@ def forwards(monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("activation", ["tanh", "relu", "gelu", "sin", "identity"])
-@pytest.mark.parametrize("solver", [Picard(damping=0.8), Anderson(memory=5)], ids=repr)
+@pytest.mark.parametrize(
+    "solver", [Picard(damping=0.8), pytest.param(Anderson(memory=5), marks=pytest.mark.slow)], ids=repr
+)
 def test_activations_are_applied_by_the_step(solver, activation, forwards):
     cell, x, results = Affine(12, activation=activation), torch.randn(5, 12), []
     calls, mask = forwards(cell), torch.rand(5, 12) > 0.2 if isinstance(solver, Picard) else None

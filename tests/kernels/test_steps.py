@@ -66,8 +66,13 @@ def test_same_values_steps_and_status(solver, dtype, width, device):
     assert (eager.status == Status.CONVERGED).any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("solver", FUSED, ids=str)
+@pytest.mark.parametrize(
+    "solver, dtype",
+    [(solver, DTYPES[0]) for solver in FUSED]
+    + [(FUSED[0], dtype) for dtype in DTYPES[1:]]
+    + [pytest.param(solver, dtype, marks=pytest.mark.slow) for solver in FUSED[1:] for dtype in DTYPES[1:]],
+    ids=str,
+)
 def test_samples_that_several_programs_share(solver, dtype, device):
     f = elementwise(2, SPLIT, dtype, device)
     config = launch.parameters(solver.fused_steps, width=SPLIT, itemsize=dtype.itemsize)

@@ -38,6 +38,7 @@ class Case:
         smoke: Whether every run of the tests has it.
         notes: Whether lanes of one warp may store different values in one place, of which nothing may come.
         most: How many of the schedules it runs under at most, where all take too long.
+        rare: Whether `python -m tests.ptx` alone has it: it takes long, and the others differ in little.
         chip: The one of `CHIPS` for which test runs have it under more schedules, or alone.
     """
 
@@ -46,6 +47,7 @@ class Case:
     smoke: bool = False
     notes: bool = False
     most: int | None = None
+    rare: bool = False
 
     @property
     def chip(self) -> int:
@@ -102,16 +104,19 @@ def load() -> dict[str, Case]:
     return CASES
 
 
-def case(function=None, /, *, smoke=False, notes=False, most=None, **variants):
-    """Registers a case, or one for each variant; `smoke` is True, or the name of the variant that is."""
+def case(function=None, /, *, smoke=False, notes=False, most=None, rare=(), **variants):
+    """Registers a case, or one for each variant.
+
+    `smoke` is True, or the name of the variant that is; `rare` has the names of those that are.
+    """
     if function is None:
-        return functools.partial(case, smoke=smoke, notes=notes, most=most, **variants)
+        return functools.partial(case, smoke=smoke, notes=notes, most=most, rare=rare, **variants)
     name = function.__name__
     if not variants:
         CASES[name] = Case(name, function, smoke, notes, most)
     for variant, arguments in variants.items():
         run = functools.partial(function, **arguments)
-        CASES[f"{name}.{variant}"] = Case(f"{name}.{variant}", run, variant == smoke, notes, most)
+        CASES[f"{name}.{variant}"] = Case(f"{name}.{variant}", run, variant == smoke, notes, most, variant in rare)
     return function
 
 

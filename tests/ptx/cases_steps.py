@@ -25,6 +25,7 @@ SOLVERS = {
 }
 EACH = {name: {"solver": solver} for name, solver in SOLVERS.items()}
 FEW = {name: EACH[name] for name in ("picard", "anderson3", "half", "broyden3")}
+LONG = ("anderson8", "broyden8")  # rare but where programs share a sample
 MOST = FEW | {name: EACH[name] for name in ("anderson8", "broyden8")}
 
 
@@ -81,12 +82,12 @@ def simple(solver, batch, width, *, dtype=torch.float32, masked=False, spread=0.
     return both(solver, parts, z.to(dtype), mask=mask, **options)
 
 
-@case(**EACH)
+@case(rare=LONG, **EACH)
 def steps_one_warp(solver):
     return simple(solver, 3, 100, masked=True)
 
 
-@case(smoke="broyden3", **EACH)
+@case(rare=LONG, smoke="broyden3", **EACH)
 def steps_two_warps(solver):
     return simple(solver, 3, 400, choice={"num_warps": 2}, spread=0.8)
 
@@ -107,7 +108,7 @@ def steps_shipped_split(solver):
     return simple(solver, 1, 2049, max_steps=4)
 
 
-@case(**MOST)
+@case(rare=LONG, **MOST)
 def steps_float64(solver):
     return simple(solver, 3, 200, dtype=torch.float64, choice={"num_warps": 2}, tol=1e-6, spread=0.8, masked=True)
 
@@ -117,7 +118,7 @@ def steps_float64_split(solver):
     return simple(solver, 2, 700, dtype=torch.float64, choice={"BLOCK_N": 256}, max_steps=6, spread=0.8)
 
 
-@case(**EACH)
+@case(rare=LONG, **EACH)
 def steps_one_number(solver):
     """A batch of one with a state of one number: both become constants of the kernel."""
     return simple(solver, 1, 1)
@@ -182,7 +183,7 @@ def restless(solver, width, dtype=torch.float32, place=lambda k, image: image, *
     return both(solver, parts, fixed.to(dtype), tol=1e-8, max_steps=7, **options)
 
 
-@case(smoke="picard", **EACH)
+@case(rare=LONG, smoke="picard", **EACH)
 def steps_restless(solver):
     return restless(solver, 200, choice={"num_warps": 2})
 

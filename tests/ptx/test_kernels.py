@@ -54,9 +54,9 @@ def outcomes(request, tmp_path_factory):
 
 
 def each():
-    """Returns (name, chip) of the cases: those of every run for both chips, and the slow others for one, by name."""
+    """Yields (name, chip): cases of every run for both chips, slow ones for one by their name, and no rare ones."""
     for name, case in CASES.items():
-        for chip in CHIPS if case.smoke else (case.chip,):
+        for chip in CHIPS if case.smoke else () if case.rare else (case.chip,):
             yield pytest.param(name, chip, marks=[] if case.smoke else pytest.mark.slow, id=f"{name}-{chip}")
 
 

@@ -50,8 +50,8 @@ AXES = {
         "features": (1, 7, 32, 1024, 8192), "a": ("float32", "bfloat16"), "b": ("float32", "bfloat16"),
         "batch": (1, 64), "gamma": BOTH, "weight": BOTH, "keep_sum": BOTH,
     },
-    "unit": {"features": (1, 7, 32, 1024, 8192), "batch": (1, 64), "masked": BOTH},
-    "residual": {"features": (1, 7, 32, 1024, 8192), "batch": (1, 64), "masked": BOTH, "based": BOTH},
+    "unit": {"features": (1, 32, 8192), "batch": (1, 64), "masked": BOTH},
+    "residual": {"features": (1, 32, 8192), "batch": (1, 64), "masked": BOTH, "based": BOTH},
     "group_norm": {
         "pixels": (1, 49, 1 << 16), "width": (1, 4, 15, 8192), "dtype": ("float32", "bfloat16", "float16"),
         "relu": ("before", "after", None), "batch": (1, 2), "groups": (1, 2), "sum": BOTH,

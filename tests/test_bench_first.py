@@ -213,7 +213,7 @@ def test_without_the_interpreter_references_run_alone(tmp_path):
     results = json.loads(path.read_text())
     assert len(results["problems"]) == len(listed()) == done.stdout.count("not run")
     for r in results["problems"]:
-        exact = r["op"] == "norms.residual"  # which says yes or no
+        exact = r["op"] == "norms.residual"  # true or false, and so without an error
         assert (
             r["error"] is None and (r["reference_error"] == 0 if exact else r["reference_error"] > 0) and not r["wrong"]
         )

@@ -17,9 +17,9 @@ from .contraction import norm_bound
 class MonotoneForm(nn.Module):
     """Parametrization W = (1 - m) I - A'A + B - B', for torch.nn.utils.parametrize; always in W's precision."""
 
-    def __init__(self, margin: float):
+    def __init__(self, margin: float, drawn: bool = True):
         super().__init__()
-        self.margin, self.drawn = margin, False
+        self.margin, self.drawn = margin, drawn  # else `draw` comes after torch has registered this
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         with torch.autocast(a.device.type, enabled=False):
@@ -28,7 +28,7 @@ class MonotoneForm(nn.Module):
 
     def right_inverse(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (A, B) of the nearest W in this set: the excess of its symmetric part over 1 - m is cut off."""
-        if not self.drawn:  # as torch registers this; to decompose a wide matrix would take a second
+        if not self.drawn:  # to decompose a wide matrix would take a second
             return w, w.clone()
         values, vectors = torch.linalg.eigh((w + w.mT) / 2)
         least = torch.finfo(w.dtype).eps  # a row of A that is zero would have a gradient of zero for ever
@@ -85,7 +85,7 @@ class Monotone(Affine):
             features, inputs, activation=activation, operands=operands, bias=bias, device=device, dtype=dtype
         )
         self.margin = float(margin)
-        parametrize.register_parametrization(self, "weight", MonotoneForm(self.margin), unsafe=True)
+        parametrize.register_parametrization(self, "weight", MonotoneForm(self.margin, drawn=False), unsafe=True)
         self.reset_parameters()
 
     @torch.no_grad()

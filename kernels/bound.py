@@ -18,21 +18,42 @@ LONG = 2**31  # from which on an integer takes 64 bits
 _known: dict[int, "_Known"] = {}  # by the id of the kernel: its own hash takes a look at its source
 
 
-def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *first: Any, **named: Any) -> tuple[Any, list]:
-    """Launches a kernel on a device, with its first arguments, the others by name, and Triton's options.
+class Constants:
+    """The last arguments of a kernel, which are constants, and Triton's options: made once for many launches."""
+
+    def __init__(self, kernel: Any, **named: Any):
+        first = len(kernel.arg_names) - len(named.keys() & set(kernel.arg_names))
+        self.given = tuple(map(named.pop, kernel.arg_names[first:]))
+        self.options = named
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
+    *first: Any,
+    constants: Constants | None = None,
+    **named: Any,
+) -> tuple[Any, list]:
+    """Launches a kernel on a device, with its first arguments, and the others and Triton's options by name.
+
+    `constants` may stand for what has a name: then nothing of it is looked at again.
 
     Returns:
         What Triton compiled, or None in its interpreter; and the arguments in the kernel's order.
     """
-    given = [*first, *map(named.pop, kernel.arg_names[len(first) :])]
+    if constants is None:
+        given, options = [*first, *map(named.pop, kernel.arg_names[len(first) :])], named
+    else:
+        given, options = [*first, *constants.given], constants.options
     with devices.on(device):
         if interpreting():
-            return kernel[grid](**_by_name(kernel, given), **named), given
+            return kernel[grid](**_by_name(kernel, given), **options), given
         known = _known.get(id(kernel)) or _known.setdefault(id(kernel), _Known(kernel))
-        key = device, devices.emulated, *named.values(), *known.kinds(given)
+        key = device, devices.emulated, known.kinds(given), constants or (*options.values(), *known.constant(given))
         compiled = known.compiled.get(key)
         if compiled is None:
-            compiled = known.compiled[key] = kernel[grid](**_by_name(kernel, given), **named)
+            compiled = known.compiled[key] = kernel[grid](**_by_name(kernel, given), **options)
         else:
             compiled[(*grid, 1, 1)](*given)
     return compiled, given
@@ -41,7 +62,7 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *first: Any
 def kind(value: Any) -> Any:
     """Returns all of an argument that what is compiled may depend on."""
     if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % ALIGNED == 0
+        return value.dtype, value.data_ptr() % ALIGNED
     if isinstance(value, tuple):
         return value if set(map(type, value)) == {int} else tuple(map(kind, value))
     return float if isinstance(value, float) else (type(value), value)  # True is 1, and another argument
@@ -61,12 +82,14 @@ class _Known:
             places[0 if parameter.is_constexpr else 2 if parameter.do_not_specialize else 1].append(i)
         self.constants, self.looked_at, self.counts = places
 
-    def kinds(self, given: list[Any]) -> tuple[Any, ...]:
-        """Returns the kinds of these arguments, of which two are equal only where Triton would compile the same."""
+    def constant(self, given: list[Any]) -> tuple[Any, ...]:
+        """Returns the constants among these arguments."""
         constants = tuple([given[i] for i in self.constants])
+        return tuple(map(type, constants)), constants
+
+    def kinds(self, given: list[Any]) -> tuple[Any, ...]:
+        """Returns the kinds of the others, of which two are equal only where Triton would compile the same."""
         return (
-            tuple(map(type, constants)),
-            constants,
-            tuple([kind(given[i]) for i in self.looked_at]),
-            tuple([(type(given[i]), given[i] < LONG) for i in self.counts]),
+            *[kind(given[i]) for i in self.looked_at],
+            *[(type(given[i]), given[i] < LONG) for i in self.counts],
         )

@@ -148,10 +148,10 @@ def triton_version() -> tuple[int, int]:
 
 def too_old() -> str | None:
     """Returns why this Triton can't run the kernels, or None; imports it."""
-    import triton
-
     if triton_version() >= LEAST:
         return None
+    import triton
+
     return f"triton {triton.__version__} is installed, and the kernels need {'.'.join(map(str, LEAST))} or later"
 
 

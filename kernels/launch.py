@@ -23,6 +23,7 @@ PROGRAMS = {16: 8, 32: 8, 64: 8, 128: 4, 256: 1}  # on one multiprocessor, by wi
 GROUP = 8192  # values that one program of group_norm holds
 ROW = {4: 4096, 8: 1024}  # most elements of a row that a program of a fused step holds, by bytes of an element
 WIDE = 32768  # elements of a sample from which a fused step has many programs alike
+SPLIT = 128  # widest weights that each program of a whole solve splits into bf16 terms by itself
 LARGE = 4096  # rows above which throughput matters more than latency
 BESIDE = 5  # differences of Anderson whose small system fits in registers beside a program's part of the state
 ENOUGH = 100  # tiles that keep a GPU busy
@@ -105,6 +106,7 @@ def rows(
     if not (streams and holds and row_bytes(shapes, BLOCK_B, resident, terms) <= shared and _near(num_warps, warps)):
         return None
     tile = {"BLOCK_B": BLOCK_B, "BLOCK_D": block_d, "BLOCK_K": min(64, block_d), "STREAM": STREAM}
+    tile["SPLIT"] = wide <= SPLIT and not STREAM
     programs = PROGRAMS.get(wide, 1)
     return tile | {"REFILL": BLOCK_B // 2, "num_warps": num_warps or warps, "num_stages": 1, "programs": programs}
 

@@ -144,19 +144,19 @@ class DEQ(nn.Module):
             TypeError, ValueError: x, z0, mask or what the cell returned does not fit; the message names it.
             RuntimeError: The cell draws other dropout masks than those of `FixedDropout`.
         """
-        if mask is not None and isinstance(self.cell, Cell):
-            x, mask = self.cell.padded(x, mask)
-        evaluate: Callable = self.cell
+        cell = self.cell
+        if mask is not None and isinstance(cell, Cell):
+            x, mask = cell.padded(x, mask)
+        evaluate: Callable = cell
         if self.compile_cell is not False:
             if self._compiled is None:
                 options = {} if self.compile_cell is True else self.compile_cell
-                self._compiled = (torch.compile(self.cell, **options),)
+                self._compiled = (torch.compile(cell, **options),)
             (evaluate,) = self._compiled
-        if isinstance(self.cell, Cell):
-            inject = self.cell.inject
-            f = HeldCell(evaluate, self.cell, lambda: inject(x, **kwargs))
+        if isinstance(cell, Cell):
+            f = HeldCell(evaluate, cell, lambda: cell.inject(x, **kwargs))
         else:
-            f = HeldCell(evaluate, self.cell, lambda: x, kwargs)
+            f = HeldCell(evaluate, cell, lambda: x, kwargs)
         return self._solve(f, x, z0, mask, self._graphs, at=tuple(at), callback=callback, sample_of=sample_of)
 
     @torch.no_grad()
@@ -207,7 +207,7 @@ class DEQ(nn.Module):
         options = Options(solver, adjoint, *limits, mask, self.trace, self.group, self.throw, **way)
         inputs: tuple[Tensor, ...] = ()
         if torch.is_grad_enabled() and not isinstance(adjoint, Unrolled):
-            inputs = leaves_that_require_grad(f.args, [*f.parameters.values()])
+            inputs = leaves_that_require_grad(f.args, [parameter for _, _, parameter in f.parameters])
 
         def make(layout: Layout) -> Problem:
             return f.problem(layout, inputs=inputs, has_aux=self.has_aux, modules=(cell,))

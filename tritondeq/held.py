@@ -86,6 +86,7 @@ class Held:
         called: Those that it may call, which must be functions of the state alone. None is all.
 
     Attributes:
+        parts: The modules and all in them, each once.
         masks: The mask of each `FixedDropout` that drops, in a list that is empty until the first evaluation.
         weights: The parametrized tensors, such as those of spectral_norm or weight_norm, computed once, in the grad
             mode of the construction. A caller passes them to f, to be differentiated as any other argument.
@@ -101,7 +102,8 @@ class Held:
         self._values: dict[nn.Module, Tensor] = dict(values)
         self._lists: list[nn.Module] = []
         weights = []
-        for part in parts_of(modules):
+        self.parts = parts_of(modules)
+        for part in self.parts:
             if isinstance(part, FixedDropout):
                 if part.training and part.p > 0:
                     self.masks.setdefault(part, [])
@@ -128,7 +130,8 @@ class Held:
     def copy(self) -> "Held":
         """Returns what holds copies of the masks, for other weights."""
         other = object.__new__(Held)
-        other._values, other._lists, other.weights = self._values, self._lists, self.weights
+        other.parts, other.weights = self.parts, self.weights
+        other._values, other._lists = self._values, self._lists
         other.masks = {part: [mask.clone() for mask in drawn] for part, drawn in self.masks.items()}
         return other
 

@@ -58,9 +58,9 @@ class Layout:
         self.dtypes = [leaf.dtype for leaf in leaves]
         self.dtype = torch.float64 if torch.float64 in self.dtypes else torch.float32
         self.batch = math.prod(self.batch_shape)
-        self.sizes = [math.prod(leaf.shape[dims:]) for leaf in leaves]
+        self.sizes = [math.prod(shape[dims:]) for shape in self.shapes]
         self.width = sum(self.sizes)
-        self.channels_last = [dims == 1 and _channels_last(leaf) for leaf in leaves]
+        self.channels_last = [dims == 1 and leaf.ndim > 3 and _channels_last(leaf) for leaf in leaves]
         self.flat = self.single and first.shape == (self.batch, self.width) and first.dtype == self.dtype
 
     def pack(self, state: Any, name: str = "f(z)", cast: bool = True) -> Tensor:

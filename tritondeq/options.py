@@ -1,7 +1,7 @@
 """The options of a solve, checked, and what the forward and the backward solve need of them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -95,10 +95,11 @@ class Options:
 
     def backward(self, settings: Settings) -> Settings:
         """Returns what the linear systems of the exact adjoint need, which may have other options."""
-        settings = replace(settings, trace=False, at=(), callback=None)
-        settings = replace(settings, estimate=settings.leaves, leaves=None, relative=0.0, scale=1.0)
-        chosen = {name: getattr(self.adjoint, name, None) for name in ("solver", "tol", "max_steps")}
-        return replace(settings, **{name: value for name, value in chosen.items() if value is not None})
+        names = ("solver", "tol", "max_steps")
+        chosen = [getattr(self.adjoint, name, None) for name in names]
+        solver, tol, most = [getattr(settings, n) if c is None else c for n, c in zip(names, chosen, strict=True)]
+        kept = settings.mask, settings.group
+        return Settings(solver, tol, most, *kept, relative=0.0, scale=1.0, estimate=settings.leaves)
 
 
 def sharding_group(modules: tuple) -> Any:

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .cells import Cell
-from .held import Held, computed, hooked, parts_of
+from .held import Held, computed, hooked
 from .kernels.dispatch import WholeSolve
 from .kernels.tails import PARTS, PLAIN, Tail
 from .layout import Layout, Ragged, pytree
@@ -134,8 +134,9 @@ class HeldCell:
         self.evaluate, self.cell, self.opaque = evaluate, cell, evaluate is not cell
         self.held, self.kwargs = Held(cell), kwargs or {}
         # functional_call lends others, until it returns
-        self.parameters = dict(cell.named_parameters()) if torch.is_grad_enabled() else {}
-        for part in parts_of((cell,)) if isinstance(cell, Cell) else ():
+        parts = self.held.parts if torch.is_grad_enabled() else []
+        self.parameters = [(part, name, p) for part in parts for name, p in part._parameters.items() if p is not None]
+        for part in self.held.parts if isinstance(cell, Cell) else ():
             for hook in computed(part) if part._forward_pre_hooks else ():
                 hook(part, ())  # inject may read what it computes, as the weight of another solve
         if self.held.empty:
@@ -164,11 +165,13 @@ class HeldCell:
 
     def as_it_was(self, z: Any, injection: Any, weights: tuple[Tensor, ...], kwargs: dict[str, Any] = _NONE) -> Any:
         """Returns the same with the parameters that the cell had when the solve began, with gradients."""
-        now = self.cell.named_parameters()
-        if all(self.parameters.get(name) is parameter for name, parameter in now):
+        if all(part._parameters.get(name) is parameter for part, name, parameter in self.parameters):
             return self(z, injection, weights, kwargs)
+        path = {part: f"{path}." if path else "" for path, part in self.cell.named_modules()}
+        names = {parameter: path[part] + name for part, name, parameter in self.parameters}  # one where some are tied
+        lent: dict[str, Tensor] = {name: parameter for parameter, name in names.items()}
         with self.held.on(weights):
-            return torch.func.functional_call(self.cell, {**self.parameters}, (z, injection), kwargs)
+            return torch.func.functional_call(self.cell, lent, (z, injection), kwargs)
 
     def problem(self, layout: Layout, **known: Any) -> Problem:
         """Returns the problem, with what the cell declares of its forward."""
@@ -240,7 +243,7 @@ def modules_of(f: Any) -> tuple[tuple[nn.Module, ...], tuple[nn.Module, ...]]:
     return tuple(modules), tuple(sum(called, []))  # type: ignore[arg-type]
 
 
-def leaves_that_require_grad(*trees: Any) -> tuple[Tensor, ...]:
-    """Returns the tensors of these trees that require grad, each once."""
-    leaves = (leaf for tree in trees for leaf in pytree.tree_leaves(tree))
+def leaves_that_require_grad(tree: Any, more: Iterable[Tensor] = ()) -> tuple[Tensor, ...]:
+    """Returns the tensors of a tree, and more, that require grad, each once."""
+    leaves = (*pytree.tree_leaves(tree), *more)
     return tuple({id(t): t for t in leaves if isinstance(t, Tensor) and t.requires_grad}.values())

@@ -3,7 +3,8 @@
 A program keeps the cell's weights in shared memory and a tile of rows in registers, and iterates each row until it has
 stopped. When all but REFILL rows of a tile have, they are stored and their lanes take the next of the program's share
 of the batch: cost follows the mean number of steps and not the largest, and no result changes. Bytes per call: inputs
-and results of a row once, weights once per program; nothing per step.
+and results of a row once, weights once per program; nothing per step. With SPLIT a program makes the bf16 terms of its
+weights itself; otherwise terms.py has made them in a launch.
 
 A cell is two pairs of jitted functions, for the solve and for its adjoint:
 
@@ -29,6 +30,7 @@ the same to the bit, and costs a solve that succeeds neither time nor registers.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -42,7 +44,7 @@ from ..rules import EPS
 from ..tl_anderson import anderson_step
 from ..tl_common import WINDOW, bf16_pair, constant, row_sums, rules_size, rules_start, rules_status, rules_update
 from .terms import bf16_terms
-from .tl_rows import choose, copies, load_inputs, load_terms, load_vector, push
+from .tl_rows import choose, copies, load_inputs, load_terms, load_vector, push, split_terms
 
 MEMORY = 4  # most differences that Anderson can store in registers
 LAG = constant(16.0)
@@ -50,7 +52,7 @@ LAG = constant(16.0)
 
 @triton.jit(do_not_specialize=["B", "max_steps"])
 def rows_kernel(
-    w_ptrs,  # of each matrix, [TERMS, out, in] bf16
+    w_ptrs,  # of each matrix, [TERMS, out, in] bf16, or with SPLIT [out, in] fp32
     v_ptrs,  # of each vector, fp32
     x_ptrs,  # of each input, [B, .] fp32
     z0_ptr,  # [B, D], if HAS_Z0
@@ -79,6 +81,7 @@ def rows_kernel(
     TERMS: tl.constexpr,
     MEMORY: tl.constexpr,
     STREAM: tl.constexpr,
+    SPLIT: tl.constexpr,  # whether programs make the terms, each its own
     REFILL: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -92,7 +95,10 @@ def rows_kernel(
     d_ptr += pid.to(tl.int64) * BLOCK_B * BLOCK_D
     w = ()
     for i in tl.static_range(len(MATRICES)):
-        w = w + (load_terms(w_ptrs[i], MATRICES, i, RESIDENT, TRANSPOSE, INTERP),)
+        if SPLIT:
+            w = w + (split_terms(w_ptrs[i], MATRICES, i, TERMS, TRANSPOSE, INTERP),)
+        else:
+            w = w + (load_terms(w_ptrs[i], MATRICES, i, RESIDENT, TRANSPOSE, INTERP),)
     vectors = ()
     for i in tl.static_range(len(VECTORS)):
         vectors = vectors + (load_vector(v_ptrs[i], VECTORS, i),)
@@ -215,7 +221,7 @@ def rows_kernel(
         again = first & (best < k)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rows:
     """One direction of a cell: the solve, or its adjoint.
 
@@ -260,42 +266,55 @@ class Rows:
         batch, width = inputs[0].shape[0], shapes[0][1]
         z = inputs[0].new_empty(batch, width)
         residual = z.new_empty(batch)
-        steps, status = (z.new_empty(batch, dtype=torch.int32) for _ in range(2))
+        steps, status = z.new_empty(batch, dtype=torch.int32), z.new_empty(batch, dtype=torch.int32)
         if batch == 0:
             return z, steps, residual, status
+        device = z.device
         problem = {"batch": batch, "shapes": shapes, "terms": terms, "memory": memory}
-        limits = {"shared": devices.shared_memory(z.device), "chip": devices.chip(z.device)}
-        config = launch.parameters(self.op, z.device, **problem, **limits)
-        programs = config.pop("programs") * devices.multiprocessors(z.device)
+        limits = {"shared": devices.shared_memory(device), "chip": devices.chip(device)}
+        config = launch.parameters(self.op, device, **problem, **limits)
+        programs = config.pop("programs") * devices.multiprocessors(device)
         programs = min(launch.cdiv(batch, config["BLOCK_B"]), programs)
         scratch = z
         if config["STREAM"]:
             dtype = torch.float32 if interpreting() else torch.bfloat16
             scratch = z.new_empty((programs, config["BLOCK_B"], config["BLOCK_D"]), dtype=dtype)
-        inputs = tuple([x if x.stride(-1) == 1 else x.contiguous() for x in inputs])
-        weights = bf16_terms(tuple(matrices), terms)
+        inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in inputs]
+        weights = tuple(matrices) if config["SPLIT"] else bf16_terms(tuple(matrices), terms)
         flat = tuple([v.contiguous() for v in vectors]) or (z,)  # an empty tuple may be no argument of a launch
-        start = z if z0 is None else z0.contiguous()
+        constants = self._constants(
+            *(act, shapes, tuple([w.stride()[-2:] for w in weights]), tuple([len(v) for v in vectors])),
+            *(tuple([(x.shape[1], x.stride(0)) for x in inputs]), z0 is not None, terms, memory, tuple(config.items())),
+        )
         bound.launch(
-            *(rows_kernel, (programs,), z.device, weights, flat, inputs, start, scratch, z, steps, residual, status),
-            *(batch, tol, max_steps, float(relative), max(scale, EPS), damping, max(ridge, RIDGE)),
+            *(rows_kernel, (programs,), device, weights, flat, tuple(inputs), z if z0 is None else z0.contiguous()),
+            *(scratch, z, steps, residual, status, batch, tol, max_steps, float(relative), max(scale, EPS)),
+            *(damping, max(ridge, RIDGE)),
+            constants=constants,
+        )
+        return z, steps, residual, status
+
+    @lru_cache(1024)  # noqa: B019  the instances are constants of modules
+    def _constants(self, act, shapes, strides, vectors, inputs, warm, terms, memory, config) -> bound.Constants:
+        """Returns the constants of a launch for these shapes, strides, widths and launch parameters."""
+        return bound.Constants(
+            rows_kernel,
             START=self.start,
             STEP=self.step,
-            D=width,
+            D=shapes[0][1],
             ACT=act,
-            MATRICES=tuple([(*shape, *map(launch.block, shape)) for shape in shapes]),
-            VECTORS=tuple([(v.shape[0], launch.block(v.shape[0])) for v in vectors]),
-            INPUTS=tuple([(x.shape[1], launch.block(x.shape[1]), x.stride(0)) for x in inputs]),
+            MATRICES=tuple([(*s, *map(launch.block, s), *at) for s, at in zip(shapes, strides, strict=True)]),
+            VECTORS=tuple([(n, launch.block(n)) for n in vectors]),
+            INPUTS=tuple([(n, launch.block(n), stride) for n, stride in inputs]),
             TRANSPOSE=self.transpose,
             FROM_CARRY=self.from_carry,
-            HAS_Z0=z0 is not None,
+            HAS_Z0=warm,
             TERMS=terms,
             MEMORY=memory,
             INTERP=interpreting(),
             enable_fp_fusion=True,
-            **config,
+            **dict(config),
         )
-        return z, steps, residual, status
 
 
 def refuses(op, shapes, dtype, terms, solver_memory, device) -> str | None:

@@ -1,7 +1,7 @@
 """Jitted helpers of the row-tile skeleton: loads of weights and rows, and tuples of tiles.
 
-Sizes are tuples of constants: of a matrix (out, in, block of out, block of in), of a vector (width, block), of
-a tensor of rows (width, block, stride from row to row).
+Sizes are tuples of constants: of a matrix (out, in, block of out, block of in, stride of out, stride of in), of a
+vector (width, block), of a tensor of rows (width, block, stride from row to row).
 """
 
 import triton
@@ -37,6 +37,24 @@ def load_terms(
     w = ()
     for t in tl.static_range(TERMS):
         w = w + (load_matrix(w_ptr + t * OUT * IN, rows, cols, OUT, IN, TRANSPOSE, INTERP),)
+    return w
+
+
+@triton.jit
+def split_terms(
+    w_ptr, SIZES: tl.constexpr, NTH: tl.constexpr, TERMS: tl.constexpr, TRANSPOSE: tl.constexpr, INTERP: tl.constexpr
+):
+    """Loads matrix NTH, fp32 of any strides and whole, as its terms."""
+    rows = tl.arange(0, SIZES[NTH][3] if TRANSPOSE else SIZES[NTH][2])
+    cols = tl.arange(0, SIZES[NTH][2] if TRANSPOSE else SIZES[NTH][3])
+    out, into = (cols[None, :], rows[:, None]) if TRANSPOSE else (rows[:, None], cols[None, :])
+    offs = out * SIZES[NTH][4] + into * SIZES[NTH][5]
+    rest = tl.load(w_ptr + offs, mask=(out < SIZES[NTH][0]) & (into < SIZES[NTH][1]), other=0.0)
+    w = ()
+    for _ in tl.static_range(TERMS):
+        part, near = bf16_pair(rest, INTERP)
+        w = w + (part,)
+        rest -= near
     return w
 
 

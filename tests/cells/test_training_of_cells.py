@@ -60,7 +60,7 @@ TASKS = {
     "mlp, pre": (lambda: regression(MLP(32, form="pre", activation="swiglu")), 0.5),
     "gated": (lambda: regression(Gated(32, contraction=0.9)), 0.5),
     "conv": (lambda: digits(Conv(32, 1, groups=4), lambda z: z, 32 * 64), 0.15),
-    "multiscale": (lambda: digits(MultiScale((32, 32), 1, groups=4), lambda z: z[1], 32 * 16), 0.25),
+    "multiscale": (lambda: digits(MultiScale((16, 16), 1, groups=4), lambda z: z[1], 16 * 16), 0.25),
     "outer": (lambda: copying(), 0.035),
     "damped": (lambda: copying(wiring="damped"), 0.035),
     "head, decay": (lambda: copying(wiring="head", decay=True), 0.035),

@@ -8,12 +8,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 # Launches, and torch operations and Python calls at most, of a forward pass and of a training step. A solve is one
-# launch and one of its weights' terms; one scales a right-hand side, and one compares residuals unless a solver splits.
+# launch; one scales a right-hand side, and one compares residuals unless a solver splits.
 MOST = {
-    "Affine": ((2, 3, 300), (6, 28, 720)),
-    "MLP": ((2, 11, 360), (6, 100, 960)),
-    "Gated": ((2, 4, 310), (6, 80, 790)),
-    "Monotone": ((2, 25, 400), (5, 76, 880)),
+    "Affine": ((1, 3, 300), (4, 28, 720)),
+    "MLP": ((1, 11, 360), (4, 100, 960)),
+    "Gated": ((1, 4, 310), (4, 80, 790)),
+    "Monotone": ((1, 25, 400), (3, 76, 880)),
 }
 
 

@@ -41,7 +41,7 @@ class RowCell(Cell):
 
         They may where torch would: float16 has three bits more.
         """
-        dtypes, kind = {t.dtype for t in tensors}, tensors[0].device.type
+        dtypes, kind = [t.dtype for t in tensors], tensors[0].device.type
         narrow = self.operands == "bf16" or torch.bfloat16 in dtypes
         narrow |= torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
         return torch.float64 if torch.float64 in dtypes else torch.float32, narrow

@@ -64,7 +64,10 @@ _ACTIVATIONS = {"activation": ("tanh", "fast_tanh", "gelu", "sin", "identity")}
 PAIRED = {
     "affine_rows": _ACTIVATIONS,
     "affine_steps": _ACTIVATIONS,
-    "fused_steps": {"solver": ("picard", ("anderson", 8), ("half", 2), ("broyden", 2), ("broyden", 8)), "tail": TAILS[2::2]},
+    "fused_steps": {
+        "solver": ("picard", ("anderson", 8), ("half", 2), ("broyden", 2), ("broyden", 8)),
+        "tail": TAILS[::2],
+    },
 }
 
 

@@ -107,8 +107,8 @@ def rows(
         return None
     tile = {"BLOCK_B": BLOCK_B, "BLOCK_D": block_d, "BLOCK_K": min(64, block_d), "STREAM": STREAM}
     tile["SPLIT"] = wide <= SPLIT and not STREAM
-    programs = PROGRAMS.get(wide, 1)
-    return tile | {"REFILL": BLOCK_B // 2, "num_warps": num_warps or warps, "num_stages": 1, "programs": programs}
+    programs, stages = PROGRAMS.get(wide, 1), 1 if memory else 2  # where terms are streamed; Anderson has no registers
+    return tile | {"REFILL": BLOCK_B // 2, "num_warps": num_warps or warps, "num_stages": stages, "programs": programs}
 
 
 def steps(*, width, itemsize, features=0, BLOCK_N=None, num_warps=None) -> dict | None:

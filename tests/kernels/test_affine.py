@@ -105,6 +105,23 @@ def test_adjoint_is_homogeneous(device, small, scale):
     assert (steps - scaled_steps).abs().max() <= 1
 
 
+def test_increments_converge_where_a_state_in_bfloat16_does_not(device, way):
+    """One mode of -0.9, along which all elements are rounded alike: it gives each step's rounding back in the next."""
+    features = way.features
+    w = (torch.ones(features, features, device=device) * -0.9 / features).bfloat16().float()
+    u = torch.rand(8, 1, device=device).expand(8, features).contiguous()
+    settings = options(activation="identity", tol=1e-2, terms=1)
+    z, _, residual, status = way.solve(w, u, **settings)
+    assert (status == CONVERGED).all()
+    assert_residual(residual, true_residual(w, u, z, "identity", 1), 1e-2)
+    best, state = torch.full((8,), math.inf, device=device), torch.zeros_like(u)
+    for _ in range(500):
+        y = torch.addmm(u, state, w.T)
+        best = torch.minimum(best, (y - state).norm(dim=1) / y.norm(dim=1))
+        state = y.bfloat16().float()
+    assert best.max() > 2e-2
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
 def test_warm_start(device, way, scale):
     w, u = problem(5, way.features, device)

@@ -168,11 +168,12 @@ def _solve_normal(
         watch.report(outcome, settings, layout)
     value, record = outcome.value, list[Solution]()
     if graph:
-        at: Any = captured.point() if captured else Point(problem, value)
+        solves = Backward(problem, backward, value, options.throw, record)
+        at: Any = captured.point() if captured else Point(problem, value, solves.multiplies(adjoint))
         if not captured and not isinstance(settings.solver, SplittingSolver):  # whose residual is of another map
             compare(at.out, outcome, settings, start, layout)
         if at.differentiable:
-            value = attach(adjoint, at, value, Backward(problem, backward, value, options.throw, record))
+            value = attach(adjoint, at, value, solves)
         if outcome.states:
             outcome = outcome._replace(states=_attached(problem, outcome, value, backward, options))
     return _finish(problem, outcome, value, options, record)
@@ -187,8 +188,8 @@ def _attached(
         if z is outcome.value:
             states.append(value)
             continue
-        at = Point(problem, z)
         solves = Backward(problem, backward, z, options.throw)
+        at = Point(problem, z, solves.multiplies(options.adjoint))
         states.append(attach(options.adjoint, at, z, solves) if at.differentiable else z)
     return tuple(states)
 

@@ -57,10 +57,13 @@ class Point:
         out: f(z), [B, N].
         inputs: The tensors that f depends on and that require grad, as far as they are known or could be seen.
         differentiable: Whether anything but z can have a gradient.
+
+    Args:
+        products: Whether `vjp` will be asked for. If not, backward passes don't make J' u either.
     """
 
-    def __init__(self, problem: Problem, z: Tensor):
-        self.problem, self.z = problem, state(z)
+    def __init__(self, problem: Problem, z: Tensor, products: bool = True):
+        self.problem, self.z = problem, state(z) if products else z.detach()
         kind = z.device.type
         self._backend = dispatch.chosen()
         self._autocast = kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)

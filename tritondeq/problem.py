@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .cells import Cell
 from .held import Held, computed, hooked
@@ -182,7 +183,7 @@ class HeldCell:
             *(self, self.args, layout, self._declared("whole_solve"), tail and (self._with_held(tail[0]), tail[1])),
             self._declared("splitting"),
             opaque=self.opaque,
-            stateless=type(self.cell).__module__.startswith(_OURS),
+            stateless=parametrize.type_before_parametrizations(self.cell).__module__.startswith(_OURS),
             cell=self,
             **known,
         )

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-from .adjoints import Jacobian, Unrolled
+from .adjoints import Adjoint, Jacobian, Unrolled
 from .cuda_graphs import Call, Captured, CapturedPoint, Graphs
 from .guards import FAR, Watched, blur, compare_last, flush, warn_if
 from .kernels import dispatch, formulas
@@ -183,13 +184,41 @@ class Backward:
 
     def __post_init__(self) -> None:
         self.allowed = FAR * self.settings.tol + blur(self.problem.layout)
+        self.versions = self._versions()
+
+    @cached_property
+    def plan(self) -> tuple[Op | CellOp | None, str]:
+        """The kernels that solve for the adjoint, and why, as `plan` has them."""
+        return plan(self.problem.whole, self.problem, self.settings)
+
+    def multiplies(self, adjoint: Adjoint) -> bool:
+        """Returns whether autograd has to multiply by J'.
+
+        A map of which less is known may need z on autograd's graph in other ways, as a checkpoint in it does.
+        """
+        known, splits = self.problem.stateless and self._operands(), isinstance(self.settings.solver, SplittingSolver)
+        if not known or (adjoint.products and not adjoint.exact):
+            return True
+        return adjoint.products and not splits and self.plan[0] is None
+
+    def _operands(self) -> list[Tensor]:
+        """Returns the tensors of which kernels and splitting solvers solve for the adjoint."""
+        whole, split = self.problem.whole, self.problem.splitting
+        parts: tuple[Any, ...] = (() if whole is None else whole.operands) + ((split.w, split.u) if split else ())
+        return [t for part in parts for t in ((part,) if isinstance(part, Tensor) else part)]
+
+    def _versions(self) -> list[int]:
+        """Returns what changes when one of these is changed in place."""
+        return [0 if t.is_inference() else t._version for t in self._operands()]
 
     def adjoint(self, at: Jacobian, g: Tensor) -> Tensor:
         """Returns u = J' u + g."""
         problem, settings = self.problem, self.settings
         scale: Tensor | None
         with torch.no_grad(), dispatch.backend(self.backend):
-            op, why = plan(problem.whole, problem, settings)
+            op, why = self.plan
+            if self.versions != self._versions():
+                raise RuntimeError("weights that a backward solve needs were changed in place since the forward pass")
             if isinstance(at, CapturedPoint):
                 unit, scale = _normalised(g, settings.mask)
                 outcome = at.adjoint(unit)

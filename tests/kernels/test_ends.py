@@ -6,6 +6,7 @@ import torch
 
 import tritondeq as tdeq
 from tritondeq import DEQ, cells, fixed_point, guards
+from tritondeq.bench.measure import AtenOps
 from tritondeq.kernels import dispatch, launch, rules
 from tritondeq.kernels.norms import residual, unit
 
@@ -118,6 +119,28 @@ def test_gradients_keep_their_factor(device):
             scaled = gradient(layer, x, factor, "triton")
         assert torch.allclose(scaled / factor, one, rtol=1e-4, atol=1e-6)
         assert [op for op, _ in launched] == ["rows.affine", "norms.residual", "norms.unit", "rows.affine"]
+
+
+@pytest.mark.parametrize("kind, name", [(cells.Affine, "weight"), (cells.MLP, "up.weight")])
+def test_a_backward_solve_refuses_weights_that_were_changed_since(device, kind, name):
+    """Autograd's own look at them is at products that the kernels take in its place."""
+    layer, x = DEQ(kind(8)).to(device), torch.randn(3, 8, device=device)
+    with tdeq.backend("triton"):
+        z = layer(x)
+        with torch.no_grad():
+            layer.cell.get_parameter(name).mul_(0.5)
+        with pytest.raises(RuntimeError, match="changed in place|modified by an inplace"):
+            z.sum().backward()
+
+
+def test_a_gradient_by_a_kernel_makes_no_product_with_the_state(device):
+    """Of Affine: pre = W z + u for the kernel, and the gradients of W and U."""
+    layer, x = DEQ(cells.Affine(8)).to(device), torch.randn(3, 8, device=device)
+    with tdeq.backend("triton"):
+        loss = layer(x).sum()
+        with AtenOps() as seen:
+            loss.backward()
+    assert (seen.counts["addmm"], seen.counts["mm"]) == (1, 2)
 
 
 def test_a_map_that_is_another_at_the_solution_is_found(device):

@@ -10,10 +10,10 @@ ROOT = Path(__file__).parent.parent.parent
 # Launches, and torch operations and Python calls at most, of a forward pass and of a training step. A solve is one
 # launch; one scales a right-hand side, and one compares residuals unless a solver splits.
 MOST = {
-    "Affine": ((1, 3, 300), (4, 28, 720)),
-    "MLP": ((1, 11, 360), (4, 100, 960)),
-    "Gated": ((1, 4, 310), (4, 80, 790)),
-    "Monotone": ((1, 25, 400), (3, 76, 880)),
+    "Affine": ((1, 3, 240), (4, 27, 590)),
+    "MLP": ((1, 11, 300), (4, 99, 740)),
+    "Gated": ((1, 4, 240), (4, 71, 620)),
+    "Monotone": ((1, 25, 350), (3, 75, 700)),
 }
 
 

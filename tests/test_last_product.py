@@ -1,0 +1,43 @@
+"""A backward pass ends without J' u, which nobody gets, where a cell of the library needs no products with J."""
+
+import pytest
+import torch
+
+from tritondeq import DEQ, OneStep, Phantom, cells
+from tritondeq.bench.measure import AtenOps
+
+WIDTH = 6
+
+
+class Other(cells.Affine):
+    """The same map, of which the library knows nothing but its forward."""
+
+    def forward(self, z, injection):
+        return super().forward(z, injection)
+
+
+def gradients(kind, adjoint, **options):
+    """Returns (gradients of the parameters, how many matrix products the backward pass took)."""
+    torch.manual_seed(0)
+    layer, x = DEQ(kind(WIDTH, **options), adjoint=adjoint, tol=1e-6), torch.randn(5, WIDTH)
+    loss = layer(x).square().sum()
+    with AtenOps() as seen:
+        loss.backward()
+    return [p.grad for p in layer.parameters()], seen.counts["mm"]
+
+
+@pytest.mark.parametrize("options", [{}, {"contraction": 0.9}], ids=repr)
+def test_one_step_makes_the_gradients_of_the_weights_alone(options):
+    """Those of W and U; what is parametrized is the same cell."""
+    known, products = gradients(cells.Affine, OneStep(), **options)
+    expected, more = gradients(Other, OneStep(), **options)
+    assert more == products + 1
+    assert options or products == 2
+    assert all(map(torch.equal, known, expected))
+
+
+def test_an_adjoint_of_products_still_has_them():
+    known, products = gradients(cells.Affine, Phantom(3, 0.5))
+    expected, same = gradients(Other, Phantom(3, 0.5))
+    assert products == same == 2 + 3
+    assert all(map(torch.equal, known, expected))

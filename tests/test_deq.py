@@ -80,6 +80,21 @@ def test_state_dicts_copies_and_pickles_after_a_call(x):
         assert torch.equal(other(x), z) and other.solver == layer.solver and other.adjoint == layer.adjoint
 
 
+class Ranks:
+    """As a process group: it can be neither copied nor pickled."""
+
+    def __reduce__(self):
+        raise TypeError("cannot pickle")
+
+
+def test_a_copy_has_the_same_ranks_and_other_weights(x):
+    layer = DEQ(Block(), group=Ranks())
+    averaged = torch.optim.swa_utils.AveragedModel(layer).module
+    assert averaged.group is layer.group and averaged.cell.linear.weight is not layer.cell.linear.weight
+    averaged.group = layer.group = None
+    assert torch.equal(averaged(x), layer(x))
+
+
 @pytest.mark.parametrize("dtype, inner", [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)], ids=str)
 def test_to_moves_dtype(x, dtype, inner):
     layer = DEQ(Block()).to(dtype)

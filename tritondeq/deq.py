@@ -1,5 +1,6 @@
 """The layer."""
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -227,6 +228,12 @@ class DEQ(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         graphs = Graphs() if self.graph else None
         return self.__dict__ | {"last": None, "_compiled": None, "_graphs": graphs, "_token": object()}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DEQ":
+        made = type(self).__new__(type(self))
+        memo |= {id(self): made, id(self.group): self.group}  # ranks are the same for a copy, and can't be copied
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return made
 
 
 def _picard(*solvers: Solver | None) -> Picard:

@@ -36,6 +36,15 @@ def test_one_step_makes_the_gradients_of_the_weights_alone(options):
     assert all(map(torch.equal, known, expected))
 
 
+def test_a_hook_on_the_cell_still_gets_it():
+    layer, seen = DEQ(cells.Affine(WIDTH), adjoint=OneStep()), []
+    layer.cell.register_full_backward_hook(lambda cell, products, cotangents: seen.append((products[0], cotangents[0])))
+    z = layer(torch.randn(3, WIDTH))
+    z.sum().backward()
+    ((product, cotangent),) = seen
+    torch.testing.assert_close(product, (cotangent * (1 - z.detach() ** 2)) @ layer.cell.weight, rtol=0.02, atol=0.01)
+
+
 def test_an_adjoint_of_products_still_has_them():
     known, products = gradients(cells.Affine, Phantom(3, 0.5))
     expected, same = gradients(Other, Phantom(3, 0.5))

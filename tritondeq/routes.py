@@ -194,10 +194,13 @@ class Backward:
     def multiplies(self, adjoint: Adjoint) -> bool:
         """Returns whether autograd has to multiply by J'.
 
-        A map of which less is known may need z on autograd's graph in other ways, as a checkpoint in it does.
+        A map of which less is known may need z on autograd's graph in other ways: for a checkpoint in it, or a hook.
         """
-        known, splits = self.problem.stateless and self._operands(), isinstance(self.settings.solver, SplittingSolver)
+        cell, splits = self.problem.cell, isinstance(self.settings.solver, SplittingSolver)
+        known = cell is not None and self.problem.stateless and self._operands()
         if not known or (adjoint.products and not adjoint.exact):
+            return True
+        if cell is not None and any(part._backward_hooks or part._backward_pre_hooks for part in cell.held.parts):
             return True
         return adjoint.products and not splits and self.plan[0] is None
 

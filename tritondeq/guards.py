@@ -134,25 +134,33 @@ def refuse_tangents(tree: Any) -> None:
             )
 
 
+_OF_MODULES = vars(nn.Module()).keys() - {"_buffers"}
+
+
 def leaves_something(modules: tuple[nn.Module, ...]) -> bool:
     """Returns whether modules may have handed out tensors of an evaluation beside what it returned.
 
-    That is, by a forward hook, or in an attribute that has a graph. Hooks of FSDP do not count, nor does the weight
-    that the old weight_norm and spectral_norm compute.
+    That is, by a forward hook, or in an attribute or a buffer that has a graph. Hooks of FSDP do not count, nor does
+    the weight that the old weight_norm and spectral_norm compute.
     """
     for part in parts_of(modules):
         if part._forward_hooks and not any(c.__name__ == "FSDPModule" for c in type(part).__mro__):
             return True
         for name, value in vars(part).items():
-            if name[0] == "_" or not isinstance(value, Tensor | list | tuple | dict):
+            if name in _OF_MODULES or not _has_graph(value):
                 continue
-            if name in {getattr(hook, "name", None) for hook in part._forward_pre_hooks.values()}:
-                continue
-            values: Any = (value,) if isinstance(value, Tensor) else value
-            values = values.values() if isinstance(values, dict) else values
-            if any(isinstance(leaf, Tensor) and leaf.grad_fn is not None for leaf in values):
+            if name not in {getattr(hook, "name", None) for hook in part._forward_pre_hooks.values()}:
                 return True
     return False
+
+
+def _has_graph(value: Any, depth: int = 4) -> bool:
+    """Returns whether a tensor, or one in containers up to this depth, has been computed from what requires grad."""
+    if isinstance(value, Tensor):
+        return value.grad_fn is not None
+    if not isinstance(value, list | tuple | dict | deque) or not depth:
+        return False
+    return any(_has_graph(leaf, depth - 1) for leaf in (value.values() if isinstance(value, dict) else value))
 
 
 def compare(image: Tensor, outcome: Outcome, settings: Settings, start: Tensor, layout: Layout) -> None:

@@ -214,19 +214,23 @@ class Backward:
         """Returns what changes when one of these is changed in place."""
         return [0 if t.is_inference() else t._version for t in self._operands()]
 
+    def _normalised(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns `_normalised(g)`, for a solve that autograd does not watch over."""
+        if self.versions != self._versions():
+            raise RuntimeError("weights that a backward solve needs were changed in place since the forward pass")
+        return _normalised(g, self.settings.mask)
+
     def adjoint(self, at: Jacobian, g: Tensor) -> Tensor:
         """Returns u = J' u + g."""
         problem, settings = self.problem, self.settings
         scale: Tensor | None
         with torch.no_grad(), dispatch.backend(self.backend):
             op, why = self.plan
-            if self.versions != self._versions():
-                raise RuntimeError("weights that a backward solve needs were changed in place since the forward pass")
             if isinstance(at, CapturedPoint):
-                unit, scale = _normalised(g, settings.mask)
+                unit, scale = self._normalised(g)
                 outcome = at.adjoint(unit)
             elif isinstance(settings.solver, SplittingSolver):
-                unit, scale = _normalised(g, settings.mask)
+                unit, scale = self._normalised(g)
                 outcome = self._linear(unit, transpose=True)
             elif op is None or problem.whole is None:
                 unit, scale, sizes = _rescaled(g, settings.mask)
@@ -234,24 +238,24 @@ class Backward:
                 outcome = iterate(lambda u: at.vjp(u) + unit, unit, replace(settings, sizes=sizes), tail)
                 outcome = outcome._replace(why=both(why, outcome.why))
             else:
-                unit, scale = _normalised(g, settings.mask)
+                unit, scale = self._normalised(g)
                 outcome = _by_kernels(op, why, op.adjoint, (*problem.whole.at(self.z), unit), problem.whole, settings)
         u = self._judged(outcome) - unit
         return g + u if scale is None else torch.addcmul(g, u, scale)  # to the bit g, where J is 0
 
     def tangent(self, at: Any, w: Tensor) -> Tensor:
         """Returns v = J v + w."""
-        split, solver, mask = self.problem.splitting, self.settings.solver, self.settings.mask
+        split, solver = self.problem.splitting, self.settings.solver
         scale: Tensor | None
         with torch.no_grad(), dispatch.backend(self.backend):
             if split is not None and isinstance(solver, SplittingSolver):
-                unit, scale = _normalised(w, mask)
+                unit, scale = self._normalised(w)
                 with torch.autocast(w.device.type, enabled=False):
                     outcome = self._linear(unit @ split.w.mT, transpose=False)
                     slope = split.slope(split.linear(self.z), 1.0)
                     outcome = outcome._replace(value=slope * outcome.value + unit)
             else:  # without the estimate, which is of the transposed problem
-                unit, scale, sizes = _rescaled(w, mask)
+                unit, scale, sizes = _rescaled(w, self.settings.mask)
                 tail = (lambda v: (at.jvp(v), unit), PLAIN)
                 settings = replace(self.settings, estimate=None, sizes=sizes)
                 outcome = iterate(lambda v: at.jvp(v) + unit, unit, settings, tail)

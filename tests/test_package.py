@@ -22,7 +22,7 @@ PUBLIC = {
 }
 # A module imports what stands before it or lies in its folder.
 ORDER = "kernels checks row_kernels layout solution solvers held cells problem adjoints capture gradient loop guards"
-ORDER += " outside cuda_graphs routes options fixed_point generation deq convert inspect compat"
+ORDER += " outside cuda_graphs routes backward options fixed_point generation deq convert inspect compat"
 ORDER = ORDER.split()
 COMMANDS = {"toolbox", "tune", "doctor", "demo", "bench", "__main__"}  # these import any
 PLAIN = {*"devices dispatch formulas launch rules tables tails".split()}  # of kernels/: they need no Triton

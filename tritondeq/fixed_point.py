@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .adjoints import Adjoint, Implicit, Unrolled
+from .backward import Backward
 from .checks import boolean, integer
 from .cuda_graphs import Graphs
 from .gradient import Point, attach
@@ -25,7 +26,7 @@ from .layout import Layout
 from .loop import Settings
 from .options import Options
 from .problem import Problem, modules_of
-from .routes import Backward, as_solution, both, replayed, solve, unroll
+from .routes import as_solution, both, replayed, solve, unroll
 from .solution import Outcome, Solution
 from .solvers import Picard, Solver
 from .solvers.splitting import SplittingSolver

@@ -184,6 +184,7 @@ def test_a_gpu_runs_its_tests_last(go, no_figures, monkeypatch, passed, status):
     assert go("--no-tests")[1]["tests"] is None and len(asked) == 1
 
 
+@pytest.mark.slow
 def test_failures_of_tests_are_named(tmp_path):
     (tmp_path / "test_it.py").write_text(
         "def test_a():\n    pass\ndef test_b():\n    assert 0\ndef test_c():\n    assert 0\n"

@@ -79,7 +79,9 @@ def captures(layer) -> int:
         (Picard(), Implicit(), False),
         (Picard(), Implicit(), True),
         (Picard(damping=0.8), Phantom(4, 0.7), True),
-        (Anderson(memory=2), Implicit(solver=Picard(), tol=1e-3, max_steps=15), False),
+        pytest.param(
+            *(Anderson(memory=2), Implicit(solver=Picard(), tol=1e-3, max_steps=15), False), marks=pytest.mark.slow
+        ),
         pytest.param(Broyden(memory=2), Implicit(), True, marks=pytest.mark.slow),
     ],
     ids=["chunks", "while", "phantom", "anderson", "broyden"],

@@ -44,7 +44,7 @@ def test_cells_are_made_where_they_are_asked_for(name):
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CELLS)
 def test_solves_and_gradients(name, backend):
     make, shape = CELLS[name]

@@ -140,7 +140,10 @@ IN_BACKWARD = {
 @pytest.mark.parametrize(
     "threads", [pytest.param(True, marks=pytest.mark.slow), False], ids=["device threads", "one thread"]
 )
-@pytest.mark.parametrize("name", IN_BACKWARD)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in ("steps", "nested", "checkpoints"))) for n in IN_BACKWARD],
+)
 def test_a_with_block_holds_in_backward_passes_of_other_threads(monkeypatch, device, name, threads):
     """Of first and second derivatives: a thread that takes them has no block, and on CUDA autograd has its own."""
     layer, picks, real = IN_BACKWARD[name]().to(device), [], dispatch.pick

@@ -97,6 +97,7 @@ def test_a_solve_in_a_solve(outer, inner):
     close(*(torch.autograd.grad(y.pow(2).sum(), (*weights, x)) for y in (z, right)))
 
 
+@pytest.mark.slow
 def test_three_levels():
     *weights, x = leaves(3)
     z = nest(3, lambda f, z: fixed_point(f, z, tol=1e-10, max_steps=60).value)(weights, x)

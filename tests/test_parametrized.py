@@ -124,7 +124,7 @@ def test_compiled_once_and_right():
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("grad", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("solver", [Picard(), pytest.param(Anderson(memory=2), marks=pytest.mark.slow)], ids=repr)
 def test_a_captured_solve_sees_weights_change(monkeypatch, solver, grad):
     """As in test_cuda_graphs.py: the work itself in place of a replay, on the same memory."""

@@ -15,7 +15,7 @@ BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
 
 @BACKENDS
 @DTYPES
-@pytest.mark.parametrize("rate", [0.3, -0.6, 0.8])
+@pytest.mark.parametrize("rate", [0.3, -0.6, pytest.param(0.8, marks=pytest.mark.slow)])
 def test_a_decay_to_zero_ends_where_it_is_small_beside_where_it_began(rate, dtype, backend):
     """z_k = rate^(k-1) z0 has r = |rate - 1| |z_k|: it ends at tol * SHARE * |f(z0)|, whatever the size of z0 is."""
     tol = 1e-3

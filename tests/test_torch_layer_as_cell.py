@@ -63,7 +63,9 @@ def test_it_learns(solver, adjoint):
 
 @pytest.mark.kernels
 @pytest.mark.parametrize(
-    "solver", [Picard(), Anderson(memory=3), pytest.param(Broyden(memory=4), marks=pytest.mark.slow)], ids=repr
+    "solver",
+    [Picard(), *(pytest.param(one, marks=pytest.mark.slow) for one in (Anderson(memory=3), Broyden(memory=4)))],
+    ids=repr,
 )
 def test_fused_steps_train_it_alike(solver):
     x, padding, labels = problem()

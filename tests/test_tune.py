@@ -177,6 +177,7 @@ def test_a_workload_that_can_not_be_measured(broken, capsys, fault, message):
     assert message in printed and "left out: conv 3x12 fp32 Picard: ValueError: groups=8 must divide" in printed
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_stopped(cache, few, capsys):
     workloads = [*rows(), *rows("gated", 16)]
 

@@ -73,7 +73,7 @@ def test_activations_are_applied_by_the_step(solver, activation, forwards):
 @pytest.mark.parametrize(
     "name, solver",
     [
-        *((name, Picard()) for name in CELLS),
+        *(pytest.param(n, Picard(), marks=[pytest.mark.slow] * (n in ("post", "damped"))) for n in CELLS),
         ("outer", Anderson(memory=3)),
         pytest.param("damped", Broyden(10), marks=pytest.mark.slow),
         ("pre", Anderson(2)),

@@ -231,7 +231,11 @@ def test_backends_agree(name, solver):
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("name", ["affine", "mlp, post", "mlp, pre", "outer", "damped", "head"])
+@pytest.mark.parametrize(
+    "name",
+    ["affine", "mlp, post"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("mlp, pre", "outer", "damped", "head")],
+)
 def test_captured(monkeypatch, name):
     """The work itself in place of a replay: other inputs, other weights, nothing captured anew."""
     monkeypatch.setattr(launch, "too_large", lambda *_: "too wide here")  # all take the loop

@@ -187,7 +187,14 @@ def test_warm_start_at_the_solution_takes_one_step():
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("solver", [PeacemanRachford(), PeacemanRachford(0.5), ForwardBackward(), Picard()], ids=repr)
+@pytest.mark.parametrize(
+    "solver",
+    [
+        *(PeacemanRachford(), PeacemanRachford(0.5)),
+        *(pytest.param(one, marks=pytest.mark.slow) for one in (ForwardBackward(), Picard())),
+    ],
+    ids=repr,
+)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_kernels_agree_with_torch(solver, activation):
     cell = Monotone(10, activation=activation, dtype=torch.float32)

@@ -132,6 +132,7 @@ def test_tiles_whose_rows_have_all_stopped_return(device, monkeypatch):
         assert products
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_steps_after_the_last_change_nothing_and_memory_is_used_again(device):
     """As a captured chunk of steps does it; and W and u are read again."""
@@ -175,7 +176,7 @@ def test_one_launch_a_step_and_nothing_beside_it(device, monkeypatch):
     assert totals[1] - totals[0] == 4  # _local_scalar_dense of the count
 
 
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("backward", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_memory_of_a_solve(device, backward):
     """Four states for z or acc twice, the other and the best, one for two increments in bf16; and W's terms."""
     w, u = torch.zeros(300, 300, device=device), torch.zeros(600, 300, device=device)

@@ -143,7 +143,10 @@ def test_what_it_refuses(a, b, groups, why):
 
 @pytest.mark.parametrize(
     "cell, scales",
-    [(lambda: Conv(8, 3, groups=2), 1), (lambda: MultiScale((8, 16), 3, groups=2), 2)],
+    [
+        (lambda: Conv(8, 3, groups=2), 1),
+        pytest.param(lambda: MultiScale((8, 16), 3, groups=2), 2, marks=pytest.mark.slow),
+    ],
     ids=["Conv", "MultiScale"],
 )
 def test_cells_solve_alike_and_differentiate_in_torch(cell, scales, device, monkeypatch):

@@ -2,7 +2,8 @@
 
 A layer over tanh(Linear(64)) on 4 rows makes six evaluations, and its gradient six products; beside it are as many by
 hand, and torchdeq. `python -m tritondeq.bench.host` prints the table alone, by the torch backend; with `--compiled` it
-also has the explicit net of six evaluations by torch.compile, which takes a minute and a C++ compiler.
+also has the explicit net of six evaluations by torch.compile, which takes a minute and a C++ compiler, and the
+operations of a forward solve without what decides and watches over them.
 """
 
 import sys
@@ -12,10 +13,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
 import tritondeq as tdeq
+from tritondeq.kernels.rules import EPS
 from tritondeq.toolbox import one_thread
 
 from . import measure, rivals
@@ -41,6 +44,22 @@ class Loop(nn.Module):
         z = torch.zeros_like(x)
         for _ in range(EVALUATIONS):
             z = self.cell(z, x)
+        return z
+
+
+class Operations(Loop):
+    """The operations of a solve alone, in a straight line: below their price no solver in Python can go."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the last state, [B, D]."""
+        z, best = torch.zeros_like(x), numpy.float32(numpy.inf)
+        for _ in range(EVALUATIONS):
+            y = self.cell(z, x)
+            r, s = (torch.linalg.vector_norm(t, 2, 1).numpy() for t in (y - z, y))
+            residual = r / numpy.maximum(s, EPS)
+            if not numpy.count_nonzero(residual < best):
+                break
+            best, z = residual, y.clone()
         return z
 
 
@@ -104,7 +123,8 @@ def contestants(work: str, device: torch.device, compiled: bool = False) -> dict
     if compiled:
         layers["compiled loop"] = rivals.compiled(Loop(cell), graphs=False)
     if work == WORK[0]:
-        nets = {"by hand": Loop(cell)} | layers
+        alone = {"operations alone": Operations(cell)} if compiled and device.type == "cpu" else {}
+        nets = {"by hand": Loop(cell)} | layers | alone
         return {name: torch.no_grad()(partial(net, x)) for name, net in nets.items()}
     calls = {name: lambda f=f: loss(f(x)).backward() for name, f in layers.items()}
     return {"by hand": partial(by_hand, cell, x, EVALUATIONS if exact else 0)} | calls

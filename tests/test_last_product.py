@@ -1,4 +1,4 @@
-"""A backward pass ends without J' u, which nobody gets, where a cell of the library needs no products with J."""
+"""A backward pass ends without the product J' u where it is no part of the gradient and a cell is one of ours."""
 
 import pytest
 import torch

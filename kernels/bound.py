@@ -62,7 +62,7 @@ def launch(
 def kind(value: Any) -> Any:
     """Returns all of an argument that what is compiled may depend on."""
     if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % ALIGNED
+        return value.dtype, value.data_ptr() % ALIGNED == 0
     if isinstance(value, tuple):
         return value if set(map(type, value)) == {int} else tuple(map(kind, value))
     return float if isinstance(value, float) else (type(value), value)  # True is 1, and another argument

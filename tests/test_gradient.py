@@ -3,6 +3,7 @@
 The reference of each is the same map as a plain loop under autograd, or a closed form, in float64.
 """
 
+import copy
 import gc
 import threading
 
@@ -318,6 +319,15 @@ def test_second_derivatives_of_weights_that_have_changed_raise():
     z = layer(x)
     layer.cell.linear.weight.data.mul_(0.5)
     with pytest.raises(RuntimeError, match="its value has changed since the forward pass"):
+        torch.autograd.grad(z.sum(), x, create_graph=True)
+
+
+def test_second_derivatives_of_a_cell_with_another_module_raise():
+    """Whose weights may be so near that no value shows it."""
+    layer, x = DEQ(Block(), **TIGHT), torch.randn(3, WIDTH, requires_grad=True)
+    z = layer(x)
+    layer.cell.linear = copy.deepcopy(layer.cell.linear)
+    with pytest.raises(RuntimeError, match="modules of the forward pass"):
         torch.autograd.grad(z.sum(), x, create_graph=True)
 
 

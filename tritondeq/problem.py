@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .cells import Cell
-from .held import Held, computed, hooked
+from .held import Held, computed, hooked, parts_of
 from .kernels.dispatch import WholeSolve
 from .kernels.tails import PARTS, PLAIN, Tail
 from .layout import Layout, Ragged, pytree
@@ -166,6 +166,8 @@ class HeldCell:
 
     def as_it_was(self, z: Any, injection: Any, weights: tuple[Tensor, ...], kwargs: dict[str, Any] = _NONE) -> Any:
         """Returns the same with the parameters that the cell had when the solve began, with gradients."""
+        if parts_of((self.cell,)) != self.held.parts:
+            raise RuntimeError("second derivatives need the modules of the forward pass, and the cell's have changed")
         if all(part._parameters.get(name) is parameter for part, name, parameter in self.parameters):
             return self(z, injection, weights, kwargs)
         path = {part: f"{path}." if path else "" for path, part in self.cell.named_modules()}

@@ -176,6 +176,19 @@ if __name__ == "__main__":
                 right.append(torch.equal(out[:n], (x[:n] + y[:n]).float()))
         return {"right": all(right), "kinds": 2 * len(kinds), "runs": len(runs)}
 
+    def prepared(driver):
+        """Launches one kernel by the library with constants made before, of two kinds, each twice, in turn."""
+        from tritondeq.kernels import bound
+
+        real, runs, right = add_kernel.run, [], []
+        add_kernel.run = lambda *a, **k: runs.append(1) or real(*a, **k)
+        x, y, out = torch.randn(32), torch.randn(32), torch.zeros(32)
+        made = {block: bound.Constants(add_kernel, MASK=True, BLOCK=block, num_warps=1) for block in (8, 32)}
+        for block in (8, 32) * 2:
+            bound.launch(add_kernel, (1,), x.device, x, y, out.zero_(), 20, constants=made[block])
+            right.append(torch.equal(out, torch.where(torch.arange(32) < min(block, 20), x + y, 0.0)))
+        return {"right": all(right), "kinds": len(made), "runs": len(runs)}
+
     def settings(driver):
         """What the library asks of the driver."""
         from tritondeq.kernels import devices

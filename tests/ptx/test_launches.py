@@ -59,14 +59,15 @@ QUICK = [
     for dtype, transposed in (("bfloat16", False), ("float16", True), ("float32", False))
 ]
 CASES = RIGHT | {name: case for name, (case, _) in WRONG.items()} | PRODUCTS
-CASES |= {"settings": (90, "settings", {}), "again": (80, "again", {"options": {"raise_races": False}})}
+KINDS = ("again", "prepared")
+CASES |= {"settings": (90, "settings", {})} | {name: (80, name, {"options": {"raise_races": False}}) for name in KINDS}
 
 
 @pytest.fixture(scope="module")
 def outcome(request):
     """What came of each case whose test runs: all run in one process."""
     params = [getattr(item, "callspec", None) and item.callspec.params for item in request.session.items]
-    wanted = {one["name"] for one in params if one and one.get("name") in CASES} | {"settings", "again"}
+    wanted = {one["name"] for one in params if one and one.get("name") in CASES} | {"settings", *KINDS}
     if wanted & set(RIGHT):  # whose bits are compared
         wanted |= set(RIGHT)
     names = [name for name in CASES if name in wanted]
@@ -110,9 +111,10 @@ def test_the_driver_is_what_the_library_sees(outcome):
     assert outcome["settings"] == {"emulated": 90, "shared": 232448, "arch": 90}
 
 
-def test_what_was_compiled_is_launched_again_for_arguments_of_its_kind_alone(outcome):
-    """Dtypes, addresses and integers that are a multiple of 16 or not, 1, and options."""
-    result = outcome["again"]
+@pytest.mark.parametrize("kinds", KINDS)
+def test_what_was_compiled_is_launched_again_for_arguments_of_its_kind_alone(outcome, kinds):
+    """Dtypes, addresses and integers that are a multiple of 16 or not, 1, and options; and constants made before."""
+    result = outcome[kinds]
     assert "error" not in result, result
     assert result["right"] and result["runs"] == result["kinds"]
 

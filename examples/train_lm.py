@@ -100,7 +100,8 @@ def main() -> None:
             raise SystemExit(f"{args.checkpoint} is of a run with other flags: {saved['shape']}")
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-        print(f"goes on after step {saved['step']} of {args.checkpoint}", flush=True)
+        if rank == 0:
+            print(f"goes on after step {saved['step']} of {args.checkpoint}", flush=True)
 
     if ranks > 1:  # started by torchrun
         dist.init_process_group("gloo" if device == "cpu" else "nccl")
@@ -125,7 +126,9 @@ def main() -> None:
     if ranks > 1:
         mine = nn.utils.parameters_to_vector(net.parameters()).detach()
         dist.broadcast(other := mine.clone(), src=0)
-        print(f"rank {rank} of {ranks}", "equals" if torch.equal(mine, other) else "DIFFERS FROM", "rank 0", flush=True)
+        dist.all_reduce(equal := torch.tensor(torch.equal(mine, other), device=device, dtype=torch.int32))
+        if rank == 0:  # lines of ranks that print at the same time may run into one another
+            print(f"{equal.item()} of {ranks} ranks have the parameters of rank 0", flush=True)
         dist.destroy_process_group()
 
 

@@ -163,7 +163,6 @@ def test_two_ranks_train_as_one_process_does(tmp_path):
     flags = (*LM, "--steps", 12, "--every", 6)
     alone, two = tmp_path / "alone.pt", tmp_path / "two.pt"
     run("train_lm", *flags, "--checkpoint", alone)
-    text = run("train_lm", *flags, "--checkpoint", two, launcher=TORCHRUN)
-    assert "2 of 2 ranks have the parameters of rank 0" in text.splitlines()
+    run("train_lm", *flags, "--checkpoint", two, launcher=TORCHRUN)  # fails where ranks end with other parameters
     for name, p in torch.load(alone)["net"].items():
         torch.testing.assert_close(p, torch.load(two)["net"][name], rtol=1e-3, atol=1e-4)

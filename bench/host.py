@@ -2,8 +2,8 @@
 
 A layer over tanh(Linear(64)) on 4 rows makes six evaluations, and its gradient six products; beside it are as many by
 hand, and torchdeq. `python -m tritondeq.bench.host` prints the table alone, by the torch backend; with `--compiled` it
-also has the explicit net of six evaluations by torch.compile, which takes a minute and a C++ compiler, and the
-operations of a forward solve without what decides and watches over them.
+also has the layer with a compiled cell and the explicit net of six evaluations by torch.compile, which take a minute
+and a C++ compiler, and the operations of a forward solve without what decides and watches over them.
 """
 
 import sys
@@ -117,10 +117,12 @@ def contestants(work: str, device: torch.device, compiled: bool = False) -> dict
     torch.manual_seed(0)
     cell, x = Cell().to(device), torch.randn(ROWS, WIDTH, device=device)
     exact = work == WORK[2]
-    layers = {"tritondeq": layer(exact, cell, x)}
+    ours = layer(exact, cell, x)
+    layers: dict[str, Any] = {"tritondeq": ours}
     if installed("torchdeq"):
         layers["torchdeq"] = torchdeq_layer(exact, cell)
     if compiled:
+        layers["tritondeq, compile=True"] = tdeq.DEQ(cell, adjoint=ours.adjoint, tol=ours.tol, compile=True)
         layers["compiled loop"] = rivals.compiled(Loop(cell), graphs=False)
     if work == WORK[0]:
         alone = {"operations alone": Operations(cell)} if compiled and device.type == "cpu" else {}

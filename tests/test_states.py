@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import tritondeq as tdeq
 from tritondeq import DEQ, Anderson, Broyden, Implicit, Neumann, OneStep, PeacemanRachford, Phantom, Picard, Unrolled
@@ -229,6 +230,37 @@ def test_further_arguments_of_a_cell_of_ours_go_to_inject():
 def test_bad_arguments_are_named(options, error, words):
     with pytest.raises(error, match=words):
         tdeq.fixed_point(torch.cos, torch.zeros(1, 1), **options)
+
+
+class Energy(nn.Module):
+    """A step down the gradient of an energy; the cell enables grad for itself, and goes on from the graph it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(0.2 * torch.randn(5, 5, dtype=F64))
+
+    def forward(self, z, x):
+        with torch.enable_grad():
+            z = z if z.requires_grad else z.detach().requires_grad_()
+            energy = (z - x).square().sum() / 2 + (z @ self.w).square().sum() / 2
+            return z - 0.5 * torch.autograd.grad(energy, z, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("damping", [1.0, 0.5])
+def test_steps_without_a_gradient_have_none_though_the_cell_enables_it(damping):
+    cell, x, z = Energy(), torch.randn(3, 5, dtype=F64), torch.zeros(3, 5, dtype=F64)
+    net = DEQ(cell, solver=Picard(damping)).unrolled(6, last=2)
+    for k in range(6):
+        y = cell(z, x)
+        z = torch.lerp(z, y if k >= 4 else y.detach(), damping)
+    value = net(x)
+    torch.testing.assert_close(value, z, rtol=1e-12, atol=1e-12)
+    of_w, right = (torch.autograd.grad(y.sum(), cell.w)[0] for y in (value, z))
+    torch.testing.assert_close(of_w, right, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        assert not net(x).requires_grad and torch.equal(net(x), value)
+    checkpoint(net, x.clone().requires_grad_(), use_reentrant=True).sum().backward()  # first without grad, then with it
+    torch.testing.assert_close(cell.w.grad, right, rtol=1e-12, atol=1e-12)
 
 
 def test_more_last_steps_than_steps_are_refused():

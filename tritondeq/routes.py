@@ -101,11 +101,13 @@ def unroll(problem: Problem, z: Tensor, settings: Settings, adjoint: Unrolled) -
             return problem(z)
 
     for k in range(1, adjoint.steps + 1):
-        with torch.set_grad_enabled(grad and k > first):
-            if adjoint.checkpoint and grad and k > first:
+        graph = grad and k > first
+        with torch.set_grad_enabled(graph):
+            if adjoint.checkpoint and graph:
                 y = torch.utils.checkpoint.checkpoint(again, z, use_reentrant=False)
             else:
                 y = problem(z)
+        y = y if graph else y.detach()  # a cell may enable grad for itself
         if settings.trace or callback or k == adjoint.steps:
             with torch.no_grad():
                 limits = settings.tol, settings.relative, settings.scale
@@ -115,7 +117,7 @@ def unroll(problem: Problem, z: Tensor, settings: Settings, adjoint: Unrolled) -
                 residuals.append(rules.rel)
                 if callback:
                     callback(k, z, rules.rel)
-        with torch.set_grad_enabled(grad and k > first):
+        with torch.set_grad_enabled(graph):
             z = y if damping == 1 else torch.lerp(z, y, damping)
         if k in settings.at:
             states[k] = z

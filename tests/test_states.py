@@ -233,7 +233,7 @@ def test_bad_arguments_are_named(options, error, words):
 
 
 class Energy(nn.Module):
-    """A step down the gradient of an energy; the cell enables grad for itself, and goes on from the graph it is given."""
+    """A step down the gradient of an energy: the cell enables grad for itself, and goes on from a graph it is given."""
 
     def __init__(self):
         super().__init__()

@@ -263,8 +263,13 @@ def transforms(draw: Draw) -> Pairs:
             return [torch.func.jvp(layer, (subject.x.detach(),), (subject.weight,))[0]]
         return [torch.vmap(lambda x: layer(x[None])[0])(subject.x)]
 
+    def alone(layer: Callable) -> list[Tensor | None]:
+        made = program(layer)
+        subject.layer.last = None  # its tensors may be read within the transform only
+        return made
+
     subject.leaves = [subject.x]
-    return subject.pair(program, r"torch\.func|functorch|transform|vmap|forward.mode")
+    return subject.pair(alone, r"torch\.func|functorch|transform|vmap|forward.mode")
 
 
 def threads(draw: Draw) -> Pairs:

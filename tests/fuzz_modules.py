@@ -173,6 +173,8 @@ def normed(draw: Draw, n: int) -> nn.Module:
     (spectral_norm if spectral else weight_norm)(cell.linear)
     if spectral:
         cell.forward = lambda z, x: torch.tanh(0.6 * cell.linear(z) + x)
-        for _ in range(300):
-            cell.linear.weight  # noqa: B018
+        made = cell.linear.parametrizations.weight
+        u, _, v = torch.linalg.svd(made.original.detach())  # where its iteration ends, however close two values are
+        made[0]._u.copy_(u[:, 0])
+        made[0]._v.copy_(v[0])
     return cell

@@ -54,10 +54,11 @@ def outcomes(request, tmp_path_factory):
 
 
 def each():
-    """Yields (name, chip): cases of every run for both chips, slow ones for one by their name, and no rare ones."""
+    """Yields (name, chip): cases of every run for both chips, others for one by their name, and no rare ones."""
     for name, case in CASES.items():
         for chip in CHIPS if case.smoke else () if case.rare else (case.chip,):
-            yield pytest.param(name, chip, marks=[] if case.smoke else pytest.mark.slow, id=f"{name}-{chip}")
+            marks = [] if case.smoke and chip == case.chip else pytest.mark.slow
+            yield pytest.param(name, chip, marks=marks, id=f"{name}-{chip}")
 
 
 @pytest.mark.parametrize("name, chip", each())

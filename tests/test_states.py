@@ -246,6 +246,15 @@ class Energy(nn.Module):
             return z - 0.5 * torch.autograd.grad(energy, z, create_graph=True)[0]
 
 
+class EnergyAside(Energy):
+    """Hands out the norms of the state, which has a graph, beside it."""
+
+    def forward(self, z, x):
+        y = super().forward(z, x)
+        with torch.enable_grad():
+            return y, {"norms": y.norm(dim=1), "name": "energy"}
+
+
 @pytest.mark.parametrize("damping", [1.0, 0.5])
 def test_steps_without_a_gradient_have_none_though_the_cell_enables_it(damping):
     cell, x, z = Energy(), torch.randn(3, 5, dtype=F64), torch.zeros(3, 5, dtype=F64)
@@ -261,6 +270,14 @@ def test_steps_without_a_gradient_have_none_though_the_cell_enables_it(damping):
         assert not net(x).requires_grad and torch.equal(net(x), value)
     checkpoint(net, x.clone().requires_grad_(), use_reentrant=True).sum().backward()  # first without grad, then with it
     torch.testing.assert_close(cell.w.grad, right, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("adjoint", [Implicit(), Unrolled(4)], ids=repr)
+def test_what_a_cell_hands_out_has_a_graph_where_grad_is_enabled_alone(adjoint):
+    layer, x = DEQ(EnergyAside(), adjoint=adjoint, has_aux=True), torch.randn(3, 5, dtype=F64)
+    assert layer.solve(x).aux["norms"].requires_grad
+    with torch.no_grad():
+        assert not layer.solve(x).aux["norms"].requires_grad
 
 
 def test_more_last_steps_than_steps_are_refused():

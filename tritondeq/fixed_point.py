@@ -22,7 +22,7 @@ from .guards import (
     refuse_transforms,
 )
 from .held import Held
-from .layout import Layout
+from .layout import Layout, pytree
 from .loop import Settings
 from .options import Options
 from .problem import Problem, modules_of
@@ -201,6 +201,8 @@ def _finish(problem: Problem, outcome: Outcome, flat: Tensor, options: Options, 
     beside = flat.requires_grad and not unrolled and leaves_something(problem.modules)
     if problem.has_aux or beside:
         aux = problem.evaluate(flat, problem.args)[1]
+        if not torch.is_grad_enabled():  # a cell may enable it for itself
+            aux = pytree.tree_map_only(Tensor, Tensor.detach, aux)
     value = flat if problem.layout.flat else problem.layout.unpack(flat)  # FSDP warns of a view
     solution = as_solution(outcome, problem, value, aux, record)
     if options.throw:

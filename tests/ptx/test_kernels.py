@@ -54,7 +54,7 @@ def outcomes(request, tmp_path_factory):
 
 
 def each():
-    """Yields (name, chip): cases of every run for both chips, others for one by their name, and no rare ones."""
+    """Yields (name, chip): cases of every run for both chips (one of them slow), others for one, no rare ones."""
     for name, case in CASES.items():
         for chip in CHIPS if case.smoke else () if case.rare else (case.chip,):
             marks = [] if case.smoke and chip == case.chip else pytest.mark.slow
